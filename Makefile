@@ -1,0 +1,69 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+
+PYTHON ?= python3
+# numpy 1.26, which the bundled Triton's Python backend needs, has wheels up to Python 3.12.
+TRITON_PYTHON ?= $(shell for p in $(PYTHON) python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PIP = python -m pip --disable-pip-version-check --quiet install --require-hashes
+VENV = .venv
+TRITON_VENV = .venv-triton
+UV ?= uv
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick lint lock model clean
+
+help: ## Show the commands
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Build both environments
+
+demo: ## Start everything, scan two patients, show the alert (STUDY=folder sends your own)
+	@sh requirements/system.sh demo
+	@$(MAKE) --no-print-directory setup
+	@$(VENV)/bin/scanside demo $(if $(STUDY),--study "$(STUDY)")
+
+test: ## Run every check
+	@sh requirements/system.sh test
+	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready lint
+	$(VENV)/bin/pytest -n 2 --dist loadgroup $(PYTEST)
+
+quick: $(VENV)/.test ## Run the everyday tests: no peers, nothing slow
+	$(VENV)/bin/pytest -n 2 -m "not interop and not slow and not gpu" $(PYTEST)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+lock: ## Renew the hashed requirement files (needs uv)
+	$(UV) pip compile $(LOCK) pyproject.toml requirements/build.in -o requirements/appliance.txt
+	$(UV) pip compile $(LOCK) --extra test -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/test.txt
+	$(UV) pip compile $(LOCK) --no-deps requirements/triton.in -o requirements/triton.txt
+LOCK = --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command "make lock"
+
+clean: ## Remove the environments and what the demo made
+	rm -rf $(VENV) $(TRITON_VENV) demo .cache .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scanside needs Python 3.11 or newer; set PYTHON=")'
+	@sh requirements/system.sh venv
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.appliance: requirements/appliance.txt pyproject.toml | $(VENV)/bin/python
+	@echo "scanside: building $(VENV) (first time: a minute or two)"
+	$(VENV)/bin/$(PIP) -r requirements/appliance.txt
+	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.appliance
+	$(VENV)/bin/$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(TRITON_VENV)/.ready: requirements/triton.txt
+	@test -n "$(TRITON_PYTHON)" || { echo "scanside: the CPU Triton needs Python 3.11 or 3.12; install one, or set TRITON_PYTHON=" >&2; exit 1; }
+	@echo "scanside: building $(TRITON_VENV) (first time: a minute)"
+	test -x $(TRITON_VENV)/bin/python || $(TRITON_PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/$(PIP) --no-deps -r requirements/triton.txt
+	@touch $@

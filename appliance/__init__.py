@@ -1,0 +1,3 @@
+"""scanside: the box beside the CT scanner."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _data(name: str) -> Path:
+    folder = Path(os.environ.get("SCANSIDE_TEST_DATA", ROOT.parent / "shared" / "data")) / name
+    if not folder.is_dir():
+        pytest.skip(f"test data {name} is absent (set SCANSIDE_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ge_head() -> Path:
+    """A real head CT: 28 slices, tilted gantry, no birth date, sex or study date."""
+    return _data("ge_head_28")
+
+
+@pytest.fixture(scope="session")
+def philips_phantom() -> Path:
+    """A scanner's whole study of a hollow skull: scout, 5 mm, 1 mm, captures, files that are no images."""
+    return _data("philips_skull_phantom")
+
+
+@pytest.fixture(scope="session")
+def malformed() -> Path:
+    """Hostile DICOM files by category, with one valid baseline."""
+    return _data("malformed_dicom")
