@@ -1,0 +1,147 @@
+"""The database below the ledger: connections, transactions, migrations and the chain of events."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from appliance.events import Event
+from appliance.ledger import schema as t
+from dicom_io.errors import ScansideError
+
+
+class LedgerError(ScansideError):
+    """The database cannot be used."""
+
+
+@cache
+def boot() -> str:
+    """Tells boots of this machine apart: monotonic clocks compare only within one."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def now() -> str:
+    """The time in UTC, in ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def later(seconds: float) -> str:
+    """`now`, plus some seconds."""
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="microseconds")
+
+
+def event_hash(previous: str, row: dict[str, Any]) -> str:
+    """The link of the chain of events: SHA-256 over the hash before it and the row as canonical JSON."""
+    body = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()
+
+
+def seconds_between(earlier: str, after: str) -> float:
+    """Seconds from one of the ledger's times to another."""
+    return (datetime.fromisoformat(after) - datetime.fromisoformat(earlier)).total_seconds()
+
+
+class Database:
+    """SQLite in WAL mode, synced at every commit; every change of state appends an event.
+
+    Args:
+        path: the database file; made, or migrated to the newest schema, if need be.
+
+    Raises:
+        LedgerError: it cannot be opened, or a newer scanside wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # SQLite's own waiting for a lock sleeps up to 0.1 s; threads of one process need not.
+        self._turn = threading.Lock()
+        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+        sa.event.listen(self._engine, "connect", _configure)
+        sa.event.listen(self._engine, "begin", _begin)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (path.parent / "ledger.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._migrate()
+        except (OSError, sa.exc.SQLAlchemyError) as error:
+            raise LedgerError(str(error).splitlines()[0], str(path), "check the folder and the disk") from error
+
+    def _migrate(self) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        script = ScriptDirectory.from_config(config)
+        with self._engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+            if current == script.get_current_head():
+                return
+            if current and current not in {revision.revision for revision in script.walk_revisions()}:
+                raise LedgerError(
+                    f"schema {current} is newer than this scanside",
+                    str(self._engine.url.database),
+                    "install the scanside that wrote it, or restore a backup",
+                )
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        """A transaction that holds the write lock from its first line (BEGIN IMMEDIATE)."""
+        with self._turn, self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that sees one state of the ledger and cannot hold up a writer."""
+        with self._engine.connect().execution_options(scanside_read=True) as connection:
+            yield connection
+
+    def _append(self, connection: sa.Connection, name: Event, study_id: int | None, **detail: Any) -> None:
+        previous = connection.scalar(sa.select(t.event.c.hash).order_by(t.event.c.id.desc()).limit(1)) or ""
+        row = {
+            "at": now(),
+            "monotonic_ns": time.monotonic_ns(),
+            "boot": boot(),
+            "name": str(name),
+            "study_id": study_id,
+            "detail": detail,
+        }
+        connection.execute(t.event.insert().values(**row, hash=event_hash(previous, row)))
+
+    def log(self, name: Event, **detail: Any) -> None:
+        """Append an event that changes no state."""
+        with self._write() as connection:
+            self._append(connection, name, None, **detail)
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    """Once a connection: transactions are begun by us, the log is synced at every commit (design.md)."""
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    read = connection.get_execution_options().get("scanside_read", False)
+    connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")

@@ -1,0 +1,90 @@
+"""The typed records that stages hand to one another through the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Outline = tuple[tuple[float, float], ...]
+"""A closed polygon in the pixel coordinates of its source image: (column, row), pixel centres at integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlabResult:
+    """What a package said of one slab.
+
+    Attributes:
+        index: position of the slab, 0 nearest the feet.
+        offset_mm: centre of the slab along the volume's normal.
+        thickness_mm: extent along the normal that this slab answers for.
+        sop_instance_uid: the source image nearest the slab's centre; outlines are drawn on it.
+        frame: 0-based frame of that image.
+        probabilities: label → probability in 0..1; holds "any" and the subtypes.
+        outlines: where the lesion map exceeds its threshold; empty where it nowhere does.
+        volume_ml: area above that threshold times ``thickness_mm``.
+    """
+
+    index: int
+    offset_mm: float
+    thickness_mm: float
+    sop_instance_uid: str
+    frame: int
+    probabilities: dict[str, float]
+    outlines: tuple[Outline, ...]
+    volume_ml: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one package says of one study.
+
+    Attributes:
+        probability: study-level probability of any haemorrhage, 0..1.
+        threshold: the operating point; ``positive`` is ``probability >= threshold``.
+        subtypes: subtype → study-level probability.
+        key_slabs: indices into ``slabs`` of those to show, most important first; empty if negative.
+        codecs: the decoders that produced the pixels, sorted, each once.
+        limitations: what was not analysed or is doubtful, in sentences.
+        notice: the package's regulatory notice, to be shown wherever the verdict is.
+    """
+
+    study_instance_uid: str
+    series_instance_uid: str
+    package: str
+    package_version: str
+    notice: str
+    positive: bool
+    probability: float
+    threshold: float
+    subtypes: dict[str, float]
+    volume_ml: float
+    slabs: tuple[SlabResult, ...]
+    key_slabs: tuple[int, ...]
+    codecs: tuple[str, ...]
+    limitations: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary that `from_json` turns back into an equal record."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Verdict:
+        """The record that `to_json` wrote."""
+        slabs = tuple(
+            SlabResult(
+                **{
+                    **slab,
+                    "outlines": tuple(tuple((float(c), float(r)) for c, r in line) for line in slab["outlines"]),
+                }
+            )
+            for slab in data["slabs"]
+        )
+        return cls(
+            **{
+                **data,
+                "slabs": slabs,
+                "key_slabs": tuple(data["key_slabs"]),
+                "codecs": tuple(data["codecs"]),
+                "limitations": tuple(data["limitations"]),
+            }
+        )

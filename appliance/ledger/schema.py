@@ -1,0 +1,147 @@
+"""The ledger's tables (SQLAlchemy Core). Every change here needs a migration beside it."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# Times are UTC in ISO 8601 with microseconds, so that they sort as text.
+
+association = Table(
+    "association",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("calling_ae", String, nullable=False),
+    Column("called_ae", String, nullable=False),
+    Column("address", String, nullable=False),
+    Column("opened_at", String, nullable=False),
+    Column("closed_at", String),
+    Column("outcome", String),  # released, aborted, broken; lost where intake died with it
+)
+
+study = Table(
+    "study",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_instance_uid", String, nullable=False, unique=True),
+    Column("state", String, nullable=False, index=True),
+    Column("completions", Integer, nullable=False, default=0),
+    Column("first_instance_at", String, nullable=False),
+    Column("last_instance_at", String, nullable=False),
+    Column("completed_at", String),
+    Column("evidence", JSON),
+)
+
+instance = Table(
+    "instance",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_id", ForeignKey("study.id"), nullable=False),
+    Column("association_id", ForeignKey("association.id"), nullable=False),
+    Column("series_instance_uid", String, nullable=False),
+    Column("sop_instance_uid", String, nullable=False),
+    Column("digest", String, nullable=False),  # SHA-256 of the Part 10 file; names it in the spool
+    Column("size", Integer, nullable=False),
+    Column("header", JSON, nullable=False),
+    # False once the same SOP Instance UID arrived with other bytes: both stay, the newest counts.
+    Column("is_current", Boolean, nullable=False, default=True),
+    Column("received_at", String, nullable=False),
+    UniqueConstraint("sop_instance_uid", "digest"),
+    Index(None, "study_id", "is_current"),
+    Index(None, "association_id"),
+    Index(None, "digest"),
+)
+
+analysis = Table(
+    "analysis",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_id", ForeignKey("study.id"), nullable=False),
+    Column("package", String, nullable=False),
+    Column("package_version", String, nullable=False),
+    Column("state", String, nullable=False, index=True),
+    Column("completion", Integer, nullable=False),  # the completion of the study that it is about
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("admission", JSON, nullable=False),
+    Column("selection", JSON, nullable=False),
+    Column("series_instance_uid", String),
+    Column("reason", String, nullable=False, default=""),
+    UniqueConstraint("study_id", "package"),
+)
+
+verdict = Table(
+    "verdict",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("analysis_id", ForeignKey("analysis.id"), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("positive", Boolean, nullable=False),
+    Column("probability", Float, nullable=False),
+    Column("result", JSON, nullable=False),
+    Column("issued_at", String, nullable=False),
+    Column("late", Boolean, nullable=False, default=False),
+    UniqueConstraint("analysis_id", "revision"),
+)
+
+finding = Table(
+    "finding",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("verdict_id", ForeignKey("verdict.id"), nullable=False),
+    Column("object", String, nullable=False),  # alert.DESTINATION, report, capture.1 …
+    Column("uid", String, nullable=False, unique=True),  # SOP Instance UID, or MSH-10 of the alert
+    Column("path", String),  # below the findings folder; null until it has been rendered
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("reason", String, nullable=False, default=""),
+    UniqueConstraint("verdict_id", "object"),
+)
+
+delivery = Table(
+    "delivery",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("finding_id", ForeignKey("finding.id"), nullable=False),
+    Column("destination", String, nullable=False),
+    Column("urgency", Integer, nullable=False),  # 0 first
+    Column("state", String, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("due_at", String, nullable=False),
+    Column("sent_at", String),
+    Column("acknowledged_at", String),
+    Column("reason", String, nullable=False, default=""),
+    UniqueConstraint("finding_id", "destination"),
+    Index(None, "destination", "state", "urgency"),
+)
+
+event = Table(
+    "event",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", String, nullable=False),
+    Column("monotonic_ns", Integer, nullable=False),  # comparable within one boot
+    Column("boot", String, nullable=False),
+    Column("name", String, nullable=False, index=True),
+    Column("study_id", ForeignKey("study.id"), index=True),
+    Column("detail", JSON, nullable=False),
+    Column("hash", String, nullable=False),  # SHA-256 over the row and the hash before it
+)

@@ -1,0 +1,63 @@
+"""What may become of a study, an analysis and a delivery: explicit tables of (state, event) → state."""
+
+from __future__ import annotations
+
+from typing import Final
+
+STUDY: Final = {
+    ("", "arrive"): "receiving",
+    ("receiving", "arrive"): "receiving",
+    ("receiving", "complete"): "complete",
+    ("complete", "arrive"): "reopened",
+    ("reopened", "arrive"): "reopened",
+    ("reopened", "complete"): "complete",
+}
+
+ANALYSIS: Final = {
+    ("", "admit"): "admitted",
+    ("", "refuse"): "refused",
+    # A study that was reopened and completed again is judged again.
+    ("issued", "admit"): "admitted",
+    ("issued", "refuse"): "refused",
+    ("refused", "admit"): "admitted",
+    ("refused", "refuse"): "refused",
+    ("failed", "admit"): "admitted",
+    ("failed", "refuse"): "refused",
+    ("admitted", "admit"): "admitted",
+    ("admitted", "refuse"): "refused",
+    ("admitted", "start"): "running",
+    ("running", "issue"): "issued",
+    # Pixels can reveal what headers hid: the verdict is withheld.
+    ("running", "refuse"): "refused",
+    ("running", "retry"): "admitted",
+    ("running", "fail"): "failed",
+    ("running", "park"): "admitted",
+}
+
+DELIVERY: Final = {
+    ("", "create"): "pending",
+    ("pending", "take"): "sending",
+    ("sending", "acknowledge"): "acknowledged",
+    ("sending", "retry"): "pending",
+    ("sending", "park"): "pending",
+    ("sending", "reject"): "rejected",
+    ("sending", "give_up"): "dead",
+    ("dead", "requeue"): "pending",
+    ("rejected", "requeue"): "pending",
+}
+
+
+class StateError(Exception):
+    """A change of state that no table allows; always a fault of ours."""
+
+
+def step(table: dict[tuple[str, str], str], state: str, event: str) -> str:
+    """The state that follows.
+
+    Raises:
+        StateError: the table has no such row.
+    """
+    try:
+        return table[state, event]
+    except KeyError:
+        raise StateError(f"no {event!r} in state {state!r}") from None

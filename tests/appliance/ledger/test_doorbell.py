@@ -1,0 +1,51 @@
+"""Rings wake; lost rings harm nobody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from appliance.ledger.doorbell import Doorbell, ring
+
+
+def test_a_ring_wakes_at_once(tmp_path: Path) -> None:
+    bell = Doorbell(tmp_path, "engine")
+    threading.Timer(0.05, ring, (tmp_path, "engine")).start()
+    began = time.monotonic()
+    assert bell.wait(30.0)
+    assert time.monotonic() - began < 20.0
+    bell.close()
+
+
+def test_many_rings_count_as_one(tmp_path: Path) -> None:
+    bell = Doorbell(tmp_path, "engine")
+    for _ in range(1000):
+        ring(tmp_path, "engine")
+    assert bell.wait(1.0)
+    assert not bell.wait(0.01)
+    bell.close()
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    ring(tmp_path, "engine")
+    ring(tmp_path / "absent", "engine")
+    Doorbell(tmp_path, "engine").close()
+    ring(tmp_path, "engine")
+    assert not list(tmp_path.glob("*.bell"))
+
+
+def test_a_socket_left_by_a_dead_service_is_replaced(tmp_path: Path) -> None:
+    Doorbell(tmp_path, "engine")  # never closed, as after kill -9
+    bell = Doorbell(tmp_path, "engine")
+    ring(tmp_path, "engine")
+    assert bell.wait(1.0)
+    bell.close()
+
+
+def test_folders_may_be_deeper_than_a_socket_address(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    bell = Doorbell(deep, "engine")
+    ring(deep, "engine")
+    assert bell.wait(1.0)
+    bell.close()

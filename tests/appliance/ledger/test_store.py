@@ -1,0 +1,343 @@
+"""The ledger's promises: what is recorded, how often, and what survives."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from appliance.ledger.database import LedgerError, now
+from appliance.ledger.records import SlabResult, Verdict
+from appliance.ledger.schema import metadata
+from appliance.ledger.store import Ledger, NewFinding
+from appliance.ledger.views import (
+    event_counts,
+    find_study,
+    state_counts,
+    studies,
+    study_report,
+    timeline,
+    verify_events,
+)
+from tests.builders import head_series, header
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def arrive(ledger: Ledger, count: int = 3, **changes: object) -> int:
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    for one in head_series(count, **changes):
+        assert ledger.record_instance(one, f"digest-{one.sop_instance_uid}", 10, association) == "stored"
+    ledger.close_association(association, "released")
+    key = find_study(ledger, "1.2.3")
+    assert key is not None
+    return key
+
+
+def complete(ledger: Ledger, study: int) -> None:
+    (row,) = ledger.arriving_studies()
+    assert ledger.complete_study(study, row["last_instance_at"], {"by": "test", "confidence": "high"})
+
+
+def admit(ledger: Ledger, study: int, *, admitted: bool = True) -> None:
+    ledger.decide(study, "pkg", "1", admitted=admitted, reason="" if admitted else "no", admission=[], selection=[],
+                  series_instance_uid="1.2.3.1")  # fmt: skip
+
+
+def verdict(positive: bool = True) -> Verdict:
+    slab = SlabResult(0, 0.0, 5.0, "1.2.3.1.1", 0, {"any": 0.9}, (((1.0, 2.0), (3.0, 4.0), (5.0, 6.5)),), 1.5)
+    return Verdict("1.2.3", "1.2.3.1", "pkg", "1", "notice", positive, 0.9, 0.5, {"subdural": 0.8}, 1.5, (slab,), (0,),
+                   ("raw",), ("said",))  # fmt: skip
+
+
+def issue(ledger: Ledger, study: int, *, revision: int = 1, positive: bool = True) -> None:
+    admit(ledger, study)
+    row = ledger.take_analysis()
+    assert row is not None
+    ledger.issue_verdict(
+        row["id"],
+        revision,
+        verdict(positive),
+        now(),
+        [
+            NewFinding("report", f"2.25.{revision}", None, ("pacs",), 10),
+            NewFinding("alert.er", f"MSG{revision}", "a.hl7", ("er",), 0),
+        ],
+        late=False,
+    )
+
+
+def test_migrations_make_exactly_the_schema(tmp_path: Path) -> None:
+    Ledger(tmp_path / "ledger.sqlite").close()
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_ledger_of_a_newer_scanside_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    with sqlite3.connect(path) as raw:
+        raw.execute("update alembic_version set version_num = '9999'")
+    with pytest.raises(LedgerError, match="newer"):
+        Ledger(path)
+
+
+def test_every_commit_is_synced(ledger: Ledger) -> None:
+    with ledger.read() as connection:
+        assert connection.exec_driver_sql("pragma synchronous").scalar() == 2
+        assert connection.exec_driver_sql("pragma journal_mode").scalar() == "wal"
+
+
+def test_an_instance_comes_back_with_its_header(ledger: Ledger) -> None:
+    study = arrive(ledger, 4)
+    assert [one.header for one in ledger.instances(study)] == head_series(4)
+
+
+def test_the_same_bytes_again_change_nothing(ledger: Ledger) -> None:
+    study = arrive(ledger, 2)
+    complete(ledger, study)
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    one = header(1)
+    assert ledger.record_instance(one, f"digest-{one.sop_instance_uid}", 10, association) == "duplicate"
+    report = study_report(ledger, study)
+    assert report["state"] == "complete"
+    assert report["instances"] == 2
+    assert event_counts(ledger)["instance.duplicate"] == 1
+
+
+def test_other_bytes_under_the_same_uid_count_and_the_old_are_kept(ledger: Ledger) -> None:
+    study = arrive(ledger, 2)
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    changed = replace(header(1), kvp=100.0)
+    assert ledger.record_instance(changed, "other", 11, association) == "conflict"
+    assert {one.digest for one in ledger.instances(study)} == {"other", "digest-1.2.3.1.2"}
+    assert "digest-1.2.3.1.1" in ledger.digests()
+    # and back again: the newest counts, and still nothing is lost
+    assert ledger.record_instance(header(1), "digest-1.2.3.1.1", 10, association) == "conflict"
+    assert {one.digest for one in ledger.instances(study)} == {"digest-1.2.3.1.1", "digest-1.2.3.1.2"}
+
+
+def test_an_instance_after_completion_reopens_the_study(ledger: Ledger) -> None:
+    study = arrive(ledger, 2)
+    complete(ledger, study)
+    issue(ledger, study)
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    ledger.record_instance(header(9), "late", 10, association)
+    assert study_report(ledger, study)["state"] == "reopened"
+    assert ledger.undecided_studies(["pkg"]) == []
+    complete(ledger, study)
+    assert ledger.undecided_studies(["pkg"]) == [(study, "pkg")]
+    issue(ledger, study, revision=2)
+    assert [one["revision"] for one in study_report(ledger, study)["verdicts"]] == [1, 2]
+    assert ledger.undecided_studies(["pkg"]) == []
+
+
+def test_a_study_is_not_complete_if_something_came_meanwhile(ledger: Ledger) -> None:
+    study = arrive(ledger, 2)
+    (row,) = ledger.arriving_studies()
+    ledger.record_instance(header(7), "new", 10, 1)
+    assert not ledger.complete_study(study, row["last_instance_at"], {"by": "x", "confidence": "low"})
+    assert study_report(ledger, study)["state"] == "receiving"
+
+
+def test_associations_are_evidence(ledger: Ledger) -> None:
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    ledger.record_instance(header(1), "d", 10, association)
+    (row,) = ledger.arriving_studies()
+    assert (row["open_associations"], row["outcomes"]) == (1, None)
+    assert ledger.abandon_associations() == 1
+    (row,) = ledger.arriving_studies()
+    assert (row["open_associations"], row["outcomes"]) == (0, "lost")
+
+
+def test_a_parked_analysis_is_taken_again_and_issues_once(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    assert ledger.take_analysis() is not None
+    assert ledger.take_analysis() is None
+    assert ledger.park_analyses() == 1
+    row = ledger.take_analysis()
+    assert row is not None
+    assert row["attempts"] == 1
+    finding = [NewFinding("report", "2.25.1", None, ("pacs",), 10)]
+    ledger.issue_verdict(row["id"], 1, verdict(), now(), finding, late=False)
+    with pytest.raises(Exception, match="issue"):
+        ledger.issue_verdict(row["id"], 1, verdict(), now(), finding, late=False)
+    assert len(study_report(ledger, study)["deliveries"]) == 1
+
+
+def test_an_analysis_that_keeps_failing_is_set_aside_behind_the_others(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    first = ledger.take_analysis()
+    assert first is not None
+    assert not ledger.fail_analysis(first["id"], "broken", attempts=2)
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    ledger.record_instance(header(1, study="1.2.4", series="1.2.4.1"), "d4", 10, association)
+    other = find_study(ledger, "1.2.4")
+    assert other is not None
+    complete(ledger, other)
+    admit(ledger, other)
+    following = ledger.take_analysis()
+    assert following is not None
+    assert following["study_id"] == other
+    again = ledger.take_analysis()
+    assert again is not None
+    assert ledger.fail_analysis(again["id"], "broken", attempts=2)
+    assert [one["state"] for one in study_report(ledger, study)["analyses"]] == ["failed"]
+
+
+def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    row = ledger.take_analysis()
+    assert row is not None
+    twice = [NewFinding("report", "2.25.1", None, ("pacs",), 10), NewFinding("report", "2.25.2", None, ("pacs",), 10)]
+    with pytest.raises(sa.exc.IntegrityError):
+        ledger.issue_verdict(row["id"], 1, verdict(), now(), twice, late=False)
+    report = study_report(ledger, study)
+    assert (report["verdicts"], report["findings"], report["deliveries"]) == ([], [], [])
+    assert report["analyses"][0]["state"] == "running"
+    assert verify_events(ledger) is None
+
+
+def test_deliveries_wait_for_their_file_and_go_by_urgency(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    assert ledger.take_delivery("pacs") is None
+    (finding,) = ledger.unrendered_findings(3)
+    ledger.rendered(finding["id"], study, "report.dcm")
+    assert ledger.unrendered_findings(3) == []
+    pacs = ledger.take_delivery("pacs")
+    assert pacs is not None
+    assert (pacs["object"], pacs["path"], pacs["uid"]) == ("report", "report.dcm", "2.25.1")
+    assert ledger.take_delivery("pacs") is None
+    alert = ledger.take_delivery("er")
+    assert alert is not None
+    ledger.settle_delivery(alert, "acknowledge")
+    ledger.settle_delivery(pacs, "retry", "no answer", wait_seconds=60)
+    assert ledger.take_delivery("pacs") is None
+    states = {one["object"]: one["state"] for one in study_report(ledger, study)["deliveries"]}
+    assert states == {"alert.er": "acknowledged", "report": "pending"}
+
+
+def test_what_was_on_its_way_is_sent_again_under_its_old_name(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    first = ledger.take_delivery("er")
+    assert first is not None
+    assert ledger.park_deliveries() == 1
+    again = ledger.take_delivery("er")
+    assert again is not None
+    assert (again["id"], again["uid"]) == (first["id"], first["uid"])
+
+
+def test_a_correction_does_not_overtake_its_alert(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    first = ledger.take_delivery("er")
+    assert first is not None
+    ledger.settle_delivery(first, "retry", "busy", wait_seconds=60)
+    ledger.record_instance(header(9), "late", 10, 1)
+    complete(ledger, study)
+    issue(ledger, study, revision=2, positive=False)
+    assert ledger.take_delivery("er") is None
+
+
+def test_a_dead_letter_can_be_sent_once_more(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    row = ledger.take_delivery("er")
+    assert row is not None
+    with pytest.raises(LedgerError, match="not dead"):
+        ledger.requeue_delivery(row["id"])
+    ledger.settle_delivery(row, "give_up", "nobody answers")
+    assert ledger.take_delivery("er") is None
+    ledger.requeue_delivery(row["id"])
+    assert ledger.take_delivery("er") is not None
+    with pytest.raises(LedgerError, match="no such delivery"):
+        ledger.requeue_delivery(99)
+
+
+def test_an_alert_acknowledged_past_the_budget_is_late(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    row = ledger.take_delivery("er")
+    assert row is not None
+    ledger.settle_delivery(row, "acknowledge", budget_seconds=0.0)
+    assert study_report(ledger, study)["verdicts"][0]["late"]
+    assert event_counts(ledger)["study.late"] == 1
+
+
+def test_the_timeline_counts_from_the_last_instance(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    steps = timeline(study_report(ledger, study))
+    first, last = steps["first_instance"], steps["last_instance"]
+    assert first is not None
+    assert last is not None
+    assert first["seconds"] < 0 == last["seconds"]
+    assert steps["complete"] is None
+    complete(ledger, study)
+    issue(ledger, study)
+    row = ledger.take_delivery("er")
+    assert row is not None
+    ledger.settle_delivery(row, "acknowledge")
+    seconds = [moment["seconds"] for moment in timeline(study_report(ledger, study)).values() if moment]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == 6
+
+
+def test_a_changed_event_is_found(ledger: Ledger, tmp_path: Path) -> None:
+    arrive(ledger, 5)
+    assert verify_events(ledger) is None
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as raw:
+        raw.execute("update event set detail = '{}' where id = 4")
+    assert verify_events(ledger) == 4
+
+
+def test_a_removed_event_is_found(ledger: Ledger, tmp_path: Path) -> None:
+    arrive(ledger, 5)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as raw:
+        raw.execute("delete from event where id = 3")
+    assert verify_events(ledger) == 4
+
+
+def test_many_threads_and_a_second_process_lose_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    other = Ledger(tmp_path / "ledger.sqlite")
+
+    def store(which: Ledger, series: str) -> None:
+        association = which.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+        for one in head_series(25, series=series):
+            which.record_instance(one, one.sop_instance_uid, 10, association)
+
+    threads = [threading.Thread(target=store, args=((ledger, other)[n % 2], f"1.2.3.{n}")) for n in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (report,) = studies(ledger)
+    assert report["instances"] == 100
+    assert verify_events(ledger) is None
+    assert state_counts(ledger)["study"] == {"receiving": 1}
+
+
+def test_a_verdict_survives_its_json() -> None:
+    assert Verdict.from_json(verdict().to_json()) == verdict()
