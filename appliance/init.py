@@ -1,0 +1,96 @@
+"""Writes the configuration file that a new site starts from, with every key and what it means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from appliance.settings import (
+    DicomDestination,
+    Hl7Destination,
+    IndicationException,
+    Settings,
+    SettingsError,
+    load_settings,
+)
+
+_HEAD = """\
+# Configuration of scanside. A key behind "#" has the default that it shows; remove the "#" to change it.
+# Environment variables override this file: SCANSIDE_INTAKE__PORT=104. Try it with `scanside check`.
+"""
+
+
+def write(
+    directory: Path,
+    sections: Mapping[str, Mapping[str, Any]],
+    destinations: Sequence[Mapping[str, Any]] = (),
+    exceptions: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write ``scanside.toml`` into a folder, make the folders it names, and return its path.
+
+    Args:
+        sections: section → key → value, for what differs from the defaults.
+
+    Raises:
+        SettingsError: there is one already, or the values are wrong.
+    """
+    path = directory / "scanside.toml"
+    if path.exists():
+        raise SettingsError("there is a configuration already", str(path), "remove it, or choose another folder")
+    wanted = {**sections, "box": {"state_directory": ".", **sections.get("box", {})}}
+    parts = [_HEAD]
+    top = [name for name, field in Settings.model_fields.items() if not _is_section(field.annotation)]
+    parts.append(_keys(Settings, wanted.get("", {}), only=[name for name in top if name == "budget_seconds"]))
+    for name, field in Settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            parts.append(f"[{name}]\n" + _keys(kind, wanted.get(name, {})))
+    kinds: dict[str, type[BaseModel]] = {"dicom": DicomDestination, "hl7": Hl7Destination}
+    for one in destinations:
+        parts.append("[[destination]]\n" + _keys(kinds[one["kind"]], one))
+    for one in exceptions:
+        parts.append("[[exception]]\n" + _keys(IndicationException, one))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(parts), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(error.strerror or str(error), str(path), "choose a folder that you may write to") from error
+    try:
+        settings = load_settings(path)
+    except SettingsError:
+        path.unlink()
+        raise
+    for folder in (settings.spool_directory, settings.findings_directory, settings.run_directory):
+        folder.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _keys(model: type[BaseModel], values: Mapping[str, Any], only: Sequence[str] | None = None) -> str:
+    lines = []
+    for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
+        if field.description:
+            lines.append(f"# {field.description}")
+        if name in values:
+            lines.append(f"{name} = {_toml(values[name])}")
+        else:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            lines.append(f"# {name} = {_toml(default)}" if default is not None else f"# {name} =")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML; JSON's text is TOML's for strings, numbers, booleans and lists of them."""
+    if isinstance(value, date):
+        return value.isoformat()
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

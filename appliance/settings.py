@@ -1,0 +1,316 @@
+"""One typed TOML file holds everything a site decides; every key is described here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from dicom_io.errors import ScansideError
+
+AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[!-\[\]-~]([ -\[\]-~]*[!-\[\]-~])?$")]
+"""PS3.5 6.2: at most 16 characters of the default repertoire, no backslash, no blank at either end."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+SEARCH_PATH = (Path("scanside.toml"), Path("/etc/scanside/scanside.toml"))
+
+
+class SettingsError(ScansideError):
+    """A configuration file that cannot be used, with the key that is wrong."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Box(_Section):
+    """What this box is."""
+
+    name: str = Field("scanside", description="Name of this box, shown in findings and messages.")
+    state_directory: Path = Field(
+        Path("/var/lib/scanside"),
+        description="Ledger, spool, findings and Triton's files. A relative path starts at this file.",
+    )
+    device: Literal["cpu", "gpu"] = Field("cpu", description="What models and decoders run on.")
+    uid_root: str = Field(
+        "2.25",
+        pattern=r"^[0-2](\.(0|[1-9]\d*))+$",
+        max_length=24,
+        description="Root of the UIDs of findings; 2.25 derives them from UUIDs (PS3.5 B.2).",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severe log line that is written to standard error."
+    )
+
+
+class Intake(_Section):
+    """How instances come in."""
+
+    ae_title: AeTitle = Field("SCANSIDE", description="Our application entity title.")
+    host: str = Field("0.0.0.0", description="Address to listen on.")
+    port: Port = Field(11112, description="DICOM port to listen on.")
+    maximum_associations: int = Field(32, ge=1, le=1000, description="More are refused for the moment.")
+    accepted_calling_ae_titles: list[AeTitle] = Field(
+        default_factory=list, description="Who may send; empty: everybody."
+    )
+    require_called_ae_title: bool = Field(
+        False, description="Refuse an association that does not call us by our own title."
+    )
+
+
+class Study(_Section):
+    """When a study counts as complete."""
+
+    quiet_seconds: float = Field(
+        20.0,
+        gt=0,
+        le=600,
+        description="Last resort: complete when nothing came for this long and no better evidence did.",
+    )
+    settle_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=60,
+        description="After the last association is released, wait this long for a further one.",
+    )
+
+
+class Triton(_Section):
+    """The inference server."""
+
+    managed: bool = Field(True, description="`scanside run` starts Triton itself; false: something else runs it.")
+    environment: Path = Field(
+        Path(".venv-triton"), description="Virtual environment that holds nvidia-pytriton (managed only)."
+    )
+    host: str = Field("127.0.0.1", description="Where Triton answers.")
+    grpc_port: Port = Field(8001, description="Triton's gRPC port.")
+    http_port: Port = Field(8000, description="Triton's HTTP port.")
+    metrics_port: Port = Field(8002, description="Triton's metrics port.")
+    request_seconds: float = Field(30.0, gt=0, le=600, description="Longest wait for one inference request.")
+
+
+class Models(_Section):
+    """Which model packages run."""
+
+    repository: Path | None = Field(
+        None, description="Folder of model packages; unset: the packages that scanside ships."
+    )
+    packages: list[str] = Field(
+        default_factory=lambda: ["ich_reference"], min_length=1, description="Names of the packages to run."
+    )
+    attempts: int = Field(3, ge=1, le=20, description="Tries of one analysis before it is set aside as failed.")
+
+
+class IndicationException(_Section):
+    """A criterion that the site's board lets a study pass although its value is unknown."""
+
+    package: str = Field(description="Name of the model package.")
+    criterion: str = Field(description="Name of the criterion, as `scanside study` shows it.")
+    reason: str = Field(min_length=1, description="Why.")
+    signed_by: str = Field(min_length=1, description="Who answers for it.")
+    until: date = Field(description="Last day on which it holds.")
+
+
+class DicomDestination(_Section):
+    """A PACS or archive that findings are stored to."""
+
+    kind: Literal["dicom"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    ae_title: AeTitle = Field(description="Its application entity title.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+    objects: list[Literal["report", "capture"]] = Field(
+        default_factory=lambda: ["report", "capture"],  # type: ignore[arg-type]
+        description="Which objects it receives.",
+    )
+
+
+class Hl7Destination(_Section):
+    """An interface engine that receives alerts."""
+
+    kind: Literal["hl7"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its MLLP port.")
+    receiving_application: str = Field("", description="MSH-5.")
+    receiving_facility: str = Field("", description="MSH-6.")
+    sending_facility: str = Field("", description="MSH-4.")
+    processing_id: Literal["P", "T", "D"] = Field("P", description="MSH-11: production, training or debugging.")
+    acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the acknowledgement.")
+
+
+Destination = Annotated[DicomDestination | Hl7Destination, Field(discriminator="kind")]
+
+
+class Delivery(_Section):
+    """How stubborn delivery is."""
+
+    attempts: int = Field(50, ge=1, description="Tries before a delivery is a dead letter.")
+    first_retry_seconds: float = Field(1.0, gt=0, description="Wait after the first failure; doubles each time.")
+    longest_retry_seconds: float = Field(300.0, gt=0, description="Upper bound of that wait.")
+
+
+class Settings(BaseSettings):
+    """Everything a site decides. Environment variables such as SCANSIDE_INTAKE__PORT override the file."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="SCANSIDE_", env_nested_delimiter="__")
+
+    box: Box = Box()
+    intake: Intake = Intake()
+    study: Study = Study()
+    triton: Triton = Triton()
+    models: Models = Models()
+    delivery: Delivery = Delivery()
+    budget_seconds: float = Field(
+        60.0, gt=0, description="From the last instance to the acknowledged alert; past it a study is late."
+    )
+    destination: list[Destination] = Field(
+        default_factory=list, description="Where findings go; [[destination]] once for each."
+    )
+    exception: list[IndicationException] = Field(
+        default_factory=list, description="Signed exceptions to unknown criteria of an indication."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment above the file."""
+        return env_settings, init_settings
+
+    @field_validator("destination")
+    @classmethod
+    def _names_differ(cls, value: list[Destination]) -> list[Destination]:
+        names = [destination.name for destination in value]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two destinations are named {sorted(twice)[0]!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        ports = {"intake.port": self.intake.port}
+        if self.triton.managed:
+            ports |= {f"triton.{key}": getattr(self.triton, key) for key in ("grpc_port", "http_port", "metrics_port")}
+        for key, port in ports.items():
+            clash = [other for other, number in ports.items() if number == port and other != key]
+            if clash:
+                raise ValueError(f"{key} and {clash[0]} are both {port}")
+        return self
+
+    @property
+    def ledger_path(self) -> Path:
+        """The database file."""
+        return self.box.state_directory / "ledger.sqlite"
+
+    @property
+    def spool_directory(self) -> Path:
+        """The folder of received Part 10 files."""
+        return self.box.state_directory / "spool"
+
+    @property
+    def findings_directory(self) -> Path:
+        """The folder of rendered findings."""
+        return self.box.state_directory / "findings"
+
+    @property
+    def triton_directory(self) -> Path:
+        """The folder that Triton's command, backends and model repository are put together in."""
+        return self.box.state_directory / "triton"
+
+    @property
+    def run_directory(self) -> Path:
+        """Doorbells and locks; safe to delete when nothing runs."""
+        return self.box.state_directory / "run"
+
+    @property
+    def model_repository(self) -> Path:
+        """The folder of model packages."""
+        import triton_models
+
+        return self.models.repository or Path(triton_models.__file__).parent
+
+
+def find_settings(path: Path | None) -> Path:
+    """The configuration file to use: the one asked for, SCANSIDE_CONFIG, or the first of `SEARCH_PATH`.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    asked = path or (Path(os.environ["SCANSIDE_CONFIG"]) if os.environ.get("SCANSIDE_CONFIG") else None)
+    for candidate in [asked] if asked else SEARCH_PATH:
+        if candidate.is_file():
+            return candidate
+    looked = str(asked) if asked else " or ".join(map(str, SEARCH_PATH))
+    raise SettingsError("there is no configuration file", looked, "run `scanside init DIR`, or name one with --config")
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check one configuration file. Relative paths in it start at its own folder.
+
+    Raises:
+        SettingsError: with the file and the key that is wrong; one line for each key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(error.strerror or str(error), str(path), "make it readable for this user") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"this is not TOML: {error}", str(path), "correct that line") from error
+    try:
+        settings = Settings(**data)
+    except ValidationError as error:
+        raise SettingsError("; ".join(map(_sentence, error.errors())), str(path), "correct it") from error
+    except Exception as error:  # pydantic-settings wraps what an environment variable holds
+        raise SettingsError(str(error), "environment SCANSIDE_*", "correct or unset it") from error
+    base = path.resolve().parent
+    return settings.model_copy(
+        update={
+            "box": settings.box.model_copy(update={"state_directory": base / settings.box.state_directory}),
+            "triton": settings.triton.model_copy(update={"environment": base / settings.triton.environment}),
+            "models": settings.models.model_copy(
+                update={"repository": settings.models.repository and base / settings.models.repository}
+            ),
+        }
+    )
+
+
+def _sentence(error: Any) -> str:
+    """One validation error as "key: what is wrong with it"."""
+    key = ".".join(str(part) for part in error["loc"] if part not in ("dicom", "hl7")) or "settings"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: there is no such key"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}"
+
+
+def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every key as (name, default, description), for the generated file and the manual."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += document(kind, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            rows.append((f"{prefix}{name}", str(default), field.description or ""))
+    return rows
+
+
+__all__ = ["DicomDestination", "Hl7Destination", "InitSettingsSource", "Settings", "SettingsError"]

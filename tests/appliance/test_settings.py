@@ -1,0 +1,95 @@
+"""A site's mistakes in its configuration are one clear line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from appliance import init
+from appliance.settings import SettingsError, find_settings, load_settings
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "scanside.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[intake]\nprot = 104", "intake.prot: there is no such key"),
+        ("[intaek]\nport = 104", "intaek: there is no such key"),
+        ("[intake]\nport = 70000", "intake.port: input should be less than or equal to 65535"),
+        ('[intake]\nport = "dicom"', "intake.port: input should be a valid integer"),
+        ('[intake]\nae_title = "WAY TOO LONG A TITLE"', "intake.ae_title: string should have at most 16 characters"),
+        ('[box]\ndevice = "tpu"', "box.device: input should be 'cpu' or 'gpu'"),
+        ('[[destination]]\nkind = "dicom"\nname = "pacs"', "destination.0.ae_title: field required"),
+        ('[[destination]]\nkind = "fax"\nname = "x"', "destination.0"),
+        ('[[destination]]\nkind="hl7"\nname="a"\nhost="h"\nport=1\n[[destination]]\nkind="hl7"\nname="a"\nhost="h"\nport=1', "two destinations are named 'a'"),
+        ("[triton]\ngrpc_port = 9000\nhttp_port = 9000", "both 9000"),
+        ("[intake\n", "this is not TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_key(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    settings = load_settings(written(tmp_path, '[box]\nstate_directory = "state"'))
+    assert settings.ledger_path == tmp_path / "state" / "ledger.sqlite"
+    assert settings.triton.environment == tmp_path / ".venv-triton"
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCANSIDE_INTAKE__PORT", "104")
+    assert load_settings(written(tmp_path, "[intake]\nport = 11112")).intake.port == 104
+
+
+def test_the_file_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SCANSIDE_CONFIG", raising=False)
+    with pytest.raises(SettingsError, match="init"):
+        find_settings(None)
+    here = written(tmp_path, "")
+    assert find_settings(None).resolve() == here
+    (tmp_path / "other").mkdir()
+    other = written(tmp_path / "other", "")
+    monkeypatch.setenv("SCANSIDE_CONFIG", str(other))
+    assert find_settings(None) == other
+    assert find_settings(here) == here
+
+
+def test_init_writes_every_key_and_a_file_that_loads(tmp_path: Path) -> None:
+    path = init.write(
+        tmp_path / "box",
+        {"intake": {"port": 104}},
+        [
+            {"kind": "dicom", "name": "pacs", "ae_title": "PACS", "host": "10.0.0.5", "port": 104},
+            {"kind": "hl7", "name": "er", "host": "10.0.0.6", "port": 2575},
+        ],
+    )
+    settings = load_settings(path)
+    assert settings.intake.port == 104
+    assert [one.name for one in settings.destination] == ["pacs", "er"]
+    assert settings.spool_directory.is_dir()
+    # with every "#" before a key removed it is still the same configuration
+    text = path.read_text(encoding="utf-8")
+    lines = [line.removeprefix("# ") if " = " in line and "= " != line[-2:] else line for line in text.splitlines()]
+    everything = "\n".join(line for line in lines if "SCANSIDE_INTAKE" not in line)
+    assert load_settings(written(tmp_path, everything)).destination == settings.destination
+    with pytest.raises(SettingsError, match="already"):
+        init.write(tmp_path / "box", {})
+
+
+def test_init_leaves_nothing_that_does_not_load(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"intake\.port"):
+        init.write(tmp_path, {"intake": {"port": 0}})
+    assert not (tmp_path / "scanside.toml").exists()
