@@ -1,0 +1,255 @@
+"""Model packages: a folder with a model's files and ``package.toml``, which says what the model is and may be used on.
+
+A package is only ever handed on after the digests of its files were compared with the ones it states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from dicom_io.errors import ScansideError
+
+MANIFEST = "package.toml"
+ANY = "any"
+"""The label whose probability is the study's."""
+
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+"""Also a Python module's, a Triton model's and a folder's name."""
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class PackageError(ScansideError):
+    """A model package that is incomplete, inconsistent or not what it says it is."""
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Indication:
+    """What the package may be used on, for the gate to hold a study against. Ranges include both ends."""
+
+    modality: Annotated[tuple[Text, ...], Field(min_length=1)]
+    sop_classes: Annotated[tuple[Text, ...], Field(min_length=1)]
+    body_parts: Annotated[tuple[Text, ...], Field(min_length=1)]
+    minimum_age_years: Annotated[float, Field(ge=0)]
+    kvp: tuple[Positive, Positive]
+    slice_thickness_mm: tuple[Positive, Positive]
+    contrast: bool
+    minimum_slabs: Count
+    minimum_coverage_mm: Positive
+    minimum_brain_ml: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Indication:
+        for name, (low, high) in (("kvp", self.kvp), ("slice_thickness_mm", self.slice_thickness_mm)):
+            if low > high:
+                raise ValueError(f"{name} runs from {low} down to {high}")
+        return self
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Window:
+    """A linear window in HU: ``center`` and ``width`` as in PS3.3 C.11.2.1.2."""
+
+    center: float
+    width: Positive
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Preprocessing:
+    """How a slab becomes the model's input: ``size`` pixels of ``spacing_mm``, one channel for each window."""
+
+    slab_mm: Positive
+    size: Count
+    spacing_mm: Positive
+    windows: Annotated[tuple[Window, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Tensor:
+    """One input or output of the model, without the batch."""
+
+    name: Text
+    datatype: Literal["FP32"]
+    shape: Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Model:
+    """The model as Triton serves it."""
+
+    triton_name: Name
+    maximum_batch: Count
+    input: Tensor
+    outputs: tuple[Tensor, ...]
+
+    @model_validator(mode="after")
+    def _outputs_known(self) -> Model:
+        names = sorted(tensor.name for tensor in self.outputs)
+        if names != ["lesion_map", "probabilities"]:
+            raise ValueError(f"the outputs must be probabilities and lesion_map, not {', '.join(names) or 'none'}")
+        shape = self.output("lesion_map").shape
+        if len(shape) != 3 or shape[0] != 1 or shape[1] != shape[2]:
+            raise ValueError(f"lesion_map must be square with one channel, [1, n, n], not {list(shape)}")
+        return self
+
+    def output(self, name: str) -> Tensor:
+        """The output of that name. Raises KeyError where there is none."""
+        return {tensor.name: tensor for tensor in self.outputs}[name]
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class OperatingPoint:
+    """Where a study is positive, and where a pixel of the lesion map is drawn."""
+
+    threshold: Probability
+    lesion_threshold: Probability
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Package:
+    """One model package, as its ``package.toml`` states it.
+
+    Attributes:
+        notice: the regulatory notice, shown wherever a verdict of this package is.
+        mode: "evaluation" marks every alert as no basis for care.
+        labels: what the entries of ``probabilities`` stand for; holds "any".
+        files: path within the package → "sha256:…" of its content.
+        folder: where the package lies; not part of package.toml.
+    """
+
+    name: Name
+    version: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+\.\d+([-+.][0-9A-Za-z.]+)?$")]
+    title: Text
+    manufacturer: Text
+    clearance: Text
+    notice: Text
+    mode: Literal["evaluation", "clinical"]
+    intended_use: Literal["triage"]
+    labels: Annotated[tuple[Name, ...], Field(min_length=1)]
+    indication: Indication
+    preprocessing: Preprocessing
+    model: Model
+    operating_point: OperatingPoint
+    files: Annotated[dict[str, Digest], Field(min_length=1)]
+    folder: Annotated[Path, Field(strict=False)] = field(default=Path(), compare=False)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Package:
+        expected = (len(self.preprocessing.windows), self.preprocessing.size, self.preprocessing.size)
+        if self.model.input.shape != expected:
+            raise ValueError(f"model.input is {list(self.model.input.shape)}, preprocessing makes {list(expected)}")
+        if self.model.output("probabilities").shape != (len(self.labels),):
+            raise ValueError(f"probabilities has another length than the {len(self.labels)} labels")
+        if ANY not in self.labels or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels must hold {ANY!r} and differ from one another")
+        if "model.onnx" not in self.files:
+            raise ValueError("files must list model.onnx")
+        for path in self.files:
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"files.{path!r} lies outside the package")
+        return self
+
+
+_SCHEMA = TypeAdapter(Package)
+
+
+def load(folder: Path) -> Package:
+    """Read a package and check every file it lists against its digest.
+
+    Args:
+        folder: holds package.toml and the files.
+
+    Raises:
+        PackageError: naming the file and the key that is wrong, or the file whose content is not the stated one.
+    """
+    path = folder / MANIFEST
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PackageError(
+            error.strerror or str(error), str(path), "put a model package there, or correct its name in the settings"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PackageError(f"this is not TOML: {error}", str(path), "restore the file as it was published") from error
+    if "folder" in data:
+        raise PackageError("folder: there is no such key", str(path), "remove it")
+    try:
+        # By way of JSON, because strict mode takes JSON's arrays for tuples, but nothing else for something else.
+        package = _SCHEMA.validate_json(json.dumps({**data, "folder": str(folder)}, default=str))
+    except ValidationError as error:
+        lines = "; ".join(_sentence(entry) for entry in error.errors())
+        raise PackageError(lines, str(path), "restore the file as it was published") from error
+    for name in package.files:
+        verify(package, name)
+    return package
+
+
+def verify(package: Package, name: str) -> bytes:
+    """The content of one of the package's files, after comparing it with its digest.
+
+    Raises:
+        PackageError: the file cannot be read or is not the one that the package states.
+    """
+    path = package.folder / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PackageError(
+            error.strerror or str(error), str(path), "restore the package as it was published"
+        ) from error
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    if digest != package.files[name]:
+        raise PackageError(
+            f"its digest is {digest}, {MANIFEST} states {package.files[name]}",
+            str(path),
+            "restore the package as it was published; do not use it",
+        )
+    return content
+
+
+def load_all(repository: Path, names: Sequence[str]) -> tuple[Package, ...]:
+    """The named packages of a folder of packages, in that order.
+
+    Raises:
+        PackageError: one cannot be loaded, calls itself something else, or two serve one Triton model.
+    """
+    packages: list[Package] = []
+    for name in names:
+        package = load(repository / name)
+        where = str(repository / name / MANIFEST)
+        if package.name != name:
+            raise PackageError(f"name: it is {package.name!r} in a folder {name!r}", where, "make them the same")
+        if any(package.model.triton_name == other.model.triton_name for other in packages):
+            raise PackageError(
+                f"model.triton_name: {package.model.triton_name!r} is another package's",
+                where,
+                "name each package once",
+            )
+        packages.append(package)
+    return tuple(packages)
+
+
+def _sentence(error: Any) -> str:
+    """One validation error as "key: what is wrong with it"."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key}: there is no such key"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: it is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{key}: {message}" if key else message

@@ -1,0 +1,62 @@
+"""When a study has arrived, and on what evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.ledger.database import seconds_between
+from appliance.study.selection import Selection
+
+HEAD_MM = 100.0
+"""Least cover along the normal that counts as a head; adult brains measure about 130 mm from base to vertex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completeness:
+    """Whether a study is complete, and the evidence.
+
+    Attributes:
+        wait_seconds: when not complete, look again after this long even if nothing arrives.
+        evidence: JSON-ready; ``by`` names what decided, ``confidence`` is high or low.
+    """
+
+    complete: bool
+    wait_seconds: float
+    evidence: dict[str, Any]
+
+
+def weigh(
+    arriving: Mapping[str, Any], selection: Selection, at: str, *, settle_seconds: float, quiet_seconds: float
+) -> Completeness:
+    """Weigh the evidence on one study that is receiving or reopened.
+
+    The scanner's word comes first: every association that brought an instance was released, a moment has
+    passed in which it opened no other, and the series to analyse is contiguous and covers a head. Else the
+    last resort: nothing came for ``quiet_seconds``.
+
+    Args:
+        arriving: a row of `Ledger.arriving_studies`.
+        at: the time now, as the ledger writes it.
+    """
+    silent = seconds_between(arriving["last_instance_at"], at)
+    volume = selection.volume
+    outcomes = sorted(filter(None, (arriving["outcomes"] or "").split(",")))
+    evidence: dict[str, Any] = {
+        "associations": outcomes + ["open"] * int(arriving["open_associations"]),
+        "contiguous": volume is not None and not volume.gaps,
+        "coverage_mm": round(volume.offsets[-1] - volume.offsets[0], 1) if volume else 0.0,
+        "slices": len(volume.planes) if volume else 0,
+    }
+    released = not arriving["open_associations"] and outcomes == ["released"]
+    if released and evidence["contiguous"] and evidence["coverage_mm"] >= HEAD_MM:
+        settled = seconds_between(arriving["last_closed_at"], at)
+        if settled >= settle_seconds:
+            evidence |= {"by": "association released, geometry contiguous", "confidence": "high"}
+            return Completeness(True, 0.0, evidence)
+        return Completeness(False, settle_seconds - settled, evidence)
+    if silent >= quiet_seconds:
+        evidence |= {"by": f"nothing came for {quiet_seconds:g} s", "confidence": "low"}
+        return Completeness(True, 0.0, evidence)
+    return Completeness(False, quiet_seconds - silent, evidence)

@@ -1,0 +1,126 @@
+"""The right series is chosen, whatever else came with it and in whatever order."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from appliance.study.grouping import group
+from appliance.study.selection import Selection, kernel_class, select
+from dicom_io.errors import HeaderError
+from dicom_io.header import FramePlane, Header, read_header
+from tests.builders import SECONDARY_CAPTURE, head_series, header
+
+
+def choose(*series: list[Header]) -> tuple[str | None, dict[str, str]]:
+    headers = [one for members in series for one in members]
+    random.Random(7).shuffle(headers)
+    selection = select(group(headers))
+    assert_consistent(selection)
+    chosen = selection.series.series_instance_uid if selection.series else None
+    return chosen, {one.series_instance_uid: one.reason for one in selection.considered}
+
+
+def assert_consistent(selection: Selection) -> None:
+    assert sum(one.chosen for one in selection.considered) == (selection.series is not None)
+    assert all(one.reason for one in selection.considered)
+
+
+def test_thick_before_thin() -> None:
+    thin = head_series(150, step=1.0, thickness=1.0, series="1.2.3.1")
+    thick = head_series(30, series="1.2.3.2")
+    chosen, reasons = choose(thin, thick)
+    assert chosen == "1.2.3.2"
+    assert "thin" in reasons["1.2.3.1"]
+    assert choose(thin)[0] == "1.2.3.1"
+
+
+def test_a_soft_kernel_before_an_unknown_one_and_never_a_sharp_one() -> None:
+    unknown = head_series(30, series="1.2.3.1", convolution_kernel="ZZZ")
+    soft = head_series(30, series="1.2.3.2", convolution_kernel="H31s")
+    bone = head_series(30, series="1.2.3.3", convolution_kernel="H60s")
+    chosen, reasons = choose(unknown, soft, bone)
+    assert chosen == "1.2.3.2"
+    assert "kernel is unknown" in reasons["1.2.3.1"]
+    assert "sharp" in reasons["1.2.3.3"]
+    assert choose(bone)[0] is None
+
+
+def test_plain_before_contrast() -> None:
+    with_contrast = head_series(40, series="1.2.3.1", contrast_bolus_agent="IOHEXOL")
+    plain = head_series(30, series="1.2.3.2")
+    assert choose(with_contrast, plain)[0] == "1.2.3.2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sop_class_uid": SECONDARY_CAPTURE}, "not CT images"),
+        ({"modality": "MR"}, "Modality"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer"),
+        ({"image_type": ("DERIVED", "PRIMARY", "AXIAL")}, "not original"),
+        ({"image_type": ("ORIGINAL", "SECONDARY", "AXIAL")}, "secondary"),
+        ({"image_type": ()}, "not original"),
+        ({"frames": ()}, "no image positions"),
+        ({"series_description": "C-SPINE 2MM"}, "not of the head"),
+    ],
+)
+def test_what_is_never_analysed(changes: dict[str, object], reason: str) -> None:
+    chosen, reasons = choose(head_series(30, **changes))
+    assert chosen is None
+    assert reason in reasons["1.2.3.1"]
+
+
+def test_scouts_and_reformats_are_not_axial() -> None:
+    sagittal = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
+    series = [header(n, frames=(FramePlane((5.0 * n, -128.0, 0.0), sagittal, (0.5, 0.5), 5.0),)) for n in range(1, 31)]
+    chosen, reasons = choose(series)
+    assert chosen is None
+    assert "not axial" in reasons["1.2.3.1"]
+
+
+def test_a_fragment_is_not_chosen() -> None:
+    chosen, reasons = choose(head_series(4))
+    assert chosen is None
+    assert "only 4" in reasons["1.2.3.1"]
+
+
+@pytest.mark.parametrize(
+    ("maker", "kernel", "kind"),
+    [
+        ("GE MEDICAL SYSTEMS", "STANDARD", "soft"), ("GE MEDICAL SYSTEMS", "STD+", "soft"),
+        ("GE MEDICAL SYSTEMS", "BONEPLUS", "sharp"), ("SIEMENS", "H31s", "soft"), ("SIEMENS", "Hr64h", "sharp"),
+        ("SIEMENS", "J45s\\3", "soft"), ("TOSHIBA", "FC26", "soft"), ("TOSHIBA", "FC30", "sharp"),
+        ("TOSHIBA", "FC68", "soft"), ("Philips", "UB", "soft"), ("Philips", "YB", "sharp"), ("ACME", "", "unknown"),
+        ("ACME", "UB", "unknown"),
+    ],
+)  # fmt: skip
+def test_kernels_by_their_makers_names(maker: str, kernel: str, kind: str) -> None:
+    assert kernel_class(header(manufacturer=maker, convolution_kernel=kernel)) == kind
+
+
+def test_a_scanners_whole_study(philips_phantom: Path) -> None:
+    headers = []
+    for path in sorted(one for one in philips_phantom.rglob("*") if one.is_file()):
+        try:
+            headers.append(read_header(path))
+        except HeaderError:
+            continue
+    selection = select(group(headers))
+    assert_consistent(selection)
+    assert selection.series is not None
+    assert selection.series.first.series_number == 201
+    reasons = {one.series_number: one.reason for one in selection.considered}
+    assert "localizer" in reasons[100]
+    assert "thin" in reasons[202]
+    assert "not CT images" in reasons[401]
+
+
+def test_a_real_head_with_a_tilted_gantry(ge_head: Path) -> None:
+    selection = select(group(read_header(path) for path in sorted(ge_head.glob("*.dcm"))))
+    assert selection.series is not None
+    assert selection.volume is not None
+    assert len(selection.volume.planes) == 28
+    assert selection.volume.gaps == ()
