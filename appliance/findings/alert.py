@@ -1,0 +1,264 @@
+"""The alert: an HL7 v2.5.1 unsolicited result, ORU^R01 (chapter 7), from a verdict.
+
+Every result in it is preliminary (P): this box never finalises one, so it never sends F; and as table 0085 lets C
+replace final results only, a correction is a preliminary result again. A receiver tells the three kinds of message
+apart by the observation MESSAGE-KIND, and finds the message that they replace by the same patient, order numbers and
+study UID with a lower REVISION.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydicom.dataset import Dataset
+from pydicom.valuerep import PersonName
+
+from appliance.findings import wording
+from appliance.ledger.records import Verdict
+from dicom_io.objects import codes
+from dicom_io.objects.codes import Concept
+
+Kind = Literal["alert", "correction", "withdrawal"]
+
+_CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
+_ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
+_SUBTYPES_OF_NAMES = ("A", "I", "P")  # alphabetic, ideographic, phonetic (table 0465)
+
+
+def message_control_id(*parts: str) -> str:
+    """MSH-10 for the delivery that these parts name: always the same 20 characters, so a receiver can deduplicate."""
+    name = "".join(f"{len(part)}:{part}" for part in parts)
+    return base64.b32encode(hashlib.sha256(name.encode()).digest()).decode()[:_CONTROL_ID_LENGTH]
+
+
+def render_alert(
+    verdict: Verdict,
+    source: Dataset,
+    *,
+    control_id: str,
+    kind: Kind,
+    issued_at: datetime,
+    processing_id: Literal["P", "T", "D"],
+    sending_application: str,
+    sending_facility: str,
+    receiving_application: str,
+    receiving_facility: str,
+    revision: int = 1,
+) -> str:
+    r"""The message as ER7 text, each segment ended by \r; it is to be sent as UTF-8.
+
+    Args:
+        source: header of an analysed image; patient, visit and order are its.
+        control_id: MSH-10, see `message_control_id`.
+        kind: "alert" and "correction" say that haemorrhage is suspected, "withdrawal" that it no longer is.
+        issued_at: when the verdict was issued (aware).
+
+    Raises: ValueError if `kind` contradicts the verdict, or `control_id` is not 1 to 20 printable ASCII characters.
+    """
+    if verdict.positive == (kind == "withdrawal"):
+        raise ValueError(f"{kind!r} contradicts a verdict with positive={verdict.positive}")
+    if not re.fullmatch(rf"[!-~]{{1,{_CONTROL_ID_LENGTH}}}", control_id):
+        raise ValueError(f"message control id {control_id!r} is not 1 to {_CONTROL_ID_LENGTH} characters")
+    sent = _timestamp(issued_at)
+    segments = [
+        _segment(
+            "MSH",
+            {
+                # MSH-1 is the separator itself, so every later field stands one place further left.
+                1: "^~\\&",
+                2: _text(sending_application),
+                3: _text(sending_facility),
+                4: _text(receiving_application),
+                5: _text(receiving_facility),
+                6: sent,
+                8: "ORU^R01^ORU_R01",
+                9: _text(control_id),
+                10: processing_id,
+                11: "2.5.1",
+                17: "UNICODE UTF-8",
+            },
+        ),
+        _segment("PID", {1: "1", 3: _patient_id(source), 5: _names(source), 7: _birth(source), 8: _sex(source)}),
+        _segment("PV1", {1: "1", 2: "U", 19: _text(_value(source, "AdmissionID"))}),
+        *_order(source, sent),
+        *_notes(verdict, kind, revision),
+        *_observations(verdict, kind, revision, _acquired(source), sent),
+    ]
+    return "".join(segment + "\r" for segment in segments)
+
+
+def _order(source: Dataset, sent: str) -> list[str]:
+    """ORC and OBR. The accession number is the filler's order number, and stands in OBR-18 too, where the IHE
+    Radiology framework (Scheduled Workflow) carries it."""
+    request = _first_item(source, "RequestAttributesSequence")
+    placer = _value(source, "PlacerOrderNumberImagingServiceRequest") or _value(
+        request, "PlacerOrderNumberImagingServiceRequest"
+    )
+    accession = _value(source, "AccessionNumber") or _value(request, "AccessionNumber")
+    issuer = _first_item(source, "IssuerOfAccessionNumberSequence")
+    filler = _components(_text(accession), *(_authority(issuer) if accession else ()))
+    service = (
+        *(codes.CT_HEAD_LOINC.value, codes.CT_HEAD_LOINC.meaning, codes.CT_HEAD_LOINC.scheme),
+        *(codes.CT_HEAD.value, codes.CT_HEAD.meaning, codes.CT_HEAD.scheme),
+    )
+    fields = {
+        1: "1",
+        2: _text(placer),
+        3: filler,
+        4: _components(*(_text(part) for part in service)),
+        7: _acquired(source),
+        18: _text(accession),
+        22: sent,
+        24: "CT",
+        25: "P",
+    }
+    return [_segment("ORC", {1: "RE", 2: _text(placer), 3: filler}), _segment("OBR", fields)]
+
+
+def _notes(verdict: Verdict, kind: Kind, revision: int) -> list[str]:
+    lines = [wording.TRIAGE_ONLY, f"Clearance: {verdict.notice}."]
+    if kind == "correction":
+        lines.insert(0, f"CORRECTION: revision {revision} of this verdict replaces the earlier alert.")
+    if kind == "withdrawal":
+        lines.insert(0, f"WITHDRAWAL: revision {revision} of this verdict takes the earlier alert back.")
+    lines += [f"Limitation: {limitation}" for limitation in verdict.limitations]
+    return [
+        _segment("NTE", {1: str(number), 2: "L", 3: _long_text(line)}) for number, line in enumerate(lines, start=1)
+    ]
+
+
+def _observations(verdict: Verdict, kind: Kind, revision: int, acquired: str, sent: str) -> list[str]:
+    positive = kind != "withdrawal"
+    withdrawn = "" if positive else "The earlier alert is withdrawn. "
+    impression = f"{withdrawn}{wording.impression(verdict)}"
+    rows: list[dict[int, str]] = [
+        {2: "ST", 3: _coded(codes.DICOM_STUDY), 5: _text(verdict.study_instance_uid)},
+        {
+            2: "TX",
+            3: _coded(codes.PROCEDURE_FINDINGS),
+            5: _long_text(impression),
+            8: "AA" if positive else "",
+            17: _coded(codes.ACTIONABLE_1) if positive else "",
+        },
+    ]
+    if positive:
+        likely = wording.likely_subtypes(verdict.subtypes)
+        found = [codes.SUBTYPES[label] for label in likely if label in codes.SUBTYPES]
+        rows += [
+            {2: "CE", 3: _coded(codes.FINDING), 4: str(number), 5: _coded(concept)}
+            for number, concept in enumerate([codes.INTRACRANIAL_HEMORRHAGE, *found], start=1)
+        ]
+    rows += [
+        {2: "NM", 3: _coded(codes.PROBABILITY), 5: f"{verdict.probability:.4f}", 6: _coded(codes.NO_UNITS)},
+        {2: "NM", 3: _coded(codes.VOLUME), 5: f"{verdict.volume_ml:.2f}", 6: _coded(codes.MILLILITER)},
+        {2: "ST", 3: _coded(codes.ALGORITHM_NAME), 5: _text(verdict.package)},
+        {2: "ST", 3: _coded(codes.ALGORITHM_VERSION), 5: _text(verdict.package_version)},
+        {2: "NM", 3: _coded(codes.REVISION), 5: str(revision)},
+        {2: "ST", 3: _coded(codes.MESSAGE_KIND), 5: kind},
+    ]
+    return [
+        _segment("OBX", {**row, 1: str(number), 11: "P", 14: acquired, 19: sent})
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _patient_id(source: Dataset) -> str:
+    """PID-3: the identifier with its issuer as assigning authority (CX-4). Empty if the source has none."""
+    identifier = _value(source, "PatientID")
+    if not identifier:
+        return ""
+    qualifiers = _first_item(source, "IssuerOfPatientIDQualifiersSequence")
+    authority = (
+        _text(_value(source, "IssuerOfPatientID")),
+        _text(_value(qualifiers, "UniversalEntityID")),
+        _text(_value(qualifiers, "UniversalEntityIDType")),
+    )
+    return _components(_text(identifier), "", "", "&".join(authority).rstrip("&"))
+
+
+def _names(source: Dataset) -> str:
+    """PID-5: each component group of the person name (PS3.5 6.2.1) as a repetition of XPN."""
+    name = source.get("PatientName")
+    groups = str(name).split("=") if isinstance(name, PersonName | str) else []
+    repetitions = []
+    for group, representation in zip(groups, _SUBTYPES_OF_NAMES, strict=False):
+        family, given, middle, prefix, suffix = (*(part.strip() for part in group.split("^")), *[""] * 5)[:5]
+        if any((family, given, middle, prefix, suffix)):
+            # XPN has the suffix before the prefix; DICOM has them the other way round.
+            parts = (_text(part) for part in (family, given, middle, suffix, prefix))
+            repetitions.append("^".join([*parts, "", "L", representation]))
+    return "~".join(repetitions) or "^^^^^^U"  # PID-5 is required; U: no name is stated (table 0200)
+
+
+def _birth(source: Dataset) -> str:
+    digits = re.sub(r"[^0-9]", "", _value(source, "PatientBirthDate"))
+    return digits if len(digits) == 8 else ""
+
+
+def _sex(source: Dataset) -> str:
+    value = _value(source, "PatientSex").upper()
+    return value if value in ("F", "M", "O") else "U"
+
+
+def _acquired(source: Dataset) -> str:
+    """OBR-7: when the images were acquired, by the scanner's clock; '' if the source does not say."""
+    for date_of, time_of in (("AcquisitionDate", "AcquisitionTime"), ("StudyDate", "StudyTime")):
+        date = re.sub(r"[^0-9]", "", _value(source, date_of))
+        time = re.match(r"[0-9]{2}([0-9]{2}([0-9]{2})?)?", _value(source, time_of).replace(":", ""))
+        if len(date) == 8:
+            minutes = time[0] if time and len(time[0]) >= 4 else ""
+            offset = _value(source, "TimezoneOffsetFromUTC") if minutes else ""
+            return date + minutes + (offset if re.fullmatch(r"[+-][0-9]{4}", offset) else "")
+    return ""
+
+
+def _authority(item: Dataset | None) -> tuple[str, str, str]:
+    """EI-2 to EI-4 from an HL7v2 Hierarchic Designator macro (PS3.3 10.14)."""
+    keywords = ("LocalNamespaceEntityID", "UniversalEntityID", "UniversalEntityIDType")
+    first, second, third = (_text(_value(item, keyword)) for keyword in keywords)
+    return first, second, third
+
+
+def _first_item(source: Dataset, keyword: str) -> Dataset | None:
+    items: Sequence[Dataset] = source.get(keyword) or ()
+    return items[0] if items else None
+
+
+def _value(source: Dataset | None, keyword: str) -> str:
+    value = source.get(keyword) if source is not None else None
+    return "" if value is None else str(value).strip()
+
+
+def _segment(name: str, fields: dict[int, str]) -> str:
+    return "|".join([name, *(fields.get(number, "") for number in range(1, max(fields) + 1))]).rstrip("|")
+
+
+def _components(*parts: str) -> str:
+    return "^".join(parts).rstrip("^")
+
+
+def _coded(concept: Concept) -> str:
+    return _components(_text(concept.value), _text(concept.meaning), _text(concept.scheme))
+
+
+def _text(value: str) -> str:
+    """Text for one component: delimiters escaped (chapter 2.7), line breaks and control characters to spaces."""
+    return _printable(value).translate(_ESCAPES)
+
+
+def _long_text(value: str) -> str:
+    r"""Text for a TX or FT field: line breaks become \.br\ (chapter 2.7.2)."""
+    return "\\.br\\".join(_text(line) for line in re.split(r"\r\n|\r|\n", value))
+
+
+def _printable(value: str) -> str:
+    return "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" else c for c in value).strip()
+
+
+def _timestamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y%m%d%H%M%S.%f")[:-2] + "+0000"

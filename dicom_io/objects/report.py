@@ -1,0 +1,238 @@
+"""A measurement report: Comprehensive 3D SR after PS3.16 TID 1500."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import highdicom.sr as sr
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.uid import Comprehensive3DSRStorage
+
+from dicom_io.objects import codes
+from dicom_io.objects.codes import Concept
+from dicom_io.objects.common import (
+    Device,
+    ImageReference,
+    Place,
+    begin,
+    declare_private_scheme,
+    fit,
+    references,
+)
+
+_CONTAINS = sr.RelationshipTypeValues.CONTAINS
+_CONTEXT = sr.RelationshipTypeValues.HAS_ACQ_CONTEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What computed the results (PS3.16 TID 4019)."""
+
+    name: str
+    version: str
+    manufacturer: str
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number with its name and unit (PS3.16 TID 300)."""
+
+    name: Concept
+    value: float
+    unit: Concept
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFinding:
+    """A finding on one image (PS3.16 TID 1410 where outlined, else TID 1501).
+
+    Attributes:
+        label: human readable tracking identifier; `uid` is the unique one.
+        outline: closed polygon of (column, row), pixel centres at integers; None for the whole image.
+    """
+
+    label: str
+    uid: str
+    concept: Concept
+    image: ImageReference
+    quantities: tuple[Quantity, ...] = ()
+    outline: tuple[tuple[float, float], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the report says.
+
+    Attributes:
+        label, uid: tracking identifiers of the result for the whole study.
+        finding: what is suspected; None if nothing was found, so that no reader takes it for a finding.
+        result: the coded triage result.
+        impression: one or more sentences for a person.
+        quantities: study-level numbers.
+        findings: where it is seen, most important first.
+        comments: the regulatory notice and the like.
+        limitations: what was not analysed or is doubtful.
+        images: every analysed image, all of one series, in order; not empty.
+    """
+
+    label: str
+    uid: str
+    finding: Concept | None
+    result: Concept
+    impression: str
+    quantities: tuple[Quantity, ...]
+    findings: tuple[ReportFinding, ...]
+    comments: tuple[str, ...]
+    limitations: tuple[str, ...]
+    images: tuple[ImageReference, ...]
+
+
+def build_report(
+    report: Report,
+    source: Dataset,
+    *,
+    procedure: Concept,
+    algorithm: Algorithm,
+    device: Device,
+    place: Place,
+) -> Dataset:
+    """A complete, unverified, preliminary TID 1500 report on one series.
+
+    Args:
+        source: header of an analysed image; the report takes patient and study from it.
+        procedure: the imaging procedure that is reported on.
+
+    Returns: a data set with file meta, ready to be written; the same for the same arguments.
+    Raises: ValueError if `report.images` is empty.
+    """
+    if not report.images:
+        raise ValueError("a report needs at least one analysed image")
+    made = begin(Comprehensive3DSRStorage, "SR", source, device, place)
+    made.CompletionFlag = "COMPLETE"
+    made.VerificationFlag = "UNVERIFIED"
+    made.PreliminaryFlag = "PRELIMINARY"
+    made.ReferencedPerformedProcedureStepSequence = DicomSequence()
+    made.PerformedProcedureCodeSequence = DicomSequence()
+    made.CurrentRequestedProcedureEvidenceSequence = _evidence(source, report.images)
+    declare_private_scheme(made)
+
+    identification = sr.AlgorithmIdentification(
+        name=fit(made, algorithm.name),
+        version=fit(made, algorithm.version),
+        manufacturer=fit(made, algorithm.manufacturer),
+        parameters=[fit(made, parameter) for parameter in algorithm.parameters] or None,
+    )
+    groups: list[Any] = [_study_group(made, report, identification)]
+    groups += [_finding_group(made, finding, identification) for finding in report.findings]
+    tree = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_device_context=_observer(made, device)),
+        procedure_reported=_coded(procedure),
+        imaging_measurements=groups,
+    )[0]
+    tree.ContentSequence.insert(len(tree.ContentSequence) - 1, _image_library(source, report.images))
+    for element in tree:
+        made[element.tag] = element
+    return made
+
+
+def _coded(concept: Concept) -> Any:
+    return sr.CodedConcept(concept.value, concept.scheme, concept.meaning)
+
+
+def _text(made: Dataset, name: Concept, text: str) -> Any:
+    return sr.TextContentItem(_coded(name), fit(made, text), relationship_type=_CONTAINS)
+
+
+def _observer(made: Dataset, device: Device) -> Any:
+    return sr.ObserverContext(
+        observer_type=_coded(codes.DEVICE),
+        observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
+            uid=device.uid,
+            name=fit(made, device.name),
+            manufacturer_name=fit(made, device.manufacturer),
+            model_name=fit(made, f"{device.model_name} {device.software_version}"),
+            serial_number=fit(made, device.serial_number) or None,
+        ),
+    )
+
+
+def _measurements(quantities: Sequence[Quantity]) -> list[Any] | None:
+    made = [sr.Measurement(_coded(q.name), float(q.value), _coded(q.unit)) for q in quantities]
+    return made or None
+
+
+def _study_group(made: Dataset, report: Report, identification: Any) -> Any:
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=report.uid, identifier=fit(made, report.label)),
+        finding_type=_coded(report.finding) if report.finding else None,
+        algorithm_id=identification,
+        measurements=_measurements(report.quantities),
+        qualitative_evaluations=[sr.QualitativeEvaluation(_coded(codes.TRIAGE_RESULT), _coded(report.result))],
+    )
+    items = group[0].ContentSequence
+    items.append(_text(made, codes.IMPRESSION, report.impression))
+    items.extend([_text(made, codes.COMMENT, comment) for comment in report.comments])
+    items.extend([_text(made, codes.LIMITATION, limitation) for limitation in report.limitations])
+    return group
+
+
+def _finding_group(made: Dataset, finding: ReportFinding, identification: Any) -> Any:
+    image = finding.image
+    frames = None if image.frame is None else [image.frame]
+    common = {
+        "tracking_identifier": sr.TrackingIdentifier(uid=finding.uid, identifier=fit(made, finding.label)),
+        "finding_type": _coded(finding.concept),
+        "algorithm_id": identification,
+        "measurements": _measurements(finding.quantities),
+    }
+    if finding.outline is None:
+        return sr.MeasurementsAndQualitativeEvaluations(
+            source_images=[sr.SourceImageForMeasurementGroup(image.sop_class_uid, image.sop_instance_uid, frames)],
+            **common,
+        )
+    region = sr.ImageRegion(
+        graphic_type=sr.GraphicTypeValues.POLYLINE,
+        # The corner of the first pixel is 0\0 and its centre 0.5\0.5 (PS3.3 C.18.6); a closed line repeats its start.
+        graphic_data=np.array([*finding.outline, finding.outline[0]], dtype=np.float64) + 0.5,
+        source_image=sr.SourceImageForRegion(image.sop_class_uid, image.sop_instance_uid, frames),
+    )
+    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_region=region, **common)
+
+
+def _image_library(source: Dataset, images: Sequence[ImageReference]) -> Any:
+    """PS3.16 TID 1600: one group, described by what all its images share."""
+    group = sr.ContainerContentItem(_coded(codes.IMAGE_LIBRARY_GROUP), relationship_type=_CONTAINS)
+    group.ContentSequence = sr.ContentSequence()
+    group.ContentSequence.append(
+        sr.CodeContentItem(_coded(codes.MODALITY), _coded(codes.CT_MODALITY), relationship_type=_CONTEXT)
+    )
+    if frame_of_reference := source.get("FrameOfReferenceUID"):
+        group.ContentSequence.append(
+            sr.UIDRefContentItem(_coded(codes.FRAME_OF_REFERENCE), frame_of_reference, relationship_type=_CONTEXT)
+        )
+    unique = {image.sop_instance_uid: image.sop_class_uid for image in images}
+    group.ContentSequence.extend(
+        [
+            sr.ImageContentItem(_coded(codes.SOURCE), cls, uid, relationship_type=_CONTAINS)
+            for uid, cls in unique.items()
+        ]
+    )
+    library = sr.ContainerContentItem(_coded(codes.IMAGE_LIBRARY), relationship_type=_CONTAINS)
+    library.ContentSequence = sr.ContentSequence([group])
+    return library
+
+
+def _evidence(source: Dataset, images: Sequence[ImageReference]) -> DicomSequence:
+    """Current Requested Procedure Evidence Sequence (PS3.3 C.17.2): study, series, images."""
+    series = Dataset()
+    series.SeriesInstanceUID = source.SeriesInstanceUID
+    series.ReferencedSOPSequence = references(images)
+    study = Dataset()
+    study.StudyInstanceUID = source.StudyInstanceUID
+    study.ReferencedSeriesSequence = DicomSequence([series])
+    return DicomSequence([study])

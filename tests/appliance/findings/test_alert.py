@@ -1,0 +1,264 @@
+"""The alert, judged by hl7apy's strict validation and read by the hl7 package."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import hl7
+import pytest
+from hl7apy.consts import VALIDATION_LEVEL
+from hl7apy.parser import parse_message
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+
+from appliance.findings.alert import Kind, message_control_id, render_alert
+from appliance.ledger.records import Verdict
+from tests.findings_support import ISSUED, NAMES, Series, ct_series, renamed, verdict_on
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Series:
+    return ct_series(tmp_path_factory.mktemp("series"))
+
+
+def alert(verdict: Verdict, source: Dataset, **changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "control_id": "ABCDEFGHIJKLMNOPQRST",
+        "kind": "alert",
+        "issued_at": ISSUED,
+        "processing_id": "P",
+        "sending_application": "SCANSIDE",
+        "sending_facility": "BOX",
+        "receiving_application": "RIS",
+        "receiving_facility": "HOSP",
+    }
+    return render_alert(verdict, source, **{**arguments, **changes})
+
+
+def valid(text: str) -> hl7.Message:
+    """The message parsed, after hl7apy found it valid against the v2.5.1 structures."""
+    message = parse_message(text.rstrip("\r"), validation_level=VALIDATION_LEVEL.STRICT, find_groups=True)
+    assert message.validate()
+    assert message.to_er7().rstrip("\r").split("\r") == text.rstrip("\r").split("\r")
+    return hl7.parse(text)
+
+
+def field(segment: hl7.Segment, number: int) -> str:
+    return str(segment[number]) if len(segment) > number else ""
+
+
+def observation(message: hl7.Message, code: str) -> hl7.Segment:
+    [found] = [s for s in message.segments("OBX") if str(s[3]).split("^")[0] == code]
+    return found
+
+
+def test_an_alert_is_a_valid_message_in_utf_8(series: Series) -> None:
+    text = alert(verdict_on(series), series.header())
+    message = valid(text)
+    header = message.segment("MSH")
+    assert [field(header, n) for n in (3, 4, 5, 6)] == ["SCANSIDE", "BOX", "RIS", "HOSP"]
+    assert field(header, 7) == "20260304050607.8910+0000"
+    assert [field(header, n) for n in (9, 10, 11, 12)] == ["ORU^R01^ORU_R01", "ABCDEFGHIJKLMNOPQRST", "P", "2.5.1"]
+    assert field(header, 18) == "UNICODE UTF-8"
+    assert field(header, 15) == field(header, 16) == ""  # original acknowledgement mode
+    assert text.endswith("\r") and "\n" not in text
+    assert [str(s[0]) for s in message][:5] == ["MSH", "PID", "PV1", "ORC", "OBR"]
+
+
+def test_it_says_what_the_verdict_says(series: Series) -> None:
+    verdict = verdict_on(series)
+    message = valid(alert(verdict, series.header()))
+    study = observation(message, "113014")
+    assert (field(study, 2), field(study, 3), field(study, 5)) == (
+        "ST",
+        "113014^DICOM Study^DCM",
+        verdict.study_instance_uid,
+    )
+    impression = observation(message, "59776-5")
+    assert (field(impression, 2), field(impression, 3)) == ("TX", "59776-5^Procedure Findings^LN")
+    assert field(impression, 5).startswith("Intracranial haemorrhage suspected (subdural, subarachnoid)")
+    assert field(impression, 8) == "AA"
+    assert field(impression, 17) == "RID49480^ACR Category 1 Actionable Finding^RADLEX"
+    assert float(field(observation(message, "122157"), 5)) == pytest.approx(verdict.probability, abs=5e-5)
+    volume = observation(message, "118565006")
+    assert (field(volume, 2), float(field(volume, 5)), field(volume, 6)) == ("NM", 12.34, "mL^milliliter^UCUM")
+    assert field(observation(message, "111001"), 5) == "ich_reference"
+    assert field(observation(message, "111003"), 5) == "0.1.0"
+    findings = [field(s, 5) for s in message.segments("OBX") if field(s, 3).startswith("121071")]
+    assert findings == [
+        "1386000^Intracranial hemorrhage^SCT",
+        "ICH-SUBDURAL^Subdural hemorrhage^99SCANSIDE",
+        "21454007^Subarachnoid intracranial hemorrhage^SCT",
+    ]
+    assert [field(s, 1) for s in message.segments("OBX")] == [str(n) for n in range(1, 12)]
+
+
+def test_notes_say_triage_only_notice_and_limitations(series: Series) -> None:
+    message = valid(alert(verdict_on(series), series.header()))
+    notes = [field(note, 3) for note in message.segments("NTE")]
+    assert "unverified" in notes[0] and "research use, not cleared" in notes[1]
+    assert notes[2] == "Limitation: Two slices at the vertex were missing – not analysed."
+
+
+def test_order_and_times_come_from_the_source(tmp_path: Path) -> None:
+    def change(ds: Dataset) -> None:
+        issuer = Dataset()
+        issuer.LocalNamespaceEntityID, issuer.UniversalEntityID = "RIS", "1.2.9"
+        issuer.UniversalEntityIDType = "ISO"
+        ds.IssuerOfAccessionNumberSequence = Sequence([issuer])
+        ds.PlacerOrderNumberImagingServiceRequest, ds.AdmissionID = "PLACER|7", "VISIT-3"
+        ds.TimezoneOffsetFromUTC = "+0100"
+
+    series = ct_series(tmp_path, change=change, count=3)
+    message = valid(alert(verdict_on(series), series.header()))
+    order, request = message.segment("ORC"), message.segment("OBR")
+    assert [field(order, n) for n in (1, 2, 3)] == ["RE", "PLACER\\F\\7", "ACC-1^RIS^1.2.9^ISO"]
+    assert [field(request, n) for n in (2, 3)] == ["PLACER\\F\\7", "ACC-1^RIS^1.2.9^ISO"]
+    assert field(request, 4) == "24725-4^CT Head^LN^303653007^Computed tomography of head^SCT"
+    assert field(request, 7) == "20260304041630+0100"
+    assert (field(request, 18), field(request, 24), field(request, 25)) == ("ACC-1", "CT", "P")
+    assert field(message.segment("PV1"), 19) == "VISIT-3"
+
+
+def test_patient_identity_has_its_issuer(tmp_path: Path) -> None:
+    def change(ds: Dataset) -> None:
+        qualifiers = Dataset()
+        qualifiers.UniversalEntityID, qualifiers.UniversalEntityIDType = "1.2.3.4", "ISO"
+        ds.IssuerOfPatientIDQualifiersSequence = Sequence([qualifiers])
+
+    series = ct_series(tmp_path, change=change, count=3)
+    patient = valid(alert(verdict_on(series), series.header())).segment("PID")
+    assert [field(patient, n) for n in (3, 5, 7, 8)] == [
+        "PID-1^^^HOSP&1.2.3.4&ISO",
+        "Doe^Jane^^^^^L^A",
+        "19610203",
+        "F",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("character_set", "expected"),
+    [
+        ("latin", "Müller^Jörg^^^Dr.^^L^A"),
+        ("arabic", "قباني^لنزار^^^^^L^A"),
+        ("cyrillic", "Люкceмбypг^Анна^^^^^L^A"),
+        ("japanese", "Yamada^Tarou^^^^^L^A~山田^太郎^^^^^L^I~やまだ^たろう^^^^^L^P"),
+        ("chinese", "Wang^XiaoDong^^^^^L^A~王^小东^^^^^L^I"),
+        ("delimiters", "O\\F\\Brien^A\\T\\B\\R\\C^^^^^L^A"),
+    ],
+)
+def test_names_of_every_character_set_become_xpn(character_set: str, expected: str, tmp_path: Path) -> None:
+    declared, name = NAMES[character_set]
+    series = ct_series(tmp_path, name=name, character_set=declared, count=3)
+    text = alert(verdict_on(series), series.header())
+    assert field(valid(text).segment("PID"), 5) == expected
+    assert text.encode("utf-8").decode("utf-8") == text
+
+
+def test_prefix_and_suffix_change_places(tmp_path: Path) -> None:
+    series = ct_series(tmp_path, name="Adams^John^Quincy^Rev.^B.A. M.Div.", count=3)
+    patient = valid(alert(verdict_on(series), series.header())).segment("PID")
+    assert field(patient, 5) == "Adams^John^Quincy^B.A. M.Div.^Rev.^^L^A"
+
+
+def test_a_source_with_little_identity_still_alerts(tmp_path: Path) -> None:
+    dropped = ("PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyDate", "AcquisitionDate")
+    series = ct_series(tmp_path, drop=dropped, count=3)
+    message = valid(alert(verdict_on(series), series.header()))
+    patient = message.segment("PID")
+    assert [field(patient, n) for n in (5, 7, 8)] == ["^^^^^^U", "", "U"]
+    assert field(message.segment("OBR"), 7) == ""
+
+
+def test_a_correction_replaces_and_a_withdrawal_takes_back(series: Series) -> None:
+    correction = valid(alert(verdict_on(series), series.header(), kind="correction", revision=2))
+    assert field(correction.segments("NTE")[0], 3).startswith("CORRECTION: revision 2")
+    assert field(observation(correction, "59776-5"), 8) == "AA"
+    negative = verdict_on(series, positive=False)
+    withdrawal = valid(alert(negative, series.header(), kind="withdrawal", revision=3))
+    assert field(withdrawal.segments("NTE")[0], 3).startswith("WITHDRAWAL: revision 3")
+    impression = observation(withdrawal, "59776-5")
+    assert field(impression, 5).startswith("The earlier alert is withdrawn. No haemorrhage found")
+    assert field(impression, 8) == field(impression, 17) == ""
+    assert not [s for s in withdrawal.segments("OBX") if field(s, 3).startswith("121071")]
+    for message, kind, revision in ((correction, "correction", "2"), (withdrawal, "withdrawal", "3")):
+        assert field(observation(message, "MESSAGE-KIND"), 5) == kind
+        assert field(observation(message, "REVISION"), 5) == revision
+
+
+@pytest.mark.parametrize("kind", ["alert", "correction", "withdrawal"])
+def test_nothing_is_ever_final(kind: Kind, series: Series) -> None:
+    verdict = verdict_on(series, positive=kind != "withdrawal")
+    message = valid(alert(verdict, series.header(), kind=kind, revision=2))
+    assert field(message.segment("OBR"), 25) == "P"
+    assert {field(s, 11) for s in message.segments("OBX")} == {"P"}
+
+
+@pytest.mark.parametrize(("positive", "kind"), [(False, "alert"), (False, "correction"), (True, "withdrawal")])
+def test_a_kind_that_contradicts_the_verdict_is_refused(positive: bool, kind: Kind, series: Series) -> None:
+    with pytest.raises(ValueError, match="contradicts"):
+        alert(verdict_on(series, positive=positive), series.header(), kind=kind)
+
+
+@pytest.mark.parametrize("control_id", ["", "x" * 21, "a b", "é"])
+def test_a_control_id_that_hl7_does_not_allow_is_refused(control_id: str, series: Series) -> None:
+    with pytest.raises(ValueError, match="control id"):
+        alert(verdict_on(series), series.header(), control_id=control_id)
+
+
+def test_control_ids_are_stable_and_distinct() -> None:
+    ids = {message_control_id(*parts) for parts in (("a", "b"), ("ab", ""), ("a", "b", ""), ("b", "a"))}
+    assert len(ids) == 4 and all(len(one) == 20 and one.isalnum() for one in ids)
+    assert message_control_id("a", "b") == message_control_id("a", "b")
+
+
+def test_the_same_verdict_gives_the_same_message(series: Series) -> None:
+    verdict, source = verdict_on(series), series.header()
+    elsewhere = ISSUED.astimezone(timezone(timedelta(hours=9)))
+    assert alert(verdict, source) == alert(verdict, source, issued_at=elsewhere)
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
+def test_no_text_breaks_the_message_and_all_of_it_arrives(text: str) -> None:
+    source = Dataset()
+    source.PatientID = "1"
+    verdict = renamed(POSITIVE, package=text, notice=text, limitations=(text,))
+    message = hl7.parse(alert(verdict, source))
+    assert [str(s[0]) for s in message] == ["MSH", "PID", "PV1", "ORC", "OBR", *["NTE"] * 3, *["OBX"] * 11]
+    plain = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text).strip()
+    assert hl7.Message().unescape(field(observation(message, "111001"), 5)) == plain
+
+
+def test_a_subtype_without_a_code_is_told_in_words_only(series: Series) -> None:
+    message = valid(alert(renamed(verdict_on(series), subtypes={"microbleed": 0.9}), series.header()))
+    assert "microbleed" in field(observation(message, "59776-5"), 5)
+    assert field(observation(message, "121071"), 5) == "1386000^Intracranial hemorrhage^SCT"
+
+
+def test_line_breaks_in_text_become_hl7_line_breaks(series: Series) -> None:
+    verdict = renamed(verdict_on(series), limitations=("first\r\nsecond\nthird",))
+    message = hl7.parse(alert(verdict, series.header()))  # hl7apy would escape the escape when it writes it again
+    assert field(message.segments("NTE")[2], 3) == "Limitation: first\\.br\\second\\.br\\third"
+
+
+POSITIVE = Verdict(
+    study_instance_uid="1.2.3",
+    series_instance_uid="1.2.4",
+    package="p",
+    package_version="1",
+    notice="n",
+    positive=True,
+    probability=0.9,
+    threshold=0.5,
+    subtypes={"subdural": 0.9, "subarachnoid": 0.6},
+    volume_ml=1.0,
+    slabs=(),
+    key_slabs=(),
+    codecs=(),
+    limitations=(),
+)

@@ -1,0 +1,148 @@
+"""Whose an object is: the source's patient and study, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydicom
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from dicom_io.objects.common import IDENTITY, TYPE_2, fit, part10
+from tests.findings_support import NAMES, Series, ct_series, dciodvfy_errors, rendered, verdict_on
+
+OBJECTS = ("report", "capture.1")
+
+
+def written(series: Series, name: str, folder: Path) -> Path:
+    path = folder / f"{name}.object"
+    path.write_bytes(part10(rendered(series, verdict_on(series), name)))
+    return path
+
+
+def raw(ds: Dataset, keyword: str) -> bytes | None:
+    """A value's bytes as they lie in the file."""
+    tag = tag_for_keyword(keyword)
+    assert tag is not None
+    if tag not in ds:
+        return None
+    element = ds.get_item(tag)
+    assert isinstance(element, RawDataElement)
+    return element.value or b""
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("character_set", NAMES)
+def test_names_survive_byte_for_byte_in_every_character_set(character_set: str, syntax: str, tmp_path: Path) -> None:
+    declared, name = NAMES[character_set]
+    series = ct_series(tmp_path, name=name, character_set=declared, syntax=syntax, count=3)
+    source = series.header()
+    name_bytes = raw(source, "PatientName")
+    for kind in OBJECTS:
+        path = written(series, kind, tmp_path)
+        made = pydicom.dcmread(path)
+        assert raw(made, "PatientName") == name_bytes
+        assert made.SpecificCharacterSet == source.SpecificCharacterSet
+        assert str(made.PatientName) == name
+        if syntax == ExplicitVRLittleEndian:
+            assert dciodvfy_errors(path) == []
+
+
+def test_identity_equals_the_source_attribute_by_attribute(tmp_path: Path) -> None:
+    def change(ds: Dataset) -> None:
+        qualifiers = Dataset()
+        qualifiers.UniversalEntityID, qualifiers.UniversalEntityIDType = "1.2.3.4", "ISO"
+        ds.IssuerOfPatientIDQualifiersSequence = Sequence([qualifiers])
+        issuer = Dataset()
+        issuer.LocalNamespaceEntityID = "RIS"
+        ds.IssuerOfAccessionNumberSequence = Sequence([issuer])
+        ds.TimezoneOffsetFromUTC, ds.AdmissionID, ds.PatientWeight = "+0900", "ADM-5", "71.5"
+
+    series = ct_series(tmp_path, change=change, syntax=DeflatedExplicitVRLittleEndian, count=3)
+    source = series.header()
+    for kind in OBJECTS:
+        path = written(series, kind, tmp_path)
+        made = pydicom.dcmread(path)
+        for keyword in IDENTITY:
+            assert made.get(keyword) == source.get(keyword), keyword
+        assert made.SeriesInstanceUID != source.SeriesInstanceUID
+        assert dciodvfy_errors(path) == []
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_type_2_attributes_that_the_source_lacks_are_present_and_empty(kind: str, tmp_path: Path) -> None:
+    series = ct_series(tmp_path, drop=TYPE_2, character_set="", count=3)
+    path = written(series, kind, tmp_path)
+    made = pydicom.dcmread(path)
+    assert [raw(made, keyword) for keyword in TYPE_2] == [b""] * len(TYPE_2)
+    assert "SpecificCharacterSet" not in made
+    assert dciodvfy_errors(path) == []
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_real_head_without_birth_date_sex_or_study_date(kind: str, ge_head: Path, tmp_path: Path) -> None:
+    paths = sorted(ge_head.glob("*.dcm"))[:4]
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    series = Series(
+        {str(h.SOPInstanceUID): path for h, path in zip(headers, paths, strict=True)},
+        str(headers[0].StudyInstanceUID),
+        str(headers[0].SeriesInstanceUID),
+    )
+    path = written(series, kind, tmp_path)
+    made = pydicom.dcmread(path)
+    assert raw(made, "PatientName") == b"REMOVED "
+    assert made.PatientBirthDate == made.PatientSex == made.StudyDate == made.StudyID == ""
+    assert made.PatientIdentityRemoved == "YES"
+    assert dciodvfy_errors(path) == []
+
+
+def test_values_that_are_not_what_they_should_be_are_still_the_patients(tmp_path: Path) -> None:
+    def change(ds: Dataset) -> None:
+        ds["PatientSex"] = RawDataElement(pydicom.tag.Tag(0x00100040), "CS", 7, b"unknown", 0, False, True)
+
+    series = ct_series(tmp_path, change=change, count=3)
+    assert pydicom.dcmread(written(series, "report", tmp_path)).PatientSex == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("character_set", "text", "fitting"),
+    [
+        ("ISO_IR 100", "Mühlenberg", "Mühlenberg"),
+        ("ISO_IR 192", "東京 – µ", "東京 – µ"),
+        ("", "Mühlenberg", "Muhlenberg"),
+        ("", "– 5×", "- 5x"),
+        ("ISO_IR 144", "東京", "??"),
+        ("", "a\\b\r\nc", "a/b  c"),
+    ],
+)
+def test_text_is_brought_into_the_character_set(character_set: str, text: str, fitting: str) -> None:
+    ds = Dataset()
+    if character_set:
+        ds.SpecificCharacterSet = character_set
+    assert fit(ds, text) == fitting
+
+
+@given(st.text(max_size=80), st.sampled_from([*NAMES.values(), ("", ""), ("ISO_IR 13", "")]))
+def test_any_text_can_be_written_and_read_again(text: str, declared: tuple[str, str]) -> None:
+    ds = Dataset()
+    if declared[0]:
+        ds.SpecificCharacterSet = declared[0].split("\\")
+    fitting = fit(ds, text, 64)
+    assert len(fitting) <= 64
+    ds.SeriesDescription = fitting
+    ds.SOPClassUID = ds.SOPInstanceUID = "1.2.3"
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    again = pydicom.dcmread(pydicom.filebase.DicomBytesIO(part10(ds)))
+    assert (again.SeriesDescription or "").strip() == fitting.strip()
