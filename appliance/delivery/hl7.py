@@ -1,0 +1,400 @@
+"""HL7 v2 messages over MLLP: the framing, the acknowledgement, and a client with one connection.
+
+Framing is MLLP (HL7 Transport Specification: MLLP, Release 1): ``VT message FS CR``.
+Acknowledgements are HL7 v2.5.1 chapter 2, section 2.9.2 (original mode) and 2.9.3 (enhanced mode).
+
+Delivery is at least once: a connection that breaks after the message left does not tell whether the peer kept
+it, so the outbox sends the same message with the same MSH-10 again and the receiver deduplicates by MSH-10.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from dicom_io.errors import PeerError
+
+log = logging.getLogger(__name__)
+
+VT, FS, CR = b"\x0b", b"\x1c", b"\r"
+MAXIMUM_ACKNOWLEDGEMENT = 256 * 1024
+"""Bytes; an acknowledgement is some hundred bytes, so a larger block is a peer that speaks something else."""
+
+Code = Literal["AA", "AE", "AR", "CA", "CE", "CR"]
+Outcome = Literal["acknowledged", "retry", "rejected"]
+
+OUTCOMES: dict[Code, Outcome] = {
+    "AA": "acknowledged",
+    "CA": "acknowledged",
+    "AE": "retry",
+    "CE": "retry",
+    "AR": "rejected",
+    "CR": "rejected",
+}
+"""What an acknowledgement code (HL7 v2.5.1 2.9.2, 2.9.3, table 0008) means for a delivery.
+
+====  =============================================================================  ============
+code  the peer says                                                                  delivery
+====  =============================================================================  ============
+AA    processed (2.9.2)                                                              acknowledged
+CA    committed to safe storage, which releases the sender (2.9.3)                   acknowledged
+AE    the application met an error; interface engines send it for faults that pass   retry
+CE    could not be committed for another reason (2.9.3)                              retry
+AR    MSH-9, MSH-11 or MSH-12 is not acceptable, or the site refuses it (2.9.2)      rejected
+CR    MSH-9, MSH-11 or MSH-12 is not acceptable (2.9.3)                              rejected
+====  =============================================================================  ============
+
+The standard lets AR also mean "system down, send again later" and leaves that choice to the site (2.9.2). Here a
+refusal goes to the dead letters at once, where a person sees it, while an error is tried again with back-off first.
+"""
+
+
+class FramingError(ValueError):
+    """What cannot be an MLLP block."""
+
+
+class CodeError(ValueError):
+    """An acknowledgement whose code is not in table 0008.
+
+    Args:
+        control_id: the message that it answers.
+    """
+
+    def __init__(self, code: str, control_id: str) -> None:
+        super().__init__(f"acknowledgement code {code[:20]!r} is not one of {', '.join(get_args(Code))}")
+        self.control_id = control_id
+
+
+def frame(message: str) -> bytes:
+    """The message as one MLLP block in UTF-8.
+
+    Raises:
+        FramingError: it holds VT or FS, which would end the block early, or cannot be written in UTF-8.
+    """
+    try:
+        content = message.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FramingError(f"the message cannot be written in UTF-8: {error.reason}") from error
+    if VT in content or FS in content:
+        raise FramingError("the message holds a VT or FS character, which MLLP uses to mark its blocks")
+    return VT + content + FS + CR
+
+
+class Deframer:
+    """Takes bytes as they arrive, in any pieces, and gives back the content of whole MLLP blocks.
+
+    It is lenient where real peers are careless: a block ends at FS even if the CR after it is missing, bytes between
+    blocks are skipped, and a VT inside a block starts it anew (its sender began again).
+
+    Args:
+        maximum: bytes of content that one block may have.
+    """
+
+    def __init__(self, maximum: int = MAXIMUM_ACKNOWLEDGEMENT) -> None:
+        self._maximum = maximum
+        self._block: bytearray | None = None
+        self.skipped = 0
+        """Bytes outside any block, other than CR and LF, and bytes of blocks begun anew."""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The blocks that ``data`` completes, without their marks.
+
+        Raises:
+            FramingError: a block is longer than ``maximum``; the stream cannot be used any more.
+        """
+        blocks: list[bytes] = []
+        while data:
+            if self._block is None:
+                outside, begin, data = data.partition(VT)
+                self.skipped += len(outside.translate(None, b"\r\n"))
+                if begin:
+                    self._block = bytearray()
+                continue
+            inside, end, rest = data.partition(FS)
+            before, again, after = inside.rpartition(VT)
+            if again:
+                self.skipped += len(self._block) + len(before.replace(VT, b""))
+                self._block.clear()
+            self._block += after
+            if len(self._block) > self._maximum:
+                raise FramingError(f"a block of more than {self._maximum} bytes")
+            if end:
+                blocks.append(bytes(self._block))
+                self._block = None
+            data = rest
+        return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """The peer's answer to one message.
+
+    Attributes:
+        code: MSA-1.
+        text: what the peer says in words (MSA-3, else ERR-8, ERR-7 or ERR-3); "" where it says nothing.
+        control_id: MSA-2, the MSH-10 of the message that it answers.
+        raw: the whole answer, as received.
+    """
+
+    code: Code
+    text: str
+    control_id: str
+    raw: str
+
+
+def outcome(acknowledgement: Acknowledgement) -> Outcome:
+    """What the answer means for the delivery; see `OUTCOMES`."""
+    return OUTCOMES[acknowledgement.code]
+
+
+def control_id_of(message: str) -> str:
+    """MSH-10 of a message.
+
+    Raises:
+        ValueError: it does not begin with an MSH segment, or MSH-10 is empty.
+    """
+    fields = _segments(re.split(r"[\r\n]", message, maxsplit=1)[0])[0]
+    if fields[0] != "MSH" or len(fields) < 10 or not fields[9].strip():
+        raise ValueError("the message has no MSH segment with a control id (MSH-10)")
+    return fields[9].strip()
+
+
+def parse_acknowledgement(block: bytes) -> Acknowledgement | None:
+    """Read the content of one MLLP block as an acknowledgement; None where it is none (no MSH, no MSA).
+
+    Raises:
+        CodeError: its MSA segment has a code that is not in table 0008.
+    """
+    raw = block.decode("utf-8", errors="replace")
+    segments = _segments(raw)
+    msa = next((fields for fields in segments if fields[0] == "MSA"), None)
+    if segments[0][0] != "MSH" or msa is None:
+        return None
+    code, control_id, text = (field.strip() for field in (*msa[1:4], "", "", "")[:3])
+    for fields in segments if not text else ():
+        if fields[0] == "ERR":
+            text = next((fields[n].strip() for n in (8, 7, 3) if n < len(fields) and fields[n].strip()), "")
+            break
+    if code not in get_args(Code):
+        raise CodeError(code, control_id)
+    return Acknowledgement(code, text, control_id, raw)  # type: ignore[arg-type]  # checked in the line above
+
+
+def _segments(message: str) -> list[list[str]]:
+    """Segments split into fields by the message's own separator; never empty, nor is any segment."""
+    lines = [line for line in re.split(r"[\r\n]+", message.strip("\ufeff\r\n ")) if line]
+    separator = lines[0][3] if lines and len(lines[0]) > 3 else "|"
+    return [line.split(separator) for line in lines] or [[""]]
+
+
+class MllpClient:
+    """Sends messages to one MLLP listener over one connection, which it opens when it needs it.
+
+    After any failure the connection is dropped, so that no late answer can be taken for that of a later message.
+    For one sending thread; `close` alone may be called from another, and then ends a wait for an answer at once.
+
+    Args:
+        connect_timeout: seconds to reach the peer.
+        ack_timeout: seconds from the first byte sent to the whole acknowledgement.
+    """
+
+    def __init__(self, host: str, port: int, *, connect_timeout: float, ack_timeout: float) -> None:
+        self.host = host
+        self.port = port
+        self.connect_timeout = connect_timeout
+        self.ack_timeout = ack_timeout
+        self._socket: socket.socket | None = None
+        self._deframer = Deframer()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def where(self) -> str:
+        """The peer, as errors and logs name it."""
+        return f"{self.host}:{self.port}"
+
+    def connect(self) -> None:
+        """Open the connection unless it is open.
+
+        Raises:
+            PeerError: the peer cannot be reached.
+        """
+        with self._lock:
+            self._open()
+
+    def close(self) -> None:
+        """Drop the connection; the next `send` opens a new one."""
+        waiting = self._socket
+        if waiting is not None:
+            with contextlib.suppress(OSError):  # already closed by its owner, or never connected
+                waiting.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._drop()
+
+    def send(self, message: str) -> Acknowledgement:
+        """Send one message and wait for its acknowledgement, whatever it says; `outcome` tells what it means.
+
+        In enhanced mode the accept acknowledgement is the answer; an application acknowledgement that comes later on
+        the same connection is logged and ignored.
+
+        Raises:
+            ValueError: the message has no MSH-10 or cannot be framed.
+            PeerError: no connection, no answer in time, or no usable answer. Whether the peer has the message is then
+                unknown; send the same message again, with the same MSH-10.
+        """
+        control_id = control_id_of(message)
+        block = frame(message)
+        with self._lock:
+            try:
+                if not self._still_open():
+                    self._drop()
+                reused = self._socket is not None
+                connection = self._open()
+                deadline = time.monotonic() + self.ack_timeout
+                if not self._write(connection, block, deadline, reused=reused):
+                    self._drop()
+                    connection = self._open()
+                    self._write(connection, block, deadline, reused=False)
+                return self._await(connection, control_id, deadline)
+            except BaseException:
+                self._drop()
+                raise
+
+    def _open(self) -> socket.socket:
+        if self._socket is not None:
+            return self._socket
+        try:
+            connection = socket.create_connection((self.host, self.port), timeout=self.connect_timeout)
+        except TimeoutError as error:
+            raise PeerError(
+                f"the HL7 listener did not take the connection within {self.connect_timeout:g} s",
+                self.where,
+                "check the address, the network and any firewall between",
+            ) from error
+        except OSError as error:
+            raise PeerError(
+                f"the HL7 listener cannot be reached ({error.strerror or error})",
+                self.where,
+                "check that it is running and listens on this address and port",
+            ) from error
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._socket = connection
+        self._deframer = Deframer()
+        return connection
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _still_open(self) -> bool:
+        """Whether an open connection can be used: reads what came while idle, which no message of ours asked for."""
+        if self._socket is None:
+            return False
+        self._socket.setblocking(False)
+        # Bounded, so that a peer that never stops talking cannot hold the message back.
+        for _ in range(16):
+            try:
+                data = self._socket.recv(65536)
+                stale = self._deframer.feed(data)
+            except BlockingIOError:
+                return True
+            except (OSError, FramingError):
+                return False
+            if not data:
+                log.info("hl7: %s closed the idle connection", self.where)
+                return False
+            if stale:
+                log.warning("hl7: %s sent %d messages that nothing waited for; ignored", self.where, len(stale))
+        return False
+
+    def _write(self, connection: socket.socket, block: bytes, deadline: float, *, reused: bool) -> bool:
+        """Write the block; False if not one byte of it left and the connection was a used one, so that another try
+        on a new connection cannot deliver it twice."""
+        rest = memoryview(block)
+        while rest:
+            try:
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                rest = rest[connection.send(rest) :]
+            except TimeoutError as error:
+                raise PeerError(
+                    f"the HL7 listener did not take the message within {self.ack_timeout:g} s",
+                    self.where,
+                    "check whether it hangs",
+                ) from error
+            except OSError as error:
+                if reused and len(rest) == len(block):
+                    return False
+                raise PeerError(
+                    f"the connection broke while the message was sent ({error.strerror or error})",
+                    self.where,
+                    "the message will be sent again",
+                ) from error
+        return True
+
+    def _await(self, connection: socket.socket, control_id: str, deadline: float) -> Acknowledgement:
+        ignored = 0
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                if remaining <= 0:
+                    raise TimeoutError
+                connection.settimeout(remaining)
+                data = connection.recv(65536)
+                blocks = self._deframer.feed(data)
+            except TimeoutError as error:
+                others = f"; {ignored} answers were to other messages" if ignored else ""
+                junk = f"; {self._deframer.skipped} bytes were no MLLP" if self._deframer.skipped else ""
+                raise PeerError(
+                    f"no acknowledgement of message {control_id} within {self.ack_timeout:g} s{others}{junk}",
+                    self.where,
+                    "check the HL7 listener's log for this message",
+                ) from error
+            except FramingError as error:
+                raise PeerError(
+                    f"the answer to message {control_id} is no acknowledgement: {error}",
+                    self.where,
+                    "check that an HL7 listener is at this address",
+                ) from error
+            except OSError as error:
+                raise PeerError(
+                    f"the connection broke before message {control_id} was acknowledged ({error.strerror or error})",
+                    self.where,
+                    "the message will be sent again",
+                ) from error
+            if not data:
+                raise PeerError(
+                    f"the HL7 listener closed the connection before it acknowledged message {control_id}",
+                    self.where,
+                    "check the HL7 listener's log for this message",
+                )
+            for block in blocks:
+                answered = "something that is no acknowledgement"
+                try:
+                    acknowledgement = parse_acknowledgement(block)
+                    if acknowledgement is not None:
+                        answered = acknowledgement.control_id
+                        if answered == control_id:
+                            return acknowledgement
+                except CodeError as error:
+                    answered = error.control_id
+                    if answered == control_id:
+                        raise PeerError(
+                            f"the answer to message {control_id} cannot be understood: {error}",
+                            self.where,
+                            "check how the HL7 listener is set up",
+                        ) from error
+                ignored += 1
+                log.warning("hl7: %s answered %s while %s was waited for; ignored", self.where, answered, control_id)

@@ -1,0 +1,99 @@
+"""The outbox: one ordered worker a destination, each at its own pace, so that a dead peer delays nobody else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+from appliance.ledger.store import Ledger, Row
+from dicom_io.errors import PeerError
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+"""How long a lost ring of the doorbell can delay a delivery."""
+
+Result = tuple[Literal["acknowledge", "retry", "reject"], str]
+"""What became of one try, and what the peer said."""
+
+
+class Worker(threading.Thread):
+    """Delivers what is due for one destination, most urgent first, until it is stopped.
+
+    Args:
+        deliver: one try at one row of `Ledger.take_delivery`; a PeerError counts as "retry".
+        attempts: after that many tries a delivery is a dead letter.
+        budget_seconds: the latency budget that an acknowledged alert is held against.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        destination: str,
+        deliver: Callable[[Row], Result],
+        *,
+        attempts: int,
+        first_retry_seconds: float,
+        longest_retry_seconds: float,
+        budget_seconds: float,
+    ) -> None:
+        super().__init__(name=f"deliver-{destination}", daemon=True)
+        self._ledger = ledger
+        self._destination = destination
+        self._deliver = deliver
+        self._attempts = attempts
+        self._first = first_retry_seconds
+        self._longest = longest_retry_seconds
+        self._budget = budget_seconds
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+
+    def wake(self) -> None:
+        """Look for work now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Take no further delivery; `join` waits for the one at hand."""
+        self._stopping.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        """The thread's loop."""
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                row = self._ledger.take_delivery(self._destination)
+                if row is not None:
+                    self._try(row)
+                    continue
+            except Exception:
+                # A ledger that cannot be written now may be later; a worker that ends never delivers again.
+                log.exception("delivery to %s stumbled; it goes on", self._destination)
+            self._wake.wait(POLL_SECONDS)
+
+    def _try(self, row: Row) -> None:
+        attempt = row["attempts"] + 1
+        try:
+            outcome, reason = self._deliver(row)
+        except PeerError as error:
+            outcome, reason = "retry", str(error)
+        except Exception as error:
+            log.exception("delivery %d failed in a way nobody foresaw", row["id"])
+            outcome, reason = "retry", f"{type(error).__name__}: {error}"
+        if outcome == "retry" and attempt >= self._attempts:
+            log.error("delivery %d to %s is a dead letter: %s", row["id"], self._destination, reason)
+            self._ledger.settle_delivery(row, "give_up", reason)
+            return
+        wait = min(self._longest, self._first * 2.0 ** min(attempt - 1, 30)) if outcome == "retry" else 0.0
+        budget = self._budget if row["object"].startswith("alert.") else None
+        self._ledger.settle_delivery(row, outcome, reason, wait_seconds=wait, budget_seconds=budget)
+        log.info(
+            "study %d: %s to %s: %s%s",
+            row["study_id"],
+            row["object"],
+            self._destination,
+            {"acknowledge": "acknowledged", "retry": f"try again in {wait:g} s", "reject": "rejected"}[outcome],
+            f" ({reason})" if reason else "",
+        )
