@@ -18,12 +18,12 @@ help: ## Show the commands
 setup: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Build both environments
 
 demo: ## Start everything, scan two patients, show the alert (STUDY=folder sends your own)
-	@sh requirements/system.sh demo
+	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh demo
 	@$(MAKE) --no-print-directory setup
 	@$(VENV)/bin/scanside demo $(if $(STUDY),--study "$(STUDY)")
 
 test: ## Run every check
-	@sh requirements/system.sh test
+	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh test
 	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready lint
 	$(VENV)/bin/pytest -n 2 --dist loadgroup $(PYTEST)
 
@@ -48,7 +48,7 @@ clean: ## Remove the environments and what the demo made
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scanside needs Python 3.11 or newer; set PYTHON=")'
-	@sh requirements/system.sh venv
+	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh venv
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.appliance: requirements/appliance.txt pyproject.toml | $(VENV)/bin/python

@@ -84,7 +84,7 @@ def _keys(model: type[BaseModel], values: Mapping[str, Any], only: Sequence[str]
         if name in values:
             lines.append(f"{name} = {_toml(values[name])}")
         else:
-            default = None if field.is_required() else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
             lines.append(f"# {name} = {_toml(default)}" if default is not None else f"# {name} =")
     return "\n".join(lines) + "\n"
 

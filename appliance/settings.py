@@ -308,7 +308,7 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             rows += document(kind, f"{prefix}{name}.")
         else:
-            default = "" if field.is_required() else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = "" if field.is_required() else field.get_default(call_default_factory=True)
             rows.append((f"{prefix}{name}", str(default), field.description or ""))
     return rows
 

@@ -19,6 +19,14 @@ if [ "${1:-demo}" = test ]; then
 fi
 "${PYTHON:-python3}" -c 'import ensurepip, venv' >/dev/null 2>&1 || wanted="$wanted python3-venv"
 
+# Triton's Python backend is linked against libpython, which Debian's python3 does without.
+"${TRITON_PYTHON:-${PYTHON:-python3}}" - <<'PY' >/dev/null 2>&1 || wanted="$wanted libpython$("${TRITON_PYTHON:-${PYTHON:-python3}}" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+import pathlib, sys, sysconfig
+name = sysconfig.get_config_var("INSTSONAME") or "absent"
+folders = [sysconfig.get_config_var("LIBDIR"), sys.base_prefix + "/lib"]
+sys.exit(not any((pathlib.Path(folder) / name).is_file() for folder in folders if folder))
+PY
+
 [ -n "$wanted" ] || exit 0
 
 if [ "$(id -u)" = 0 ]; then

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import time
@@ -65,10 +67,24 @@ def find_orthanc() -> Path | None:
     return Path(found) if found else next((path for path in PLACES if os.access(path, os.X_OK)), None)
 
 
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports of the loopback interface that nothing used a moment ago.
+
+    They lie below the range from which Linux gives ports to outgoing connections, so that none takes one of them
+    between now and its use.
+    """
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            with contextlib.suppress(OSError):
+                server = held.enter_context(socket.create_server((LOOPBACK, random.randint(15000, 32000))))
+                ports.append(int(server.getsockname()[1]))
+        return ports
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that nothing used a moment ago."""
-    with socket.create_server((LOOPBACK, 0)) as server:
-        return int(server.getsockname()[1])
+    """One of `free_ports`."""
+    return free_ports(1)[0]
 
 
 def configuration(

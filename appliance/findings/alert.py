@@ -121,7 +121,7 @@ def _order(source: Dataset, sent: str) -> list[str]:
 
 
 def _notes(verdict: Verdict, kind: Kind, revision: int) -> list[str]:
-    lines = [wording.TRIAGE_ONLY, f"Clearance: {verdict.notice}."]
+    lines = [wording.TRIAGE_ONLY, verdict.notice]
     if kind == "correction":
         lines.insert(0, f"CORRECTION: revision {revision} of this verdict replaces the earlier alert.")
     if kind == "withdrawal":

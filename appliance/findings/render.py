@@ -175,7 +175,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
             Quantity(codes.VOLUME, round(verdict.volume_ml, _DIGITS_OF_A_VOLUME), codes.MILLILITER),
         ),
         findings=tuple(findings),
-        comments=(wording.TRIAGE_ONLY, f"Clearance: {verdict.notice}."),
+        comments=(wording.TRIAGE_ONLY, verdict.notice),
         limitations=verdict.limitations,
         images=tuple(ImageReference(_sop_class(sources(uid)), uid) for uid in analysed),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,23 @@ class StoredInstance:
     association_id: int
     received_at: str
     header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """A study that is receiving or reopened, and what is known of the associations that brought it.
+
+    Attributes:
+        open_associations: how many of them are still open.
+        last_closed_at: when the last of the others ended; None if none has.
+        outcomes: how they ended, each way once, sorted: aborted, broken, lost, released.
+    """
+
+    id: int
+    last_instance_at: str
+    open_associations: int
+    last_closed_at: str | None
+    outcomes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,40 +190,26 @@ class Ledger(Database):
 
     # --- study ------------------------------------------------------------------------------------------
 
-    def arriving_studies(self) -> Sequence[Row]:
-        """Studies that are receiving or reopened, oldest first: id, state, last_instance_at, associations.
-
-        ``open_associations`` counts the associations that brought an instance of it and are still open;
-        ``last_closed_at`` is when the last of the others ended, ``outcomes`` how they ended.
-        """
+    def arriving_studies(self) -> list[Arriving]:
+        """Studies that are receiving or reopened, oldest first."""
         a, i, s = t.association.c, t.instance.c, t.study.c
-        brought = sa.select(i.association_id).where(i.study_id == s.id).distinct()
+        brought = sa.select(i.study_id, i.association_id).distinct().subquery()
+        query = (
+            sa.select(s.id, s.last_instance_at, a.closed_at, a.outcome)
+            .join(brought, brought.c.study_id == s.id)
+            .join(t.association, a.id == brought.c.association_id)
+            .where(s.state.in_(("receiving", "reopened")))
+            .order_by(s.id)
+        )
         with self.read() as connection:
-            return (
-                connection.execute(
-                    sa.select(
-                        s.id,
-                        s.state,
-                        s.last_instance_at,
-                        sa.select(sa.func.count())
-                        .where(a.id.in_(brought), a.closed_at.is_(None))
-                        .scalar_subquery()
-                        .label("open_associations"),
-                        sa.select(sa.func.max(a.closed_at))
-                        .where(a.id.in_(brought))
-                        .scalar_subquery()
-                        .label("last_closed_at"),
-                        sa.select(sa.func.group_concat(a.outcome.distinct()))
-                        .where(a.id.in_(brought))
-                        .scalar_subquery()
-                        .label("outcomes"),
-                    )
-                    .where(s.state.in_(("receiving", "reopened")))
-                    .order_by(s.id)
-                )
-                .mappings()
-                .all()
-            )
+            rows = connection.execute(query).all()
+        found = []
+        for (key, last), group in itertools.groupby(rows, key=lambda row: (row.id, row.last_instance_at)):
+            members = list(group)
+            closed = [row.closed_at for row in members if row.closed_at is not None]
+            outcomes = tuple(sorted({row.outcome for row in members if row.outcome is not None}))
+            found.append(Arriving(key, last, len(members) - len(closed), max(closed, default=None), outcomes))
+        return found
 
     def instances(self, study_id: int) -> list[StoredInstance]:
         """The current instances of a study, in the order in which they came."""
@@ -386,7 +390,7 @@ class Ledger(Database):
     def last_instance_at(self, study_id: int) -> str:
         """When the newest instance of a study was stored."""
         with self.read() as connection:
-            return connection.scalars(sa.select(t.study.c.last_instance_at).where(t.study.c.id == study_id)).one()
+            return str(connection.scalars(sa.select(t.study.c.last_instance_at).where(t.study.c.id == study_id)).one())
 
     def issue_verdict(
         self,
@@ -396,11 +400,16 @@ class Ledger(Database):
         issued_at: str,
         findings: Sequence[NewFinding],
         *,
+        admission: list[dict[str, Any]],
         late: bool,
     ) -> int:
-        """Write a verdict, its findings and their deliveries in one transaction; returns its number."""
+        """Write a verdict, its findings and their deliveries in one transaction; returns its number.
+
+        Args:
+            admission: what the gate said in the end, with what only the pixels showed.
+        """
         with self._write() as connection:
-            row = self._move_analysis(connection, analysis_id, "issue", reason="")
+            row = self._move_analysis(connection, analysis_id, "issue", reason="", admission=admission)
             result = connection.execute(
                 t.verdict.insert().values(
                     analysis_id=analysis_id,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from appliance.ledger.database import seconds_between
+from appliance.ledger.store import Arriving
 from appliance.study.selection import Selection
 
 HEAD_MM = 100.0
@@ -28,7 +28,7 @@ class Completeness:
 
 
 def weigh(
-    arriving: Mapping[str, Any], selection: Selection, at: str, *, settle_seconds: float, quiet_seconds: float
+    arriving: Arriving, selection: Selection, at: str, *, settle_seconds: float, quiet_seconds: float
 ) -> Completeness:
     """Weigh the evidence on one study that is receiving or reopened.
 
@@ -37,21 +37,19 @@ def weigh(
     last resort: nothing came for ``quiet_seconds``.
 
     Args:
-        arriving: a row of `Ledger.arriving_studies`.
         at: the time now, as the ledger writes it.
     """
-    silent = seconds_between(arriving["last_instance_at"], at)
+    silent = seconds_between(arriving.last_instance_at, at)
     volume = selection.volume
-    outcomes = sorted(filter(None, (arriving["outcomes"] or "").split(",")))
     evidence: dict[str, Any] = {
-        "associations": outcomes + ["open"] * int(arriving["open_associations"]),
+        "associations": [*arriving.outcomes, *["open"] * arriving.open_associations],
         "contiguous": volume is not None and not volume.gaps,
         "coverage_mm": round(volume.offsets[-1] - volume.offsets[0], 1) if volume else 0.0,
         "slices": len(volume.planes) if volume else 0,
     }
-    released = not arriving["open_associations"] and outcomes == ["released"]
-    if released and evidence["contiguous"] and evidence["coverage_mm"] >= HEAD_MM:
-        settled = seconds_between(arriving["last_closed_at"], at)
+    released = not arriving.open_associations and arriving.outcomes == ("released",)
+    if released and arriving.last_closed_at and evidence["contiguous"] and evidence["coverage_mm"] >= HEAD_MM:
+        settled = seconds_between(arriving.last_closed_at, at)
         if settled >= settle_seconds:
             evidence |= {"by": "association released, geometry contiguous", "confidence": "high"}
             return Completeness(True, 0.0, evidence)

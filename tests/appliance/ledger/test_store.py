@@ -45,7 +45,7 @@ def arrive(ledger: Ledger, count: int = 3, **changes: object) -> int:
 
 def complete(ledger: Ledger, study: int) -> None:
     (row,) = ledger.arriving_studies()
-    assert ledger.complete_study(study, row["last_instance_at"], {"by": "test", "confidence": "high"})
+    assert ledger.complete_study(study, row.last_instance_at, {"by": "test", "confidence": "high"})
 
 
 def admit(ledger: Ledger, study: int, *, admitted: bool = True) -> None:
@@ -72,6 +72,7 @@ def issue(ledger: Ledger, study: int, *, revision: int = 1, positive: bool = Tru
             NewFinding("report", f"2.25.{revision}", None, ("pacs",), 10),
             NewFinding("alert.er", f"MSG{revision}", "a.hl7", ("er",), 0),
         ],
+        admission=[],
         late=False,
     )
 
@@ -146,7 +147,7 @@ def test_a_study_is_not_complete_if_something_came_meanwhile(ledger: Ledger) -> 
     study = arrive(ledger, 2)
     (row,) = ledger.arriving_studies()
     ledger.record_instance(header(7), "new", 10, 1)
-    assert not ledger.complete_study(study, row["last_instance_at"], {"by": "x", "confidence": "low"})
+    assert not ledger.complete_study(study, row.last_instance_at, {"by": "x", "confidence": "low"})
     assert study_report(ledger, study)["state"] == "receiving"
 
 
@@ -154,10 +155,10 @@ def test_associations_are_evidence(ledger: Ledger) -> None:
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     ledger.record_instance(header(1), "d", 10, association)
     (row,) = ledger.arriving_studies()
-    assert (row["open_associations"], row["outcomes"]) == (1, None)
+    assert (row.open_associations, row.outcomes) == (1, ())
     assert ledger.abandon_associations() == 1
     (row,) = ledger.arriving_studies()
-    assert (row["open_associations"], row["outcomes"]) == (0, "lost")
+    assert (row.open_associations, row.outcomes) == (0, ("lost",))
 
 
 def test_a_parked_analysis_is_taken_again_and_issues_once(ledger: Ledger) -> None:
@@ -171,9 +172,9 @@ def test_a_parked_analysis_is_taken_again_and_issues_once(ledger: Ledger) -> Non
     assert row is not None
     assert row["attempts"] == 1
     finding = [NewFinding("report", "2.25.1", None, ("pacs",), 10)]
-    ledger.issue_verdict(row["id"], 1, verdict(), now(), finding, late=False)
+    ledger.issue_verdict(row["id"], 1, verdict(), now(), finding, admission=[], late=False)
     with pytest.raises(Exception, match="issue"):
-        ledger.issue_verdict(row["id"], 1, verdict(), now(), finding, late=False)
+        ledger.issue_verdict(row["id"], 1, verdict(), now(), finding, admission=[], late=False)
     assert len(study_report(ledger, study)["deliveries"]) == 1
 
 
@@ -207,7 +208,7 @@ def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
     assert row is not None
     twice = [NewFinding("report", "2.25.1", None, ("pacs",), 10), NewFinding("report", "2.25.2", None, ("pacs",), 10)]
     with pytest.raises(sa.exc.IntegrityError):
-        ledger.issue_verdict(row["id"], 1, verdict(), now(), twice, late=False)
+        ledger.issue_verdict(row["id"], 1, verdict(), now(), twice, admission=[], late=False)
     report = study_report(ledger, study)
     assert (report["verdicts"], report["findings"], report["deliveries"]) == ([], [], [])
     assert report["analyses"][0]["state"] == "running"

@@ -1,0 +1,100 @@
+"""`scanside check`: what must work before a patient is scanned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from appliance.delivery.hl7 import MllpClient
+from appliance.governance.package import Package, load_all
+from appliance.inference.triton import TritonClient
+from appliance.ledger.store import Ledger
+from appliance.settings import DicomDestination, Settings
+from dicom_io.errors import ScansideError
+from dicom_io.scu import Peer, echo
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check and what came of it."""
+
+    check: str
+    ok: bool
+    detail: str
+
+
+def run_checks(settings: Settings) -> list[Check]:
+    """Folders, ledger, model packages, intake, Triton and every destination; one result each."""
+    title = settings.intake.ae_title
+    packages: list[Package] = []
+
+    def folders() -> str:
+        for folder in (settings.spool_directory, settings.findings_directory, settings.run_directory):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / ".probe"
+                probe.write_bytes(b"")
+                probe.unlink()
+            except OSError as error:
+                raise ScansideError(error.strerror or str(error), str(folder), "make it writable") from error
+        return str(settings.box.state_directory)
+
+    def ledger() -> str:
+        Ledger(settings.ledger_path).close()
+        return str(settings.ledger_path)
+
+    def models() -> str:
+        packages.extend(load_all(settings.model_repository, settings.models.packages))
+        return ", ".join(f"{one.name} {one.version} ({one.notice})" for one in packages)
+
+    def intake() -> str:
+        host = "127.0.0.1" if settings.intake.host in ("0.0.0.0", "") else settings.intake.host
+        peer = Peer(title, host, settings.intake.port)
+        echo(peer, title)
+        return f"{peer} answers"
+
+    def triton() -> str:
+        url = f"{settings.triton.host}:{settings.triton.grpc_port}"
+        client = TritonClient(url, timeout=5.0)
+        try:
+            waiting = [package.name for package in packages if not client.ready(package)]
+        finally:
+            client.close()
+        if waiting or not packages:
+            raise ScansideError(f"not ready: {', '.join(waiting) or 'no package'}", url, "start it: `scanside triton`")
+        return f"{url} serves {', '.join(package.name for package in packages)}"
+
+    checks = [
+        _check("folders", folders),
+        _check("ledger", ledger),
+        _check("models", models),
+        _check("intake", intake),
+        _check("triton", triton),
+    ]
+    for destination in settings.destination:
+        where = f"{destination.host}:{destination.port}"
+        if isinstance(destination, DicomDestination):
+            peer = Peer(destination.ae_title, destination.host, destination.port)
+
+            def reach(peer: Peer = peer) -> str:
+                echo(peer, title)
+                return f"{peer} answers"
+        else:
+            client = MllpClient(destination.host, destination.port, connect_timeout=5.0, ack_timeout=5.0)
+
+            def reach(client: MllpClient = client, where: str = where) -> str:  # type: ignore[misc]
+                with client:
+                    client.connect()
+                return f"{where} takes connections"
+
+        checks.append(_check(f"destination {destination.name}", reach))
+    if not settings.destination:
+        checks.append(Check("destinations", False, "none is configured: an alert would reach nobody"))
+    return checks
+
+
+def _check(name: str, action: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, action())
+    except ScansideError as error:
+        return Check(name, False, str(error))

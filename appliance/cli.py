@@ -1,0 +1,400 @@
+"""The `scanside` command.
+
+Exit codes: 0 it worked; 1 it did not (a check failed, an instance was refused, no such study); 2 the command line or
+the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from appliance import __version__, init
+from appliance.settings import Settings, SettingsError, find_settings, load_settings
+from dicom_io.errors import ScansideError
+
+if TYPE_CHECKING:
+    from appliance.ledger.store import Ledger
+    from dicom_io.scu import Peer
+
+app = typer.Typer(
+    help="The box beside the CT scanner: DICOM in, haemorrhage triage, alert and findings out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+P = ParamSpec("P")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+class Bleed(StrEnum):
+    """The subtypes that a phantom can have."""
+
+    EPIDURAL = "epidural"
+    INTRAPARENCHYMAL = "intraparenchymal"
+    INTRAVENTRICULAR = "intraventricular"
+    SUBARACHNOID = "subarachnoid"
+    SUBDURAL = "subdural"
+
+
+class _State:
+    config: Path | None = None
+    json_log: bool = False
+
+
+def _guard(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn our errors into one clear line and an exit code."""
+
+    @wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ScansideError as error:
+            err.print(f"[bold red]scanside:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from error
+
+    return guarded
+
+
+def _settings() -> tuple[Settings, Path]:
+    path = find_settings(_State.config)
+    return load_settings(path), path
+
+
+@contextmanager
+def _ledger() -> Iterator[Ledger]:
+    from appliance.ledger.store import Ledger
+
+    settings, _ = _settings()
+    if not settings.ledger_path.exists():
+        raise ScansideError("there is no ledger yet", str(settings.ledger_path), "start scanside first")
+    ledger = Ledger(settings.ledger_path)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def _peer(text: str) -> Peer:
+    from dicom_io.scu import Peer
+
+    title, _, address = text.partition("@")
+    host, _, port = address.rpartition(":")
+    if not (0 < len(title) <= 16 and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise typer.BadParameter(f"{text!r} is not AE@host:port, for example SCANSIDE@127.0.0.1:11112")
+    return Peer(title, host, int(port))
+
+
+def _emit(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"scanside {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Configuration file; else SCANSIDE_CONFIG, ./scanside.toml, /etc/scanside/scanside.toml."),
+    ] = None,
+    json_log: Annotated[bool, typer.Option("--json-log", help="Log one JSON object a line.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _State.config = config
+    _State.json_log = json_log
+
+
+# --- setting up -----------------------------------------------------------------------------------------
+
+
+@app.command("init")
+@_guard
+def init_(
+    directory: Annotated[Path, typer.Argument(help="Folder for the configuration and all data.")],
+    pacs: Annotated[str | None, typer.Option(help="PACS that receives findings, as AE@host:port.")] = None,
+    hl7: Annotated[str | None, typer.Option(help="Interface engine that receives alerts, as host:port.")] = None,
+    port: Annotated[int, typer.Option(help="DICOM port to listen on.")] = 11112,
+    ae_title: Annotated[str, typer.Option(help="Our application entity title.")] = "SCANSIDE",
+) -> None:
+    """Write a working configuration and make its folders."""
+    destinations: list[dict[str, Any]] = []
+    if pacs:
+        peer = _peer(pacs)
+        destinations.append(
+            {"kind": "dicom", "name": "pacs", "ae_title": peer.ae_title, "host": peer.host, "port": peer.port}
+        )
+    if hl7:
+        host, _, number = hl7.rpartition(":")
+        if not host or not number.isdecimal():
+            raise typer.BadParameter(f"{hl7!r} is not host:port")
+        destinations.append({"kind": "hl7", "name": "hl7", "host": host, "port": int(number)})
+    path = init.write(directory, {"intake": {"port": port, "ae_title": ae_title}}, destinations)
+    out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if not destinations:
+        out.print("It names no destination yet: add a [[destination]], or run init with --pacs and --hl7.")
+    out.print(f"next: scanside --config {path} check", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_guard
+def check(as_json: Json = False) -> None:
+    """Validate the configuration, reach every destination, ask Triton whether the models are ready."""
+    from appliance.checks import run_checks
+
+    settings, path = _settings()
+    results = run_checks(settings)
+    if as_json:
+        _emit({"config": str(path), "checks": [{"check": r.check, "ok": r.ok, "detail": r.detail} for r in results]})
+    else:
+        table = Table("check", "", "detail", box=None)
+        for result in results:
+            mark = "[green]ok[/]" if result.ok else "[bold red]failed[/]"
+            table.add_row(escape(result.check), mark, escape(result.detail))
+        out.print(table)
+    if not all(result.ok for result in results):
+        raise typer.Exit(1)
+
+
+# --- services -------------------------------------------------------------------------------------------
+
+
+def _serve(service: Callable[[Settings], None]) -> None:
+    from appliance.services import log_as
+
+    settings, _ = _settings()
+    log_as(settings.box.log_level, machine=_State.json_log)
+    service(settings)
+
+
+@app.command()
+@_guard
+def run() -> None:
+    """Run every service in the foreground, for one machine."""
+    from appliance.supervisor import run_all
+
+    settings, path = _settings()
+    _serve(lambda _: run_all(settings, path))
+
+
+@app.command()
+@_guard
+def intake() -> None:
+    """Run the DICOM intake."""
+    from appliance.services import run_intake
+
+    _serve(run_intake)
+
+
+@app.command()
+@_guard
+def engine() -> None:
+    """Run the engine: completeness, admission, inference, findings."""
+    from appliance.services import run_engine
+
+    _serve(run_engine)
+
+
+@app.command()
+@_guard
+def deliver() -> None:
+    """Run the delivery of alerts and findings."""
+    from appliance.services import run_delivery
+
+    _serve(run_delivery)
+
+
+@app.command()
+@_guard
+def triton() -> None:
+    """Run the Triton server with the configured model packages."""
+    from appliance.supervisor import run_triton
+
+    _serve(run_triton)
+
+
+# --- DICOM tools ----------------------------------------------------------------------------------------
+
+
+@app.command()
+@_guard
+def echo(
+    to: Annotated[str, typer.Argument(help="AE@host:port.")],
+    calling: Annotated[str, typer.Option(help="AE title to call with.")] = "SCANSIDE",
+) -> None:
+    """Ask a DICOM node whether it answers (C-ECHO)."""
+    from dicom_io.scu import echo as ask
+
+    ask(_peer(to), calling)
+    out.print(f"{to} answers", highlight=False)
+
+
+@app.command()
+@_guard
+def send(
+    directory: Annotated[Path, typer.Argument(exists=True, help="Folder of DICOM files, searched below too.")],
+    to: Annotated[str, typer.Option(help="AE@host:port.")],
+    calling: Annotated[str, typer.Option(help="AE title to call with.")] = "SCANSIDE",
+    as_json: Json = False,
+) -> None:
+    """Send the DICOM instances of a folder to a node (C-STORE)."""
+    from dicom_io.scu import instances_in
+    from dicom_io.scu import send as store
+
+    peer = _peer(to)
+    files, skipped = instances_in(directory)
+    if not files:
+        raise ScansideError("there is no DICOM instance", str(directory), "name a folder that has some")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+    ) as progress:
+        task = progress.add_task(f"to {escape(to)}", total=len(files))
+        results = store(files, peer, calling, on_sent=lambda _: progress.advance(task))
+    failed = [result for result in results if result.error]
+    if as_json:
+        _emit(
+            {
+                "sent": len(results) - len(failed),
+                "failed": [{"path": str(r.path), "status": r.status, "error": r.error} for r in failed],
+                "skipped": [{"path": str(path), "reason": reason} for path, reason in skipped],
+            }
+        )
+    else:
+        for result in failed:
+            err.print(f"[red]not stored:[/] {escape(str(result.path))}: {escape(result.error)}", soft_wrap=True)
+        said = f"{len(results) - len(failed)} stored, {len(failed)} failed"
+        out.print(said + (f", {len(skipped)} files are no DICOM instances" if skipped else ""), highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_guard
+def phantom(
+    out_: Annotated[Path, typer.Option("--out", help="Folder to write the study to.")],
+    bleed: Annotated[Bleed | None, typer.Option(help="Subtype of haemorrhage; none if omitted.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same study, bit for bit.")] = 1,
+    thickness: Annotated[float, typer.Option(min=0.5, max=10.0, help="Slice thickness in mm.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Write a simulated head CT: DICOM files, and the truth beside them."""
+    from triton_models.training.phantom import simulate, write_study
+
+    with err.status("simulating a head") if not as_json else err.status(""):
+        made = simulate(seed, bleed=bleed.value if bleed else None, thickness_mm=thickness)
+        files = write_study(made, out_)
+    if as_json:
+        _emit({"directory": str(out_), "instances": len(files), "volume_ml": made.volume_ml})
+    else:
+        truth = ", ".join(f"{name} {volume:.1f} mL" for name, volume in made.volume_ml.items() if volume) or "no bleed"
+        out.print(f"wrote {len(files)} instances to {out_} ({truth})", highlight=False, soft_wrap=True)
+
+
+# --- looking --------------------------------------------------------------------------------------------
+
+
+@app.command()
+@_guard
+def studies(
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, the newest first.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List the studies: state, verdict, seconds to the alert, open and dead deliveries."""
+    from appliance import show
+    from appliance.ledger import views
+
+    with _ledger() as ledger:
+        reports = views.studies(ledger, limit)
+    if as_json:
+        _emit([show.summary(report) for report in reports])
+    else:
+        out.print(show.studies_table(reports))
+
+
+@app.command()
+@_guard
+def study(
+    uid: Annotated[str, typer.Argument(help="Study Instance UID, or the number that `scanside studies` shows.")],
+    as_json: Json = False,
+) -> None:
+    """Show one study: timeline, series, admission, verdict, deliveries."""
+    from appliance import show
+    from appliance.ledger import views
+
+    with _ledger() as ledger:
+        key = views.find_study(ledger, uid)
+        if key is None:
+            raise ScansideError("there is no such study", uid, "`scanside studies` lists them")
+        report = views.study_report(ledger, key)
+    if as_json:
+        _emit({**report, "timeline": views.timeline(report)})
+    else:
+        out.print(show.study_view(report))
+
+
+@app.command()
+@_guard
+def retry(delivery: Annotated[int, typer.Argument(help="Number of a dead or rejected delivery.")]) -> None:
+    """Send a dead or rejected delivery once more."""
+    from appliance.ledger.doorbell import ring
+
+    settings, _ = _settings()
+    with _ledger() as ledger:
+        ledger.requeue_delivery(delivery)
+    ring(settings.run_directory, "delivery")
+    out.print(f"delivery {delivery} is pending again", highlight=False)
+
+
+@app.command()
+@_guard
+def metrics() -> None:
+    """Print the counters and gauges of this box (Prometheus text format)."""
+    from appliance.operations.health import metrics_text
+
+    with _ledger() as ledger:
+        sys.stdout.write(metrics_text(ledger))
+
+
+@app.command()
+@_guard
+def demo(
+    study_folder: Annotated[
+        Path | None, typer.Option("--study", exists=True, help="Your own DICOM folder instead of two phantoms.")
+    ] = None,
+    directory: Annotated[Path, typer.Option(help="Folder for everything the demo makes; emptied first.")] = Path(
+        "demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Start the appliance and a hospital around it, scan patients, show the alert."""
+    from appliance.demo.run import run_demo
+
+    raise typer.Exit(run_demo(directory, study_folder, as_json=as_json))
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

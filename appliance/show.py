@@ -1,0 +1,145 @@
+"""The ledger's reports as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from appliance.ledger.views import timeline
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """One study in a line's worth of fields, JSON-ready."""
+    verdicts = report["verdicts"]
+    steps = timeline(report)
+    acknowledged = steps["alert_acknowledged"]
+    states = [delivery["state"] for delivery in report["deliveries"]]
+    return {
+        "study": report["id"],
+        "study_instance_uid": report["study_instance_uid"],
+        "state": report["state"],
+        "instances": report["instances"],
+        "series": report["series"],
+        "analyses": [
+            {"package": one["package"], "state": one["state"], "reason": one["reason"]} for one in report["analyses"]
+        ],
+        "positive": verdicts[-1]["positive"] if verdicts else None,
+        "probability": verdicts[-1]["probability"] if verdicts else None,
+        "late": any(one["late"] for one in verdicts),
+        "alert_seconds": acknowledged["seconds"] if acknowledged else None,
+        "deliveries": {state: states.count(state) for state in sorted(set(states))},
+        "last_instance_at": report["last_instance_at"],
+    }
+
+
+def studies_table(reports: list[dict[str, Any]]) -> RenderableType:
+    """All studies, and below them the deliveries that need somebody."""
+    table = Table("no.", "last instance (UTC)", "images", "state", "verdict", "alert after", "deliveries", box=None)
+    for report in reports:
+        one = summary(report)
+        alert = f"{one['alert_seconds']:.1f} s" if one["alert_seconds"] is not None else "–"
+        deliveries = ", ".join(f"{count} {_coloured(state)}" for state, count in one["deliveries"].items()) or "–"
+        table.add_row(
+            str(one["study"]),
+            one["last_instance_at"][:19].replace("T", " "),
+            str(one["instances"]),
+            one["state"],
+            _verdict(one),
+            alert + (" [bold red]late[/]" if one["late"] else ""),
+            deliveries,
+        )
+    if not reports:
+        return "no study yet"
+    dead = [one for report in reports for one in report["deliveries"] if one["state"] in ("dead", "rejected")]
+    if not dead:
+        return table
+    letters = Table("delivery", "object", "to", "state", "why", title="Dead letters (scanside retry NUMBER)", box=None)
+    for one in dead:
+        letters.add_row(
+            str(one["id"]), one["object"], one["destination"], _coloured(one["state"]), escape(one["reason"])
+        )
+    return Group(table, "", letters)
+
+
+def study_view(report: dict[str, Any]) -> RenderableType:
+    """Everything on one study."""
+    evidence = report["evidence"] or {}
+    head = Table(box=None, show_header=False)
+    head.add_row("study", f"{report['id']}  {report['study_instance_uid']}")
+    head.add_row("state", f"{report['state']}, {report['instances']} images in {report['series']} series")
+    if evidence:
+        head.add_row("complete by", f"{evidence['by']} (confidence {evidence['confidence']})")
+    parts: list[RenderableType] = [head, "", timeline_table(report)]
+    for analysis in report["analyses"]:
+        parts += ["", _analysis(analysis, [v for v in report["verdicts"] if v["analysis_id"] == analysis["id"]])]
+    if report["deliveries"]:
+        table = Table(
+            "no.", "object", "to", "state", "tries", "answer", title="Deliveries", title_justify="left", box=None
+        )
+        for one in report["deliveries"]:
+            table.add_row(
+                str(one["id"]), one["object"], one["destination"], _coloured(one["state"]), str(one["attempts"]),
+                escape(one["reason"]),
+            )  # fmt: skip
+        parts += ["", table]
+    return Group(*parts)
+
+
+def timeline_table(report: dict[str, Any]) -> Table:
+    """The milestones, in seconds from the last instance."""
+    table = Table("step", "at (UTC)", "seconds", title="Timeline", title_justify="left", box=None)
+    for step, moment in timeline(report).items():
+        at = moment["at"][11:23] if moment else "–"
+        table.add_row(step.replace("_", " "), at, f"{moment['seconds']:+.2f}" if moment else "–")
+    return table
+
+
+def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> RenderableType:
+    parts: list[RenderableType] = [
+        f"[bold]{escape(analysis['package'])} {escape(analysis['package_version'])}[/]: {_coloured(analysis['state'])}"
+        + (f", {escape(analysis['reason'])}" if analysis["reason"] else "")
+    ]
+    table = Table("series", "images", "description", "", title="Series", title_justify="left", box=None)
+    for one in analysis["selection"]:
+        mark = "[green]selected:[/] " if one["chosen"] else ""
+        table.add_row(
+            str(one["series_number"]), str(one["instances"]), escape(one["description"]), mark + escape(one["reason"])
+        )
+    parts += [table]
+    gate = Table("criterion", "read", "label", "", title="Admission", title_justify="left", box=None)
+    for one in analysis["admission"]:
+        outcome = _coloured(one["outcome"]) + (f" ({escape(one['note'])})" if one["note"] else "")
+        gate.add_row(one["criterion"], escape(one["value"]) or "absent", escape(one["rule"]), outcome)
+    parts += ["", gate]
+    for one in verdicts:
+        result = one["result"]
+        told = "[bold red]positive[/]" if one["positive"] else "[green]negative[/]"
+        late = " [bold red]late[/]" if one["late"] else ""
+        subtypes = ", ".join(f"{name} {value:.2f}" for name, value in result["subtypes"].items())
+        parts += [
+            "",
+            f"Verdict, revision {one['revision']}: {told}{late}, probability {one['probability']:.3f} "
+            f"(threshold {result['threshold']:g}), {result['volume_ml']:.1f} mL",
+            f"  {subtypes}",
+            f"  [italic]{escape(result['notice'])}[/]",
+        ]
+        parts += [f"  {escape(line)}" for line in result["limitations"]]
+    return Group(*parts)
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    if one["positive"] is not None:
+        colour, word = ("bold red", "positive") if one["positive"] else ("green", "negative")
+        return f"[{colour}]{word}[/] {one['probability']:.2f}"
+    return ", ".join(_coloured(a["state"]) for a in one["analyses"]) or "–"
+
+
+def _coloured(state: str) -> str:
+    colours = {
+        "acknowledged": "green", "issued": "green", "met": "green", "excepted": "yellow", "dead": "bold red",
+        "rejected": "bold red", "failed": "bold red", "refused": "yellow", "violated": "red", "unknown": "red",
+    }  # fmt: skip
+    return f"[{colours[state]}]{state}[/]" if state in colours else state

@@ -1,0 +1,112 @@
+"""`scanside run`: the services of one machine as children of one process, as systemd runs them on a box."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from appliance.governance.package import load_all
+from appliance.inference.server import prepare
+from appliance.services import stop_signal
+from appliance.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SERVICES = ("intake", "engine", "deliver")
+STOP_SECONDS = 10.0
+LONGEST_PAUSE = 30.0
+STEADY_SECONDS = 60.0
+"""A child that ran for this long was well; its next end counts as the first again."""
+
+
+@dataclass(slots=True)
+class _Child:
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    ends: int = 0
+    due: float = field(default_factory=time.monotonic)
+
+
+def run_all(settings: Settings, config: Path) -> None:
+    """Run every service, restart one that ends (after a pause that doubles), until told to stop.
+
+    On SIGTERM or SIGINT the children have 10 s to finish or park their work; then they are killed. If this
+    process is killed, the kernel ends them.
+    """
+    names = (("triton",) if settings.triton.managed else ()) + SERVICES
+    command = [sys.executable, "-m", "appliance.cli", "--config", str(config.resolve())]
+    children = [_Child(name, [*command, name]) for name in names]
+    with stop_signal() as stopping:
+        try:
+            while not stopping.is_set():
+                for child in children:
+                    _tend(child)
+                stopping.wait(0.2)
+        finally:
+            _stop(children)
+
+
+def run_triton(settings: Settings) -> None:
+    """Put Triton's command, backends and model repository together and become the server.
+
+    Raises:
+        ScansideError: the environment or a model package is not what it must be.
+    """
+    packages = load_all(settings.model_repository, settings.models.packages)
+    launch = prepare(
+        settings.triton.environment,
+        settings.triton_directory,
+        packages,
+        settings.box.device,
+        grpc_port=settings.triton.grpc_port,
+        http_port=settings.triton.http_port,
+        metrics_port=settings.triton.metrics_port,
+    )
+    os.execve(launch.command[0], launch.command, launch.env)
+
+
+def _tend(child: _Child) -> None:
+    """Start a child that is due; notice one that ended."""
+    if child.process is not None:
+        code = child.process.poll()
+        if code is None:
+            return
+        child.process = None
+        if time.monotonic() - child.started > STEADY_SECONDS:
+            child.ends = 0
+        pause = 0.0 if child.ends == 0 else min(LONGEST_PAUSE, 0.5 * 2.0**child.ends)
+        child.ends += 1
+        child.due = time.monotonic() + pause
+        log.error("%s ended with code %d; it starts again in %g s", child.name, code, pause)
+    if time.monotonic() >= child.due:
+        child.started = time.monotonic()
+        # A session of its own: Ctrl-C in the terminal reaches only this process, which stops the others in order.
+        # setpriv asks the kernel for a SIGTERM to the child when this process ends, however it ends.
+        child.process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", "--", *child.command], start_new_session=True
+        )
+
+
+def _stop(children: list[_Child]) -> None:
+    running = [child.process for child in children if child.process is not None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in running:
+        if process.poll() is None:
+            log.error("process %d did not stop in %g s and is killed", process.pid, STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

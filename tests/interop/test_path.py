@@ -1,0 +1,174 @@
+"""The whole path: a study goes in, an acknowledged alert and findings in the PACS come out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import hl7
+import pydicom
+import pytest
+
+from tests.interop.box import Box, study, wait_for
+
+pytestmark = [pytest.mark.interop, pytest.mark.xdist_group("box")]
+
+REPORT = "1.2.840.10008.5.1.4.1.1.88.34"
+CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
+
+def need(command: str) -> str:
+    found = shutil.which(command)
+    if found is None:
+        pytest.skip(f"{command} is not installed")
+    return found
+
+
+def test_a_haemorrhage_is_alerted_once_and_lies_in_the_study(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "BLEED1")
+    assert [result.error for result in box.send(files)] == [""] * len(files)
+    report = box.settled(uid)
+    assert report["verdicts"][-1]["positive"]
+    (message,) = box.messages(uid)
+    parsed = hl7.parse(message.read_bytes().decode("utf-8"))
+    assert str(parsed.segment("MSH")[9]) == "ORU^R01^ORU_R01"
+    assert str(parsed.segment("PID")[3]).startswith("BLEED1")
+    assert "AA" in [str(row[8]) for row in parsed.segments("OBX") if len(row) > 8]
+    held = box.hospital.pacs.holds(uid)
+    sent = {one["uid"] for one in report["deliveries"] if not one["object"].startswith("alert.")}
+    assert sent == {instance for _, instance in held}
+    assert sorted(sop_class for sop_class, _ in held).count(REPORT) == 1
+    assert CAPTURE in {sop_class for sop_class, _ in held}
+
+
+def test_a_normal_head_gets_a_report_and_no_alert(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, None, "NORMAL1")
+    box.send(files)
+    report = box.settled(uid)
+    assert not report["verdicts"][-1]["positive"]
+    assert box.messages(uid) == []
+    assert [sop_class for sop_class, _ in box.hospital.pacs.holds(uid)] == [REPORT]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["dcmsend", "--no-halt", "-aec", "SCANSIDE"],
+        ["storescu", "-aec", "SCANSIDE"],
+        ["storescu", "-xi", "-aec", "SCANSIDE"],
+    ],
+    ids=["dcmsend", "storescu", "storescu-implicit"],
+)
+def test_dcmtk_sends(box: Box, tmp_path: Path, command: list[str]) -> None:
+    name = f"DCMTK{command[0][0]}{len(command)}".upper()
+    uid, files = study(tmp_path, "intraparenchymal", name)
+    program = need(command[0])
+    subprocess.run(
+        [program, *command[1:], "127.0.0.1", str(box.peer.port), *map(str, files)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert box.settled(uid)["verdicts"][-1]["positive"]
+    assert len(box.messages(uid)) == 1
+
+
+def test_orthanc_sends_and_shows_the_findings_in_the_same_study(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "ORTHANC1")
+    pacs = box.hospital.pacs
+    need("storescu")
+    subprocess.run(
+        ["storescu", "-aet", "SCANNER", "-aec", pacs.ae_title, pacs.host, str(pacs.port), *map(str, files)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    pacs.store_to("scanside", [one.orthanc_id for one in pacs.instances(uid)])  # type: ignore[attr-defined]
+    box.settled(uid)
+    series = {one.series_description for one in pacs.instances(uid)}  # type: ignore[attr-defined]
+    assert len(series) == 3
+    modalities = {one.modality for one in pacs.instances(uid)}  # type: ignore[attr-defined]
+    assert modalities == {"CT", "SR", "OT"}
+
+
+def test_identity_is_the_patients_in_every_object(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "IDENT1")
+    source = pydicom.dcmread(files[0])
+    box.send(files)
+    report = box.settled(uid)
+    for finding in report["findings"]:
+        if finding["path"].endswith(".dcm"):
+            made = pydicom.dcmread(box.settings.findings_directory / finding["path"])
+            for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber",
+                            "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID"):  # fmt: skip
+                assert made[keyword].value == source[keyword].value, keyword
+
+
+def test_a_late_slice_gives_a_second_revision_and_no_second_alert(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "LATE1")
+    box.send(files[:-1])
+    first = box.settled(uid)
+    assert first["verdicts"][-1]["positive"]
+    box.send(files[-1:])
+    wait_for(
+        lambda: True if len((box.report(uid) or {"verdicts": []})["verdicts"]) == 2 else None,
+        60.0,
+        lambda: f"no second revision: {box.report(uid)}",
+    )
+    second = box.settled(uid)
+    assert [one["revision"] for one in second["verdicts"]] == [1, 2]
+    assert len(box.messages(uid)) == 1
+    held = [sop_class for sop_class, _ in box.hospital.pacs.holds(uid)]
+    assert held.count(REPORT) == 2
+
+
+def test_the_same_study_again_changes_nothing(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "TWICE1")
+    box.send(files)
+    box.settled(uid)
+    assert [result.error for result in box.send(files)] == [""] * len(files)
+    report = box.settled(uid)
+    assert len(report["verdicts"]) == 1
+    assert report["instances"] == len(files)
+    assert len(box.messages(uid)) == 1
+
+
+def test_a_real_head_without_age_is_refused_and_says_why(box: Box, ge_head: Path) -> None:
+    files = sorted(ge_head.glob("*.dcm"))
+    box.send(files)
+    report = box.settled(pydicom.dcmread(files[0], stop_before_pixels=True).StudyInstanceUID)
+    (analysis,) = report["analyses"]
+    assert analysis["state"] == "refused"
+    assert "age" in analysis["reason"]
+    assert report["deliveries"] == []
+
+
+def test_the_command_tells_what_happened(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "SHOWN1")
+    box.send(files)
+    box.settled(uid)
+    listed = json.loads(box.command("studies", "--json").stdout)
+    (row,) = [one for one in listed if one["study_instance_uid"] == uid]
+    assert row["positive"]
+    assert row["alert_seconds"] > 0
+    shown = json.loads(box.command("study", uid, "--json").stdout)
+    assert {one["outcome"] for one in shown["analyses"][0]["admission"]} == {"met"}
+    assert all(moment is not None for moment in shown["timeline"].values())
+    table = box.command("study", uid).stdout
+    for word in ("Timeline", "Admission", "positive", "Deliveries", "acknowledged"):
+        assert word in table
+    assert "BLEED" not in table
+    missing = box.command("study", "9.9.9")
+    assert (missing.returncode, "no such study" in missing.stderr) == (1, True)
+    assert 'scanside_events_total{event="verdict.issued"}' in box.command("metrics").stdout
+    checks = json.loads(box.command("check", "--json").stdout)["checks"]
+    assert {one["check"] for one in checks} >= {
+        "ledger",
+        "models",
+        "intake",
+        "triton",
+        "destination pacs",
+        "destination er",
+    }
