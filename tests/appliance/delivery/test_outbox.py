@@ -1,0 +1,128 @@
+"""The outbox delivers each row until it is acknowledged, rejected or dead; a dead destination delays nobody else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from appliance.delivery.outbox import Result, Worker
+from appliance.ledger.database import now
+from appliance.ledger.records import Verdict
+from appliance.ledger.store import Ledger, NewFinding, Row
+from appliance.ledger.views import study_report
+from dicom_io.errors import PeerError
+from tests.builders import header
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A ledger with one positive verdict: an alert to "er" and a report to "pacs", both ready."""
+    one = Ledger(tmp_path / "ledger.sqlite")
+    one.record_instance(header(), "d", 1, one.open_association("S", "B", "127.0.0.1"))
+    (arriving,) = one.arriving_studies()
+    one.complete_study(1, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+    one.decide(1, "pkg", "1", admitted=True, reason="", admission=[], selection=[], series_instance_uid="1.2.3.1")
+    row = one.take_analysis()
+    assert row is not None
+    verdict = Verdict("1.2.3", "1.2.3.1", "pkg", "1", "n", True, 0.9, 0.5, {}, 1.0, (), (), (), ())
+    findings = [
+        NewFinding("alert.er", "MSG", "a.hl7", ("er",), 0),
+        NewFinding("report", "2.25.1", "r.dcm", ("pacs",), 10),
+    ]
+    one.issue_verdict(row["id"], 1, verdict, now(), findings, admission=[], late=False)
+    return one
+
+
+def worker(ledger: Ledger, destination: str, deliver: Callable[[Row], Result], *, attempts: int = 5) -> Worker:
+    return Worker(
+        ledger,
+        destination,
+        deliver,
+        attempts=attempts,
+        first_retry_seconds=0.01,
+        longest_retry_seconds=0.02,
+        budget_seconds=60.0,
+    )
+
+
+def run_until(ledger: Ledger, one: Worker, delivery: str, state: str) -> dict[str, object]:
+    one.start()
+    deadline = time.monotonic() + 20.0
+    try:
+        while time.monotonic() < deadline:
+            one.wake()
+            row = next(r for r in study_report(ledger, 1)["deliveries"] if r["object"] == delivery)
+            if row["state"] == state:
+                return dict(row)
+            time.sleep(0.01)
+        pytest.fail(f"{delivery} is {row['state']}, not {state}")
+    finally:
+        one.stop()
+        one.join(5.0)
+        assert not one.is_alive()
+
+
+def test_an_answer_ends_it(ledger: Ledger) -> None:
+    row = run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
+    assert (row["attempts"], row["reason"]) == (1, "AA")
+    assert row["acknowledged_at"] is not None
+
+
+def test_it_tries_again_until_the_peer_is_there(ledger: Ledger) -> None:
+    tries: list[str] = []
+
+    def deliver(row: Row) -> Result:
+        tries.append(row["uid"])
+        if len(tries) < 4:
+            raise PeerError("connection refused", "127.0.0.1:1", "start it")
+        return "acknowledge", "AA"
+
+    row = run_until(ledger, worker(ledger, "er", deliver), "alert.er", "acknowledged")
+    assert row["attempts"] == 4
+    assert set(tries) == {"MSG"}
+
+
+def test_after_so_many_tries_it_is_a_dead_letter_with_its_reason(ledger: Ledger) -> None:
+    row = run_until(ledger, worker(ledger, "er", lambda _: ("retry", "AE busy"), attempts=3), "alert.er", "dead")
+    assert (row["attempts"], row["reason"]) == (3, "AE busy")
+
+
+def test_a_refusal_is_not_repeated(ledger: Ledger) -> None:
+    row = run_until(ledger, worker(ledger, "er", lambda _: ("reject", "AR no")), "alert.er", "rejected")
+    assert (row["attempts"], row["reason"]) == (1, "AR no")
+
+
+def test_a_surprise_does_not_end_the_worker(ledger: Ledger) -> None:
+    surprises = iter([ZeroDivisionError("surprise")])
+
+    def deliver(_: Row) -> Result:
+        for error in surprises:
+            raise error
+        return "acknowledge", "AA"
+
+    assert run_until(ledger, worker(ledger, "er", deliver), "alert.er", "acknowledged")["attempts"] == 2
+
+
+def test_a_ledger_that_stumbles_does_not_end_the_worker(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, stumbles = ledger.take_delivery, iter([OSError("disk")])
+
+    def take(destination: str) -> Row | None:
+        for error in stumbles:
+            raise error
+        return real(destination)
+
+    monkeypatch.setattr(ledger, "take_delivery", take)
+    run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
+
+
+def test_a_hanging_destination_delays_nobody_else(ledger: Ledger) -> None:
+    hanging = worker(ledger, "pacs", lambda _: (time.sleep(3.0), ("retry", "slow"))[1])
+    hanging.start()
+    run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
+    states = {row["object"]: row["state"] for row in study_report(ledger, 1)["deliveries"]}
+    assert states["report"] == "sending"
+    hanging.stop()
+    hanging.join(10.0)

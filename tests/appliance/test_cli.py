@@ -1,0 +1,130 @@
+"""The command: clear errors, exit codes that mean something, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pydicom
+import pytest
+from typer.testing import CliRunner, Result
+
+from appliance.cli import app
+from appliance.demo.orthanc import free_port
+from appliance.ledger.store import Ledger
+from dicom_io.scp import AssociationClosed, Received, StorageServer, start_server
+from tests.builders import head_series
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: str | Path) -> Result:
+    return RUNNER.invoke(app, [str(one) for one in arguments])
+
+
+class Keeper:
+    """A storage provider that keeps what it gets, or refuses it."""
+
+    def __init__(self) -> None:
+        self.received: list[Received] = []
+        self.status = 0x0000
+
+    def opened(self, association: int, calling_ae: str, called_ae: str, address: str) -> None:
+        pass
+
+    def stored(self, received: Received) -> int:
+        self.received.append(received)
+        return self.status
+
+    def closed(self, closed: AssociationClosed) -> None:
+        pass
+
+
+@pytest.fixture
+def node() -> Iterator[tuple[str, Keeper]]:
+    keeper = Keeper()
+    server: StorageServer = start_server("NODE", "127.0.0.1", 0, keeper)
+    yield f"NODE@127.0.0.1:{server.port}", keeper
+    server.stop(1.0)
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    names = "init check run intake engine deliver triton echo send phantom studies study retry metrics demo"
+    for command in names.split():
+        assert command in text
+    assert run("--version").stdout.startswith("scanside ")
+
+
+def test_init_then_studies(tmp_path: Path) -> None:
+    made = run("init", tmp_path / "box", "--pacs", "PACS@127.0.0.1:104", "--hl7", "127.0.0.1:2575")
+    assert made.exit_code == 0
+    config = tmp_path / "box" / "scanside.toml"
+    again = run("init", tmp_path / "box")
+    assert (again.exit_code, "already" in again.stderr) == (2, True)
+    before = run("--config", config, "studies")
+    assert (before.exit_code, "no ledger yet" in before.stderr) == (1, True)
+    ledger = Ledger(tmp_path / "box" / "ledger.sqlite")
+    assert run("--config", config, "studies").stdout.strip() == "no study yet"
+    association = ledger.open_association("S", "B", "127.0.0.1")
+    for one in head_series(3):
+        ledger.record_instance(one, one.sop_instance_uid, 1, association)
+    listed = json.loads(run("--config", config, "studies", "--json").stdout)
+    assert [(one["study"], one["state"], one["instances"]) for one in listed] == [(1, "receiving", 3)]
+    assert json.loads(run("--config", config, "study", "1", "--json").stdout)["study_instance_uid"] == "1.2.3"
+    assert "1.2.3" in run("--config", config, "study", "1.2.3").stdout
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["init", "x", "--pacs", "nonsense"], 2, "AE@host:port"),
+        (["init", "x", "--hl7", "nonsense"], 2, "host:port"),
+        (["--config", "absent.toml", "check"], 2, "no configuration file"),
+        (["phantom", "--out", "x", "--bleed", "nosebleed"], 2, "nosebleed"),
+        (["send", "absent", "--to", "A@127.0.0.1:1"], 2, "absent"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_a_mistake_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_echo(node: tuple[str, Keeper]) -> None:
+    assert run("echo", node[0]).exit_code == 0
+    nobody = run("echo", f"NODE@127.0.0.1:{free_port()}")
+    assert nobody.exit_code == 1
+    assert "127.0.0.1" in nobody.stderr
+
+
+def test_a_phantom_is_written_and_sent(tmp_path: Path, node: tuple[str, Keeper]) -> None:
+    target, keeper = node
+    made = run("phantom", "--out", tmp_path, "--bleed", "subdural", "--seed", "3", "--thickness", "8", "--json")
+    assert made.exit_code == 0
+    told = json.loads(made.stdout)
+    assert told["volume_ml"]["subdural"] > 0
+    (tmp_path / "readme.txt").write_text("not DICOM")
+    sent = run("send", tmp_path, "--to", target, "--json")
+    assert sent.exit_code == 0
+    answer = json.loads(sent.stdout)
+    assert answer["sent"] == told["instances"] == len(keeper.received)
+    assert any(one["path"].endswith("readme.txt") for one in answer["skipped"])
+    dataset = pydicom.dcmread(pydicom.filebase.DicomBytesIO(keeper.received[0].part10))
+    assert dataset.Modality == "CT"
+    keeper.status = 0xA700
+    refused = run("send", tmp_path, "--to", target)
+    assert refused.exit_code == 1
+    assert "0 stored" in refused.stdout
+
+
+def test_a_folder_without_dicom_is_said(tmp_path: Path) -> None:
+    result = run("send", tmp_path, "--to", "A@127.0.0.1:1")
+    assert (result.exit_code, "no DICOM instance" in result.stderr) == (1, True)
