@@ -9,7 +9,8 @@ from appliance.delivery.hl7 import MllpClient
 from appliance.governance.package import Package, load_all
 from appliance.inference.triton import TritonClient
 from appliance.ledger.store import Ledger
-from appliance.settings import DicomDestination, Settings
+from appliance.ledger.views import waiting_destinations
+from appliance.settings import DicomDestination, Hl7Destination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer, echo
 
@@ -57,11 +58,13 @@ def run_checks(settings: Settings) -> list[Check]:
         url = f"{settings.triton.host}:{settings.triton.grpc_port}"
         client = TritonClient(url, timeout=5.0)
         try:
-            waiting = [package.name for package in packages if not client.ready(package)]
+            problems = [problem for package in packages if (problem := client.problem(package))]
         finally:
             client.close()
-        if waiting or not packages:
-            raise ScansideError(f"not ready: {', '.join(waiting) or 'no package'}", url, "start it: `scanside triton`")
+        if problems or not packages:
+            raise ScansideError(
+                "; ".join(problems) or "there is no package to serve", url, "start it: `scanside triton`"
+            )
         return f"{url} serves {', '.join(package.name for package in packages)}"
 
     checks = [
@@ -88,9 +91,34 @@ def run_checks(settings: Settings) -> list[Check]:
                 return f"{where} takes connections"
 
         checks.append(_check(f"destination {destination.name}", reach))
-    if not settings.destination:
-        checks.append(Check("destinations", False, "none is configured: an alert would reach nobody"))
+    checks.append(_check("alerts", lambda: _alerts(settings)))
+    checks.append(_check("outbox", lambda: _outbox(settings)))
     return checks
+
+
+def _alerts(settings: Settings) -> str:
+    names = [one.name for one in settings.destination if isinstance(one, Hl7Destination)]
+    if not names:
+        raise ScansideError(
+            "no HL7 destination is configured: an alert would reach nobody", "", "add a [[destination]] of kind hl7"
+        )
+    return f"go to {', '.join(names)}"
+
+
+def _outbox(settings: Settings) -> str:
+    ledger = Ledger(settings.ledger_path)
+    try:
+        waiting = waiting_destinations(ledger)
+    finally:
+        ledger.close()
+    orphans = sorted(set(waiting) - {one.name for one in settings.destination})
+    if orphans:
+        raise ScansideError(
+            f"{sum(waiting[name] for name in orphans)} deliveries wait for a destination that is not configured",
+            ", ".join(orphans),
+            "configure it again under that name",
+        )
+    return f"{sum(waiting.values())} deliveries wait"
 
 
 def _check(name: str, action: Callable[[], str]) -> Check:

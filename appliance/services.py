@@ -40,7 +40,7 @@ from appliance.ledger.store import Ledger, NewFinding, Row
 from appliance.settings import DicomDestination, Hl7Destination, Settings
 from appliance.study.completeness import weigh
 from appliance.study.grouping import group
-from appliance.study.selection import Selection, select
+from appliance.study.selection import Selection, considered, select
 from dicom_io.errors import DecodeError, ScansideError
 from dicom_io.objects.common import part10
 from dicom_io.pixels import decode
@@ -159,7 +159,7 @@ class Engine:
         self._ledger = ledger
         self._packages = {package.name: package for package in packages}
         self._client = client
-        self._waiting_for_triton = False
+        self._triton_problem: str | None = None
 
     def step(self) -> float:
         """Do what there is to do; returns the seconds until there may be more (0: at once)."""
@@ -171,7 +171,14 @@ class Engine:
         return 0.0 if worked else wait
 
     def _select(self, study_id: int) -> Selection:
-        return select(group(instance.header for instance in self._ledger.instances(study_id)))
+        series = group(instance.header for instance in self._ledger.instances(study_id))
+        try:
+            return select(series)
+        except Exception as error:
+            # A header that nobody foresaw must not hold up other studies: this one is refused, with the reason.
+            log.exception("study %d: the selection failed in a way nobody foresaw", study_id)
+            reason = f"the selection failed: {type(error).__name__}: {error}"
+            return Selection(None, None, tuple(considered(one, chosen=False, reason=reason) for one in series))
 
     def _complete_studies(self) -> float:
         """Declare complete what is; returns the seconds until the next study may be."""
@@ -252,11 +259,12 @@ class Engine:
         return True
 
     def _triton_ready(self) -> bool:
-        ready = all(self._client.ready(package) for package in self._packages.values())
-        if ready == self._waiting_for_triton:
-            self._waiting_for_triton = not ready
-            log.log(logging.INFO if ready else logging.WARNING, "Triton is %s", "ready" if ready else "not ready")
-        return ready
+        problems = [problem for one in self._packages.values() if (problem := self._client.problem(one))]
+        said = "; ".join(problems)
+        if said != self._triton_problem:
+            self._triton_problem = said
+            log.log(logging.WARNING if said else logging.INFO, "Triton: %s", said or "ready")
+        return not problems
 
     def _failed(self, row: Row, reason: str) -> None:
         final = self._ledger.fail_analysis(row["id"], reason, self._settings.models.attempts)
@@ -310,6 +318,8 @@ class Engine:
         folder = Path(f"{row['study_id']:06d}") / f"{verdict.package}-{revision}"
         findings: list[NewFinding] = []
         hl7 = [one for one in self._settings.destination if isinstance(one, Hl7Destination)]
+        if kind is not None and not hl7:
+            log.error("study %d: nobody is told (%s): no HL7 destination is configured", row["study_id"], kind)
         if kind is not None and hl7:
             header = pydicom.dcmread(source, stop_before_pixels=True)
             for destination in hl7:
@@ -361,7 +371,8 @@ class Engine:
                 self._render_one(row)
             except Exception as error:
                 log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
-                self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                self._ledger.render_failed(row["id"], row["study_id"], reason, self._settings.models.attempts)
 
     def _render_one(self, row: Row) -> None:
         verdict = Verdict.from_json(row["result"])

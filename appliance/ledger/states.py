@@ -36,6 +36,8 @@ ANALYSIS: Final = {
 
 DELIVERY: Final = {
     ("", "create"): "pending",
+    # Its object could not be made.
+    ("pending", "give_up"): "dead",
     ("pending", "take"): "sending",
     ("sending", "acknowledge"): "acknowledged",
     ("sending", "retry"): "pending",

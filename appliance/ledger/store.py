@@ -485,14 +485,26 @@ class Ledger(Database):
             connection.execute(t.finding.update().where(t.finding.c.id == finding_id).values(path=path))
             self._append(connection, Event.FINDING_RENDERED, study_id, finding=finding_id, path=path)
 
-    def render_failed(self, finding_id: int, study_id: int, reason: str) -> None:
-        """Record a try at rendering that failed."""
-        c = t.finding.c
+    def render_failed(self, finding_id: int, study_id: int, reason: str, attempts: int) -> None:
+        """Record a try at rendering that failed; after so many its deliveries are dead letters."""
+        c, d = t.finding.c, t.delivery.c
         with self._write() as connection:
             connection.execute(
                 t.finding.update().where(c.id == finding_id).values(attempts=c.attempts + 1, reason=reason)
             )
             self._append(connection, Event.FINDING_FAILED, study_id, finding=finding_id, reason=reason)
+            tried = connection.scalar(sa.select(c.attempts).where(c.id == finding_id)) or 0
+            if tried < attempts:
+                return
+            waiting = connection.execute(
+                sa.select(d.id, d.destination).where(d.finding_id == finding_id, d.state == "pending")
+            ).all()
+            for key, destination in waiting:
+                said = f"its object could not be made: {reason}"
+                self._move_delivery(connection, key, "give_up", reason=said)
+                self._append(
+                    connection, Event.DELIVERY_DEAD, study_id, delivery=key, destination=destination, reason=said
+                )
 
     # --- delivery ---------------------------------------------------------------------------------------
 
@@ -634,3 +646,5 @@ class Ledger(Database):
                     "`scanside study UID` lists the deliveries of a study",
                 )
             self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())
+            finding = sa.select(t.delivery.c.finding_id).where(t.delivery.c.id == delivery_id).scalar_subquery()
+            connection.execute(t.finding.update().where(t.finding.c.id == finding).values(attempts=0))

@@ -87,6 +87,16 @@ def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:
     }
 
 
+def waiting_destinations(ledger: Ledger) -> dict[str, int]:
+    """Destination → how many deliveries to it are pending or under way."""
+    c = t.delivery.c
+    with ledger.read() as connection:
+        rows = connection.execute(
+            sa.select(c.destination, sa.func.count()).where(c.state.in_(("pending", "sending"))).group_by(c.destination)
+        ).all()
+    return {row[0]: int(row[1]) for row in rows}
+
+
 def event_counts(ledger: Ledger) -> dict[str, int]:
     """How often each event of the vocabulary happened."""
     with ledger.read() as connection:

@@ -119,16 +119,17 @@ def select(series: Sequence[Series]) -> Selection:
         best.series if best else None,
         best.volume if best else None,
         tuple(
-            Considered(
-                one.series_instance_uid,
-                one.first.series_number,
-                one.first.series_description,
-                len(one.headers),
-                best is not None and one is best.series,
-                reasons[one.series_instance_uid],
-            )
+            considered(one, chosen=best is not None and one is best.series, reason=reasons[one.series_instance_uid])
             for one in series
         ),
+    )
+
+
+def considered(series: Series, *, chosen: bool, reason: str) -> Considered:
+    """What is recorded of one series."""
+    first = series.first
+    return Considered(
+        series.series_instance_uid, first.series_number, first.series_description, len(series.headers), chosen, reason
     )
 
 

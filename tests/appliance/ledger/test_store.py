@@ -24,6 +24,7 @@ from appliance.ledger.views import (
     study_report,
     timeline,
     verify_events,
+    waiting_destinations,
 )
 from tests.builders import head_series, header
 
@@ -342,3 +343,20 @@ def test_many_threads_and_a_second_process_lose_nothing(ledger: Ledger, tmp_path
 
 def test_a_verdict_survives_its_json() -> None:
     assert Verdict.from_json(verdict().to_json()) == verdict()
+
+
+def test_an_object_that_cannot_be_made_is_a_dead_letter_until_somebody_asks_again(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    (finding,) = ledger.unrendered_findings(2)
+    ledger.render_failed(finding["id"], study, "broken", attempts=2)
+    assert len(ledger.unrendered_findings(2)) == 1
+    ledger.render_failed(finding["id"], study, "broken", attempts=2)
+    assert ledger.unrendered_findings(2) == []
+    (report,) = [one for one in study_report(ledger, study)["deliveries"] if one["object"] == "report"]
+    assert (report["state"], "broken" in report["reason"]) == ("dead", True)
+    assert waiting_destinations(ledger) == {"er": 1}
+    ledger.requeue_delivery(report["id"])
+    assert len(ledger.unrendered_findings(2)) == 1
+    assert waiting_destinations(ledger) == {"er": 1, "pacs": 1}

@@ -1,0 +1,158 @@
+"""Which planes of a volume make up each slab, the unit of inference.
+
+A model is trained on slabs of one thickness. Thin slices are averaged until they are about that thick; a slice that
+is nearly as thick, or thicker, is a slab by itself. A slab never spans a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dicom_io.errors import GeometryError
+from dicom_io.volume import Volume
+
+SINGLE_FRACTION = 0.6
+"""A slice at least this part of a slab thick stands alone: two of them would be nearer to two slabs than to one."""
+
+HOLE_FRACTION = 0.5
+"""Slices with more than this part of a slice between them are not averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlabPlan:
+    """One slab and the planes that it is averaged from.
+
+    Attributes:
+        index: position of the slab, 0 nearest the feet.
+        members: indices into the volume's planes, rising; each plane belongs to exactly one slab.
+        offset_mm: its centre along the volume's normal.
+        thickness_mm: the extent along the normal that it answers for. Neighbouring slabs share out what both or
+            neither cover, except across a gap, so that areas times thicknesses add up to a volume.
+        representative: the member nearest to the centre; findings are drawn on it.
+    """
+
+    index: int
+    members: tuple[int, ...]
+    offset_mm: float
+    thickness_mm: float
+    representative: int
+
+
+def plan_slabs(volume: Volume, slab_mm: float) -> tuple[SlabPlan, ...]:
+    """Divide a volume into slabs of about ``slab_mm``.
+
+    From the feet upwards, thin slices are joined as long as that brings their extent nearer to ``slab_mm``, but never
+    across more than half a slice that neither of them covers. A remainder of less than half a slab (before such a
+    hole, a thick slice or the end) is shared with the slab below it: joined to it where that makes it no more than
+    one slice too thick, else the planes of both are divided as evenly as can be. So no slab of several slices is
+    thicker than ``slab_mm`` plus one slice.
+
+    Raises:
+        ValueError: ``slab_mm`` is not positive.
+    """
+    if not slab_mm > 0:
+        raise ValueError(f"slab_mm must be positive, not {slab_mm}")
+    extents = _extents(volume)
+    groups = [group for run in _runs(extents, slab_mm) for group in _divide(run, extents, slab_mm)]
+    outer = [_span(group, extents) for group in groups]
+    centres = [(low + high) / 2 for low, high in outer]
+    gaps = {gap.after for gap in volume.gaps}
+    lows, highs = [low for low, _ in outer], [high for _, high in outer]
+    for index, below in enumerate(groups[:-1]):
+        if below[-1] not in gaps:
+            # Between the centres, because a thin slice can lie wholly within the extent of a thick one.
+            ends = sorted(centres[index : index + 2])
+            border = min(max((highs[index] + lows[index + 1]) / 2, ends[0]), ends[1])
+            highs[index] = lows[index + 1] = border
+    return tuple(
+        SlabPlan(
+            index=index,
+            members=tuple(group),
+            offset_mm=centre,
+            thickness_mm=max(high - low, 0.0),
+            representative=min(group, key=lambda plane: (abs(volume.offsets[plane] - centre), plane)),
+        )
+        for index, (group, centre, low, high) in enumerate(zip(groups, centres, lows, highs, strict=True))
+    )
+
+
+def slab_hu(plan: SlabPlan, hu_of_plane: Callable[[int], NDArray[Any]]) -> NDArray[np.float32]:
+    """The mean of a slab's planes: (rows, columns) HU.
+
+    Args:
+        hu_of_plane: (rows, columns) HU of the plane with that index; called once for each member, in order.
+
+    Raises:
+        GeometryError: the planes differ in their number of rows or columns.
+    """
+    total = np.array(hu_of_plane(plan.members[0]), dtype=np.float32)
+    for plane in plan.members[1:]:
+        hu = hu_of_plane(plane)
+        if hu.shape != total.shape:
+            raise GeometryError(
+                f"its slices have different sizes: {total.shape} and {hu.shape} rows and columns",
+                f"slab {plan.index}",
+                "analyse them as separate series",
+            )
+        np.add(total, hu, out=total)
+    return np.divide(total, np.float32(len(plan.members)), out=total)
+
+
+def _extents(volume: Volume) -> list[tuple[float, float]]:
+    """(low, high) in mm along the normal of each plane; a thickness not given is the usual distance."""
+    distances = [above - below for below, above in pairwise(volume.offsets)]
+    usual = median(distances) if distances else 1.0
+    halves = [(plane.geometry.thickness or usual) / 2 for plane in volume.planes]
+    return [(offset - half, offset + half) for offset, half in zip(volume.offsets, halves, strict=True)]
+
+
+def _span(group: list[int], extents: list[tuple[float, float]]) -> tuple[float, float]:
+    return min(extents[plane][0] for plane in group), max(extents[plane][1] for plane in group)
+
+
+def _thickness(group: list[int], extents: list[tuple[float, float]]) -> float:
+    low, high = _span(group, extents)
+    return high - low
+
+
+def _runs(extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]:
+    """Stretches of planes that may be averaged with one another: a thick plane alone, thin ones up to a hole."""
+    sizes = [high - low for low, high in extents]
+    runs: list[list[int]] = [[0]]
+    for plane in range(1, len(extents)):
+        thin = max(sizes[plane - 1], sizes[plane]) < SINGLE_FRACTION * slab_mm
+        hole = extents[plane][0] - extents[plane - 1][1]
+        # The volume's own gaps are measured against its usual distance too, and let sparse slices pass.
+        if thin and hole <= HOLE_FRACTION * (sizes[plane - 1] + sizes[plane]) / 2:
+            runs[-1].append(plane)
+        else:
+            runs.append([plane])
+    return runs
+
+
+def _divide(run: list[int], extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]:
+    """Cut one run into slabs."""
+    groups = [[run[0]]]
+    for plane in run[1:]:
+        apart = abs(_thickness(groups[-1], extents) - slab_mm)
+        if abs(_thickness([*groups[-1], plane], extents) - slab_mm) < apart:
+            groups[-1].append(plane)
+        else:
+            groups.append([plane])
+    if len(groups) > 1 and _thickness(groups[-1], extents) < slab_mm / 2:
+        last = groups.pop()
+        both = groups.pop() + last
+        slice_mm = max(high - low for low, high in (extents[plane] for plane in both))
+        if _thickness(both, extents) <= slab_mm + slice_mm:
+            groups.append(both)
+        else:
+            halves = [(both[:middle], both[middle:]) for middle in range(1, len(both))]
+            groups += min(halves, key=lambda pair: max(_thickness(half, extents) for half in pair))
+    return groups

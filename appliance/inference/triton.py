@@ -1,0 +1,380 @@
+"""The client of the inference server: slabs in, probabilities and lesion maps out, through system shared memory.
+
+Every answer is checked, and one that cannot be right is an error: wrong shapes, values that are not numbers or lie
+outside 0..1, another model than the package's. Regions of shared memory are reused between calls; one that an
+error left in doubt is given up, because the server may still write to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
+
+from appliance.governance.package import Package
+from dicom_io.errors import ScansideError
+
+SHARED_MEMORY = Path("/dev/shm")
+VERSION = "1"
+"""The only version of a model in the repository; the package's own version is part of its digest."""
+DIGEST_PARAMETER = "scanside_model_digest"
+"""Parameter of a model's configuration that holds the digest of the package's model.onnx."""
+
+_PREFIX = "scanside-tensors-"
+_HEALTH_SECONDS = 2.0
+_TOO_LATE = "StatusCode.DEADLINE_EXCEEDED"
+_UNREACHABLE = "StatusCode.UNAVAILABLE"
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Without these a restarted server is found again only after minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A hospital's http_proxy must not be asked for the server beside us.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class TritonError(ScansideError):
+    """The inference server did not give an answer that can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a package's model says of n slabs.
+
+    Attributes:
+        probabilities: (n, labels) float32 in 0..1, in the order of the package's labels.
+        lesion_map: (n, map, map) float32 in 0..1.
+    """
+
+    probabilities: NDArray[np.float32]
+    lesion_map: NDArray[np.float32]
+
+
+class TritonClient:
+    """A connection to one inference server. Threads may share it.
+
+    Args:
+        url: "host:port" of the server's gRPC service.
+        shared_memory: false where the server is another machine or another user: tensors go through gRPC then.
+        timeout: longest wait for the answer to one batch, in seconds.
+    """
+
+    def __init__(self, url: str, *, shared_memory: bool = True, timeout: float = 30.0) -> None:
+        self.url = url
+        self._shared_memory = shared_memory
+        self._timeout = timeout
+        self._grpc = grpcclient.InferenceServerClient(url, channel_args=_CHANNEL)
+        self._lock = threading.Lock()
+        self._free: list[_Region] = []
+        self._swept = self._closed = False
+        self._given_up: list[str] = []
+        self._proven: set[str] = set()
+
+    def __enter__(self) -> TritonClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back all shared memory and disconnect. Calls still under way in other threads fail."""
+        with self._lock:
+            regions, self._free, self._closed = self._free, [], True
+        for region in regions:
+            self._give_up(region)
+        with suppress(InferenceServerException):
+            self._unregister()
+        self._grpc.close()
+
+    def problem(self, package: Package) -> str:
+        """Why the server cannot run this package now, in a sentence without its full stop; '' if it can.
+
+        Unless the last request went well, it runs one slab of zeros: for some seconds after the process that runs a
+        model has died, the server still calls the model ready.
+        """
+        try:
+            if not self._grpc.is_server_ready(client_timeout=_HEALTH_SECONDS):
+                return "the server is not ready"
+            if not self._grpc.is_model_ready(package.model.triton_name, VERSION, client_timeout=_HEALTH_SECONDS):
+                return f"the server does not serve {package.model.triton_name}"
+            if package.name not in self._proven:
+                self.infer(package, np.zeros((1, *package.model.input.shape), np.float32))
+        except InferenceServerException as error:
+            return f"the server does not answer: {_said(error)}"
+        except TritonError as error:
+            return error.what
+        return ""
+
+    def ready(self, package: Package) -> bool:
+        """Whether the server answers, and serves this very package."""
+        return not self.problem(package)
+
+    def wait_ready(self, timeout: float, packages: Sequence[Package]) -> None:
+        """Return once the server can run all packages.
+
+        Args:
+            timeout: longest wait in seconds.
+
+        Raises:
+            TritonError: it cannot within that time; says why.
+        """
+        end = time.monotonic() + timeout
+        for package in packages:
+            while problem := self.problem(package):
+                if time.monotonic() >= end:
+                    raise TritonError(problem, self.url, "see the server's log; `scanside check` tries again")
+                time.sleep(0.05)
+
+    def infer(self, package: Package, slabs: NDArray[np.float32]) -> Output:
+        """Run the package's model.
+
+        A server that was restarted since the last call is no error.
+
+        Args:
+            slabs: (n, channels, size, size) float32, finite; more than the model's maximum batch goes in several
+                requests, one after the other.
+
+        Raises:
+            ValueError: the slabs have another shape or type than the package's input, or are not all finite.
+            TritonError: no answer in time, a refusal, or an answer that cannot be right.
+        """
+        tensor = package.model.input
+        if slabs.dtype != np.float32 or slabs.shape[1:] != tensor.shape:
+            raise ValueError(
+                f"slabs must be float32 (n, {', '.join(map(str, tensor.shape))}), not {slabs.dtype} {slabs.shape}"
+            )
+        if not np.isfinite(slabs).all():
+            raise ValueError("slabs hold values that are not finite")
+        labels, (_, *field) = package.model.output("probabilities").shape, package.model.output("lesion_map").shape
+        probabilities = np.empty((len(slabs), *labels), np.float32)
+        lesion_map = np.empty((len(slabs), *field), np.float32)
+        step = package.model.maximum_batch
+        for start in range(0, len(slabs), step):
+            answers = self._batch(package, slabs[start : start + step])
+            probabilities[start : start + step] = answers["probabilities"]
+            lesion_map[start : start + step] = answers["lesion_map"][:, 0]
+        return Output(probabilities, lesion_map)
+
+    def _batch(self, package: Package, slabs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """One batch; a failure that a restart of the server explains is tried once more on fresh ground."""
+        for last in (False, True):
+            try:
+                if package.name not in self._proven:
+                    self._verify(package)
+                if not self._shared_memory:
+                    answers = self._by_message(package, slabs)
+                else:
+                    with self._region(package, fresh=last) as region:
+                        answers = self._by_region(package, slabs, region)
+                _check(answers, self.url)
+            except InferenceServerException as error:
+                self._proven.discard(package.name)
+                if last or error.status() == _TOO_LATE:
+                    self._fail(error, package)
+            except TritonError:
+                self._proven.discard(package.name)
+                raise
+            else:
+                self._proven.add(package.name)
+                return answers
+        raise AssertionError("the second try returns or raises")
+
+    def _by_message(self, package: Package, slabs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        tensor = grpcclient.InferInput(package.model.input.name, slabs.shape, package.model.input.datatype)
+        tensor.set_data_from_numpy(np.ascontiguousarray(slabs))
+        outputs = [grpcclient.InferRequestedOutput(output.name) for output in package.model.outputs]
+        result = self._infer(package, [tensor], outputs, len(slabs))
+        return {output.name: result.as_numpy(output.name) for output in package.model.outputs}
+
+    def _by_region(
+        self, package: Package, slabs: NDArray[np.float32], region: _Region
+    ) -> dict[str, NDArray[np.float32]]:
+        model = package.model
+        tensor = grpcclient.InferInput(model.input.name, slabs.shape, model.input.datatype)
+        region.floats[: slabs.size] = slabs.reshape(-1)
+        tensor.set_shared_memory(region.name, slabs.nbytes, 0)
+        outputs, places = [], {}
+        at = slabs.size
+        for output in model.outputs:
+            shape = (len(slabs), *output.shape)
+            place = region.floats[at : at + int(np.prod(shape))].reshape(shape)
+            place.fill(np.nan)  # an answer that was never written does not pass for one
+            requested = grpcclient.InferRequestedOutput(output.name)
+            requested.set_shared_memory(region.name, place.nbytes, at * 4)
+            outputs.append(requested)
+            places[output.name] = place
+            at += place.size
+        self._infer(package, [tensor], outputs, len(slabs))
+        return {name: place.copy() for name, place in places.items()}
+
+    def _infer(self, package: Package, inputs: list[Any], outputs: list[Any], count: int) -> Any:
+        """One request; checks what its answer says of itself."""
+        result = self._grpc.infer(
+            package.model.triton_name,
+            inputs,
+            model_version=VERSION,
+            outputs=outputs,
+            client_timeout=self._timeout,
+        )
+        for output in package.model.outputs:
+            answer = result.get_output(output.name)
+            shape = [count, *output.shape]
+            if answer is None or answer.datatype != output.datatype or list(answer.shape) != shape:
+                said = "nothing" if answer is None else f"{answer.datatype} {list(answer.shape)}"
+                raise TritonError(
+                    f"{output.name} should be {output.datatype} {shape}, the server answered {said}",
+                    f"{self.url}, model {package.model.triton_name}",
+                    "serve the model of this package",
+                )
+        return result
+
+    def _verify(self, package: Package) -> None:
+        """Hold the digest in the served model's configuration against the package's."""
+        name, digest = package.model.triton_name, package.files["model.onnx"]
+        config = self._grpc.get_model_config(name, VERSION, client_timeout=self._timeout).config
+        served = (
+            config.parameters[DIGEST_PARAMETER].string_value if DIGEST_PARAMETER in config.parameters else "no digest"
+        )
+        if served != digest:
+            raise TritonError(
+                f"the server's {name} is {served}, the package's model is {digest}",
+                self.url,
+                "restart the server with this package",
+            )
+
+    def _fail(self, error: InferenceServerException, package: Package) -> NoReturn:
+        if error.status() == _TOO_LATE:
+            what, remedy = f"no answer within {self._timeout:g} s", "see the server's load and log, or raise the limit"
+        elif error.status() == _UNREACHABLE:
+            what, remedy = f"the server cannot be reached: {_said(error)}", "start it, or see its log"
+        else:
+            what, remedy = f"the server refused: {_said(error)}", "see the server's log"
+        raise TritonError(what, f"{self.url}, model {package.model.triton_name}", remedy) from error
+
+    @contextmanager
+    def _region(self, package: Package, *, fresh: bool) -> Iterator[_Region]:
+        """A registered region that holds one batch and its outputs; back to the pool only after a good answer."""
+        model = package.model
+        one = sum(int(np.prod(tensor.shape)) for tensor in (model.input, *model.outputs))
+        size = 4 * model.maximum_batch * one
+        with self._lock:
+            found = next((region for region in self._free if region.size >= size), None) if not fresh else None
+            if found:
+                self._free.remove(found)
+        region = found or self._register(size)
+        try:
+            yield region
+        except BaseException:
+            self._give_up(region)
+            raise
+        with self._lock:
+            if not self._closed:
+                self._free.append(region)
+                return
+        self._give_up(region)
+
+    def _register(self, size: int) -> _Region:
+        with self._lock:
+            if not self._swept:
+                self._sweep()
+                self._swept = True
+        self._unregister()
+        region = _Region(size)
+        try:
+            self._grpc.register_system_shared_memory(region.name, f"/{region.name}", size, client_timeout=self._timeout)
+        except InferenceServerException as error:
+            self._give_up(region)
+            if error.status() in (_TOO_LATE, _UNREACHABLE):
+                raise
+            raise TritonError(
+                f"the server cannot use shared memory: {_said(error)}",
+                self.url,
+                "run it on this machine as this user, or turn shared memory off",
+            ) from error
+        return region
+
+    def _give_up(self, region: _Region) -> None:
+        region.unlink()
+        with self._lock:
+            self._given_up.append(region.name)
+
+    def _unregister(self) -> None:
+        """Have the server forget given-up regions. One that it still uses stays on the list for the next time."""
+        with self._lock:
+            names, self._given_up = self._given_up, []
+        for name in names:
+            try:
+                self._grpc.unregister_system_shared_memory(name, client_timeout=_HEALTH_SECONDS)
+            except InferenceServerException:
+                with self._lock:
+                    self._given_up.append(name)
+
+    def _sweep(self) -> None:
+        """Remove what clients that were killed left: their files, and the server's mappings of files now gone."""
+        for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
+            with suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("rb") as left:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
+                path.unlink()
+        for name in self._grpc.get_system_shared_memory_status(client_timeout=_HEALTH_SECONDS).regions:
+            if name.startswith(_PREFIX) and not (SHARED_MEMORY / name).exists():
+                self._given_up.append(name)
+
+
+class _Region:
+    """A piece of system shared memory. Its file is locked while this process lives: so others see that it is in use."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
+        # Locked before it has a name, and its memory taken now: a full file system shows here and not as SIGBUS.
+        try:
+            self._file = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o600)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+                os.posix_fallocate(self._file, 0, size)
+                self.floats: NDArray[np.float32] = np.frombuffer(mmap.mmap(self._file, size), np.float32)
+                # Only with a folder's number does Python make the system call that follows the link of /proc.
+                os.link(f"/proc/self/fd/{self._file}", SHARED_MEMORY / self.name, src_dir_fd=self._file)
+            except BaseException:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            raise TritonError(
+                f"there is no shared memory: {error.strerror}", str(SHARED_MEMORY), "make room there, or turn it off"
+            ) from error
+
+    def unlink(self) -> None:
+        """Remove its name. The memory itself goes when the server has let go of it too."""
+        (SHARED_MEMORY / self.name).unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def _check(answers: dict[str, NDArray[np.float32]], where: str) -> None:
+    for name, values in answers.items():
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise TritonError(
+                f"{name} holds values that are no probabilities", where, "do not use this model; see the server's log"
+            )
+
+
+def _said(error: InferenceServerException) -> str:
+    return " ".join(str(error.message()).split()) or str(error.status())

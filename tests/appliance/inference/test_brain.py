@@ -1,0 +1,91 @@
+"""How much brain a volume holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from numpy.typing import NDArray
+
+from appliance.inference.brain import brain_area_mm2, brain_volume_ml
+from dicom_io.errors import HeaderError
+from dicom_io.header import FramePlane, read_header
+from dicom_io.volume import Plane, Volume, assemble, planes_of
+
+Loaded = tuple[Volume, Callable[[int], NDArray[np.float32]]]
+
+
+def load(folder: Path, series_number: int | None = None) -> Loaded:
+    """A series' volume, and its planes in HU by pydicom."""
+    planes: list[Plane] = []
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        try:
+            header = read_header(path)
+        except HeaderError:
+            continue
+        if series_number is None or header.series_number == series_number:
+            planes += planes_of(header)
+            files[header.sop_instance_uid] = path
+    volume = assemble(planes)
+
+    def hu_of_plane(index: int) -> NDArray[np.float32]:
+        dataset = pydicom.dcmread(files[volume.planes[index].sop_instance_uid])
+        hu: NDArray[np.float32] = dataset.pixel_array.astype(np.float32)
+        return hu * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
+
+    return volume, hu_of_plane
+
+
+def head(radius_mm: float, inside_hu: float, breach_mm: float = 0.0) -> NDArray[np.float32]:
+    """A slice of a round skull, 6 mm thick, in air, with pixels of half a millimetre."""
+    rows, columns = (np.mgrid[:512, :512] - 255.5) / 2
+    distance = np.hypot(rows, columns)
+    hu = np.full((512, 512), -1000.0, np.float32)
+    hu[distance < radius_mm + 10] = 40.0  # scalp
+    hu[distance < radius_mm + 6] = 1000.0
+    hu[(np.abs(columns) < breach_mm / 2) & (rows < 0) & (distance < radius_mm + 6)] = 40.0
+    hu[distance < radius_mm] = inside_hu
+    return hu
+
+
+def test_a_real_head(ge_head: Path) -> None:
+    volume, hu_of_plane = load(ge_head)
+    assert 1000 < brain_volume_ml(hu_of_plane, volume) < 1700
+
+
+@pytest.mark.parametrize("series_number", [201, 202])
+def test_a_hollow_skull(philips_phantom: Path, series_number: int) -> None:
+    volume, hu_of_plane = load(philips_phantom, series_number)
+    assert brain_volume_ml(hu_of_plane, volume) < 20
+
+
+@pytest.mark.parametrize("inside_hu", [5.0, 35.0, 75.0])
+def test_a_round_skull_full_of_tissue(inside_hu: float) -> None:
+    expected = np.pi * 70**2
+    assert brain_area_mm2(head(70, inside_hu), (0.5, 0.5)) == pytest.approx(expected, rel=0.05)
+
+
+def test_scalp_alone_is_no_brain() -> None:
+    assert brain_area_mm2(head(70, -1000.0), (0.5, 0.5)) == 0
+    assert brain_area_mm2(np.full((512, 512), 40.0, np.float32), (0.5, 0.5)) == 0
+
+
+def test_the_rim_where_bone_blurs_into_air_is_no_brain() -> None:
+    hollow = cv2.GaussianBlur(head(70, -1000.0), (0, 0), 5)
+    assert brain_area_mm2(hollow, (0.5, 0.5)) == 0
+
+
+def test_a_burr_hole_is_closed_and_a_craniectomy_is_not() -> None:
+    assert brain_area_mm2(head(70, 35.0, breach_mm=8), (0.5, 0.5)) == pytest.approx(np.pi * 70**2, rel=0.05)
+    assert brain_area_mm2(head(70, 35.0, breach_mm=60), (0.5, 0.5)) == 0
+
+
+def test_volume_counts_millimetres_not_slices() -> None:
+    planes = [Plane(str(z), 0, FramePlane((0, 0, z), (1, 0, 0, 0, 1, 0), (0.5, 0.5), 1.0), None) for z in range(40)]
+    volume = assemble(planes)
+    assert brain_volume_ml(lambda _: head(60, 35.0), volume) == pytest.approx(np.pi * 60**2 * 40 / 1000, rel=0.05)

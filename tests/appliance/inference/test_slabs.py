@@ -1,0 +1,210 @@
+"""Which planes make up a slab."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
+from dicom_io.errors import GeometryError
+from dicom_io.header import FramePlane, read_header
+from dicom_io.volume import Plane, Volume, assemble, planes_of
+
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+Slices = list[tuple[float, float | None]]
+"""(offset, thickness) in mm of each slice."""
+
+
+def volume_of(slices: Slices, order: int = 0) -> Volume:
+    planes = [
+        Plane(f"1.2.{index}", 0, FramePlane((0.0, 0.0, z), AXIAL, (0.5, 0.5), thickness), index)
+        for index, (z, thickness) in enumerate(slices)
+    ]
+    Random(order).shuffle(planes)
+    return assemble(planes)
+
+
+def stack(count: int, step: float, thickness: float | None) -> Slices:
+    return [(index * step, thickness) for index in range(count)]
+
+
+def members(plans: tuple[SlabPlan, ...]) -> list[int]:
+    return [len(plan.members) for plan in plans]
+
+
+thicknesses = st.one_of(st.none(), st.floats(0.3, 12.0))
+
+
+@st.composite
+def any_slices(draw: st.DrawFn) -> Slices:
+    """Slices in any spacing: overlapping, touching, with holes; in one thickness or in many."""
+    count = draw(st.integers(1, 60))
+    steps = draw(
+        st.one_of(
+            st.floats(0.1, 10.0).map(lambda step: [step] * count),
+            st.lists(st.floats(0.1, 15.0), min_size=count, max_size=count),
+        )
+    )
+    sizes = draw(
+        st.one_of(thicknesses.map(lambda size: [size] * count), st.lists(thicknesses, min_size=count, max_size=count))
+    )
+    z, slices = 0.0, []
+    for step, size in zip(steps, sizes, strict=True):
+        slices.append((z, size))
+        z += step
+    return slices
+
+
+def extents(volume: Volume, planes: tuple[int, ...]) -> tuple[float, float]:
+    """The stretch that these planes cover; the usual distance stands for a thickness that is not given."""
+    steps = [b - a for a, b in pairwise(volume.offsets)]
+    usual = float(np.median(steps)) if steps else 1.0
+    halves = [(volume.planes[plane].geometry.thickness or usual) / 2 for plane in planes]
+    return (
+        min(volume.offsets[plane] - half for plane, half in zip(planes, halves, strict=True)),
+        max(volume.offsets[plane] + half for plane, half in zip(planes, halves, strict=True)),
+    )
+
+
+@settings(deadline=None)
+@given(any_slices(), st.floats(1.0, 10.0), st.integers(0, 5))
+def test_what_holds_for_any_volume(slices: Slices, slab_mm: float, order: int) -> None:
+    volume = volume_of(slices, order)
+    plans = plan_slabs(volume, slab_mm)
+    assert plans == plan_slabs(volume_of(slices, order + 1), slab_mm)
+    assert [plan.index for plan in plans] == list(range(len(plans)))
+    assert [plane for plan in plans for plane in plan.members] == list(range(len(volume.planes)))
+    gaps = {gap.after for gap in volume.gaps}
+    for plan in plans:
+        assert not gaps & set(plan.members[:-1])
+        for below, above in pairwise(plan.members):
+            (_, end), (start, _) = extents(volume, (below,)), extents(volume, (above,))
+            thinner, thicker = sorted(b - a for a, b in (extents(volume, (below,)), extents(volume, (above,))))
+            assert start - end <= (thinner + thicker) / 4 + 1e-9
+        low, high = extents(volume, plan.members)
+        assert plan.offset_mm == pytest.approx((low + high) / 2)
+        if len(plan.members) > 1:
+            thickest = max(b - a for a, b in (extents(volume, (plane,)) for plane in plan.members))
+            assert thickest < 0.6 * slab_mm
+            assert high - low <= slab_mm + thickest + 1e-9
+        assert plan.thickness_mm >= 0
+        distances = [abs(volume.offsets[plane] - plan.offset_mm) for plane in plan.members]
+        assert distances[plan.members.index(plan.representative)] == min(distances)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 80), st.floats(0.4, 8.0), st.floats(0.5, 1.4))
+def test_thicknesses_add_up_to_what_the_volume_covers(count: int, thickness: float, ratio: float) -> None:
+    volume = volume_of(stack(count, thickness * ratio, thickness))
+    assert not volume.gaps
+    low, high = extents(volume, tuple(range(len(volume.planes))))
+    assert sum(plan.thickness_mm for plan in plan_slabs(volume, 5.0)) == pytest.approx(high - low)
+
+
+@pytest.mark.parametrize(
+    ("slices", "expected"),
+    [
+        (stack(140, 1.0, 1.0), [5] * 28),
+        (stack(320, 0.5, 0.5), [10] * 32),
+        (stack(128, 1.25, 1.25), [4] * 32),
+        (stack(64, 2.5, 2.5), [2] * 32),
+        (stack(63, 1.25, 2.5), [3] * 21),
+        (stack(53, 3.0, 3.0), [1] * 53),
+        (stack(28, 5.0, 5.0), [1] * 28),
+        (stack(20, 10.0, 10.0), [1] * 20),
+        (stack(30, 1.0, None), [5] * 6),
+        ([(0.0, 1.0)], [1]),
+        ([(0.0, None)], [1]),
+        (stack(11, 1.0, 1.0), [5, 6]),  # one slice over: the last slab takes it
+        (stack(12, 1.0, 1.0), [5, 3, 4]),  # two over: shared out
+        (stack(13, 1.0, 1.0), [5, 5, 3]),
+        (stack(3, 1.0, 1.0), [3]),
+    ],
+)
+def test_even_series(slices: Slices, expected: list[int]) -> None:
+    assert members(plan_slabs(volume_of(slices), 5.0)) == expected
+
+
+def test_a_gap_is_never_bridged_nor_answered_for() -> None:
+    thin = stack(8, 1.0, 1.0) + [(z + 20.0, thickness) for z, thickness in stack(8, 1.0, 1.0)]
+    volume = volume_of(thin)
+    assert [gap.after for gap in volume.gaps] == [7]
+    plans = plan_slabs(volume, 5.0)
+    assert members(plans) == [5, 3, 5, 3]
+    assert sum(plan.thickness_mm for plan in plans) == pytest.approx(16.0)
+
+
+def test_sparse_slices_stand_alone() -> None:
+    """A volume of slices with wide spaces between them has no gaps of its own where one space is less wide."""
+    volume = volume_of([(0.0, 2.0), (7.0, 2.0), (17.0, 2.0), (27.0, 2.0)])
+    assert 0 not in {gap.after for gap in volume.gaps}
+    assert members(plan_slabs(volume, 6.0)) == [1, 1, 1, 1]
+
+
+def test_thin_slices_do_not_join_a_thick_one() -> None:
+    mixed: Slices = [(0.0, 1.0), (1.0, 1.0), (4.0, 5.0), (7.0, 1.0), (8.0, 1.0)]
+    assert members(plan_slabs(volume_of(mixed), 5.0)) == [2, 1, 2]
+
+
+def test_a_thin_slice_within_a_thick_one_is_counted_once() -> None:
+    plans = plan_slabs(volume_of([(0.0, 10.0), (1.0, 1.0), (2.0, 10.0)]), 5.0)
+    assert sum(plan.thickness_mm for plan in plans) == pytest.approx(12.0)
+
+
+def test_the_middle_plane_represents() -> None:
+    assert [plan.representative for plan in plan_slabs(volume_of(stack(10, 1.0, 1.0)), 5.0)] == [2, 7]
+
+
+def test_a_real_head_with_two_thicknesses(ge_head: Path) -> None:
+    volume = assemble([plane for path in ge_head.glob("*.dcm") for plane in planes_of(read_header(path))])
+    plans = plan_slabs(volume, 5.0)
+    assert members(plans) == [1] * 28
+    # 4 mm slices 4 mm apart, then 7 mm ones 7 mm apart, the first of them only 1.08 mm above the last thin one.
+    assert sum(plan.thickness_mm for plan in plans) == pytest.approx(volume.offsets[-1] - volume.offsets[0] + 5.5)
+    assert plans[13].thickness_mm + plans[14].thickness_mm == pytest.approx(2.0 + 1.08 + 3.5, abs=0.01)
+
+
+@pytest.mark.parametrize("slab_mm", [0.0, -5.0, float("nan")])
+def test_a_slab_has_a_thickness(slab_mm: float) -> None:
+    with pytest.raises(ValueError, match="slab_mm"):
+        plan_slabs(volume_of([(0.0, 1.0)]), slab_mm)
+
+
+def test_a_slab_is_the_mean_of_its_planes_and_asks_for_each_once() -> None:
+    plan = plan_slabs(volume_of(stack(5, 1.0, 1.0)), 5.0)[0]
+    planes = np.random.default_rng(1).integers(-1024, 3072, (5, 7, 9)).astype(np.int16)
+    asked = []
+
+    def hu_of_plane(index: int) -> NDArray[Any]:
+        asked.append(index)
+        plane: NDArray[Any] = planes[index]
+        return plane
+
+    before = planes.copy()
+    slab = slab_hu(plan, hu_of_plane)
+    assert slab.dtype == np.float32
+    np.testing.assert_allclose(slab, planes.astype(np.float64).mean(axis=0), rtol=1e-6)
+    assert asked == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(planes, before)
+
+
+def test_a_slab_of_one_plane_is_a_copy() -> None:
+    plan = plan_slabs(volume_of([(0.0, 5.0)]), 5.0)[0]
+    plane = np.ones((3, 3), np.float32)
+    slab_hu(plan, lambda _: plane)[:] = 9
+    assert plane.max() == 1
+
+
+def test_planes_of_one_slab_have_one_size() -> None:
+    plan = plan_slabs(volume_of(stack(5, 1.0, 1.0)), 5.0)[0]
+    with pytest.raises(GeometryError, match="different sizes"):
+        slab_hu(plan, lambda index: np.zeros((4, 4 + index % 2), np.float32))
