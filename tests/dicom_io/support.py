@@ -1,0 +1,229 @@
+"""Small synthetic CT instances, and the tools that judge them."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from dicom_io.scp import AssociationClosed, Handlers, Received, StorageServer, start_server
+
+ROWS, COLUMNS = 48, 40  # not square, so that an exchange of the two shows
+
+
+def tool(name: str) -> str:
+    """The path of a program; skips the test visibly where it is not installed."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (package dcmtk)")
+    return path
+
+
+def run(*command: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a tool that must succeed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done
+
+
+def head(bits: int, signed: bool, frames: int = 1, seed: int = 0) -> NDArray[Any]:
+    """(frames, ROWS, COLUMNS) of smooth anatomy with noise that also holds the extreme values of its range."""
+    random = np.random.default_rng(seed)
+    least, most = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    z, y, x = np.mgrid[:frames, :ROWS, :COLUMNS]
+    smooth = np.sin(x / 7 + z) * np.cos(y / 9) / 2.5 + 0.5
+    values = least + smooth * (most - least) + random.normal(0, 5, smooth.shape)
+    image = values.clip(least, most).astype(np.int16 if signed else np.uint16)
+    image[:, 0, 0], image[:, -1, -1] = least, most
+    return image
+
+
+def ct(
+    pixels: NDArray[Any],
+    bits: int,
+    *,
+    position: tuple[float, float, float] = (-100.0, -120.0, 50.0),
+    instance_number: int = 1,
+    study: str = "2.25.1",
+    series: str = "2.25.2",
+    **attributes: Any,
+) -> Dataset:
+    """A CT image (Enhanced CT if it has several frames) of stored values; attributes of value None are removed."""
+    frames = pixels.shape[0]
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.SOPClassUID = CTImageStorage if frames == 1 else EnhancedCTImageStorage
+    dataset.SOPInstanceUID = generate_uid(None)
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
+    dataset.FrameOfReferenceUID = "2.25.3"
+    dataset.Modality, dataset.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.PatientName, dataset.PatientID = "Phantom^Test", "T1"
+    dataset.PatientBirthDate, dataset.PatientSex, dataset.PatientAge = "19500102", "O", "074Y"
+    dataset.StudyDate, dataset.StudyTime, dataset.AccessionNumber = "20240101", "101500", "A1"
+    dataset.InstanceNumber, dataset.SeriesNumber = instance_number, 2
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows, dataset.Columns = pixels.shape[1:]
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    rescale = {"RescaleSlope": "1", "RescaleIntercept": "0" if pixels.dtype.kind == "i" else "-1024"}
+    if frames == 1:
+        place(dataset, dataset, dataset, position)
+        dataset.KVP, dataset.GantryDetectorTilt, dataset.ConvolutionKernel = "120", "0", "H31s"
+        dataset.BodyPartExamined = "HEAD"
+        attributes = rescale | attributes
+    else:
+        dataset.NumberOfFrames = frames
+        dataset.PerFrameFunctionalGroupsSequence = [
+            enhanced_group(rescale, (position[0], position[1], position[2] + 5.0 * frame)) for frame in range(frames)
+        ]
+        dataset.SharedFunctionalGroupsSequence = [Dataset()]
+    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    dataset["PixelData"].VR = "OW"
+    for keyword, value in attributes.items():
+        if value is None:
+            dataset.pop(keyword, None)
+        else:
+            setattr(dataset, keyword, value)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return dataset
+
+
+def place(
+    where: Dataset, turned: Dataset, measured: Dataset, position: tuple[float, float, float], thickness: str = "5"
+) -> None:
+    where.ImagePositionPatient = list(position)
+    turned.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    measured.PixelSpacing, measured.SliceThickness = ["0.5", "0.4"], thickness
+
+
+def enhanced_group(rescale: dict[str, str], position: tuple[float, float, float]) -> Dataset:
+    """Functional groups of one frame."""
+    where, turned, measured, transformed, group = (Dataset() for _ in range(5))
+    place(where, turned, measured, position)
+    for keyword, value in rescale.items():
+        setattr(transformed, keyword, value)
+    transformed.RescaleType = "HU"
+    group.PlanePositionSequence = Sequence([where])
+    group.PlaneOrientationSequence = Sequence([turned])
+    group.PixelMeasuresSequence = Sequence([measured])
+    group.PixelValueTransformationSequence = Sequence([transformed])
+    return group
+
+
+def save(dataset: Dataset, path: Path) -> Path:
+    """Write in the transfer syntax that its file meta names."""
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    dataset.save_as(path, enforce_file_format=True, implicit_vr=syntax.is_implicit_VR, little_endian=True)
+    return path
+
+
+class Recorder:
+    """Handlers that keep what they are told."""
+
+    def __init__(self, status: int = 0x0000) -> None:
+        self.status = status
+        self.opened_calls: list[tuple[int, str, str, str]] = []
+        self.received: list[Received] = []
+        self.closed_calls: list[AssociationClosed] = []
+        self._changed = threading.Condition()
+
+    def opened(self, association: int, calling_ae: str, called_ae: str, address: str) -> None:
+        with self._changed:
+            self.opened_calls.append((association, calling_ae, called_ae, address))
+            self._changed.notify_all()
+
+    def stored(self, received: Received) -> int:
+        with self._changed:
+            self.received.append(received)
+            self._changed.notify_all()
+        return self.status
+
+    def closed(self, closed: AssociationClosed) -> None:
+        with self._changed:
+            self.closed_calls.append(closed)
+            self._changed.notify_all()
+
+    def wait(self, *, received: int = 0, closed: int = 0, opened: int = 0, seconds: float = 10) -> None:
+        """Wait until at least so much has happened."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: (
+                    len(self.received) >= received
+                    and len(self.closed_calls) >= closed
+                    and len(self.opened_calls) >= opened
+                ),
+                seconds,
+            ), f"{len(self.received)} received, {len(self.closed_calls)} closed, {len(self.opened_calls)} opened"
+
+
+@contextmanager
+def serving(handlers: Handlers, **options: Any) -> Iterator[StorageServer]:
+    server = start_server("SCANSIDE", "127.0.0.1", 0, handlers, **options)
+    try:
+        yield server
+    finally:
+        server.stop(0.2)
+
+
+def data_set(part10: bytes) -> bytes:
+    """The bytes behind the File Meta Information of a Part 10 file, found by its group length (PS3.10 7.1)."""
+    assert part10[:132] == bytes(128) + b"DICM" and part10[132:140] == b"\x02\0\0\0UL\x04\0"
+    (length,) = struct.unpack("<I", part10[140:144])
+    return part10[144 + length :]
+
+
+class Tap:
+    """A TCP relay that keeps what the client sends, to say from the bytes on the wire what a peer sent."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.sent = bytearray()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        server = socket.create_connection(("127.0.0.1", self._target))
+        threading.Thread(target=self._relay, args=(server, client, None), daemon=True).start()
+        self._relay(client, server, self.sent)
+
+    @staticmethod
+    def _relay(source: socket.socket, target: socket.socket, copy: bytearray | None) -> None:
+        while data := source.recv(65536):
+            if copy is not None:
+                copy += data
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+    def data_sets(self) -> list[bytes]:
+        """The data set of each message: fragments without the command bit, up to the last one (PS3.8 E.2)."""
+        found, current, at = [], b"", 0
+        while at < len(self.sent):
+            kind, length = struct.unpack(">BxI", self.sent[at : at + 6])
+            item, end = at + 6, at + 6 + length
+            while kind == 4 and item < end:
+                size, _context, control = struct.unpack(">IBB", self.sent[item : item + 6])
+                if not control & 1:
+                    current += bytes(self.sent[item + 6 : item + 4 + size])
+                    if control & 2:
+                        found.append(current)
+                        current = b""
+                item += 4 + size
+            at = end
+        return found
