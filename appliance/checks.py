@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 
 from appliance.delivery.hl7 import MllpClient
+from appliance.governance.indication import CRITERIA
 from appliance.governance.package import Package, load_all
 from appliance.inference.triton import TritonClient
 from appliance.ledger.store import Ledger
@@ -91,9 +93,22 @@ def run_checks(settings: Settings) -> list[Check]:
                 return f"{where} takes connections"
 
         checks.append(_check(f"destination {destination.name}", reach))
+    checks.append(_check("exceptions", lambda: _exceptions(settings)))
     checks.append(_check("alerts", lambda: _alerts(settings)))
     checks.append(_check("outbox", lambda: _outbox(settings)))
     return checks
+
+
+def _exceptions(settings: Settings) -> str:
+    today = date.today()
+    for one in settings.exception:
+        if one.package not in settings.models.packages or one.criterion not in CRITERIA:
+            raise ScansideError(
+                "no such package or criterion", f"exception {one.package}, {one.criterion}",
+                f"packages: {', '.join(settings.models.packages)}; criteria: {', '.join(CRITERIA)}",
+            )  # fmt: skip
+    held = [f"{one.criterion} until {one.until}" for one in settings.exception if today <= one.until]
+    return ", ".join(held) or "none"
 
 
 def _alerts(settings: Settings) -> str:
@@ -124,5 +139,5 @@ def _outbox(settings: Settings) -> str:
 def _check(name: str, action: Callable[[], str]) -> Check:
     try:
         return Check(name, True, action())
-    except ScansideError as error:
+    except (ScansideError, OSError, ValueError) as error:
         return Check(name, False, str(error))

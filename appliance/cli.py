@@ -66,6 +66,10 @@ def _guard(command: Callable[P, None]) -> Callable[P, None]:
         except ScansideError as error:
             err.print(f"[bold red]scanside:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from error
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            err.print(f"[bold red]scanside:[/] {escape(where)}{escape(error.strerror or str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from error
 
     return guarded
 
@@ -149,10 +153,10 @@ def init_(
             raise typer.BadParameter(f"{hl7!r} is not host:port")
         destinations.append({"kind": "hl7", "name": "hl7", "host": host, "port": int(number)})
     path = init.write(directory, {"intake": {"port": port, "ae_title": ae_title}}, destinations)
-    out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    out.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
     if not destinations:
         out.print("It names no destination yet: add a [[destination]], or run init with --pacs and --hl7.")
-    out.print(f"next: scanside --config {path} check", highlight=False, soft_wrap=True)
+    out.print(f"next: scanside --config {escape(str(path))} check", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -193,7 +197,7 @@ def run() -> None:
     from appliance.supervisor import run_all
 
     settings, path = _settings()
-    _serve(lambda _: run_all(settings, path))
+    _serve(lambda _: run_all(settings, path, json_log=_State.json_log))
 
 
 @app.command()
@@ -245,7 +249,7 @@ def echo(
     from dicom_io.scu import echo as ask
 
     ask(_peer(to), calling)
-    out.print(f"{to} answers", highlight=False)
+    out.print(f"{escape(to)} answers", highlight=False)
 
 
 @app.command()
@@ -306,7 +310,7 @@ def phantom(
         _emit({"directory": str(out_), "instances": len(files), "volume_ml": made.volume_ml})
     else:
         truth = ", ".join(f"{name} {volume:.1f} mL" for name, volume in made.volume_ml.items() if volume) or "no bleed"
-        out.print(f"wrote {len(files)} instances to {out_} ({truth})", highlight=False, soft_wrap=True)
+        out.print(f"wrote {len(files)} instances to {escape(str(out_))} ({truth})", highlight=False, soft_wrap=True)
 
 
 # --- looking --------------------------------------------------------------------------------------------
@@ -322,12 +326,14 @@ def studies(
     from appliance import show
     from appliance.ledger import views
 
+    budget = _settings()[0].budget_seconds
     with _ledger() as ledger:
         reports = views.studies(ledger, limit)
+        troubles = views.troubles(ledger)
     if as_json:
-        _emit([show.summary(report) for report in reports])
+        _emit([show.summary(report, budget) for report in reports])
     else:
-        out.print(show.studies_table(reports))
+        out.print(show.studies_table(reports, troubles, budget))
 
 
 @app.command()
@@ -353,15 +359,31 @@ def study(
 
 @app.command()
 @_guard
-def retry(delivery: Annotated[int, typer.Argument(help="Number of a dead or rejected delivery.")]) -> None:
-    """Send a dead or rejected delivery once more."""
+def retry(
+    delivery: Annotated[int | None, typer.Argument(help="Number of a dead or rejected delivery.")] = None,
+    study_number: Annotated[
+        str | None, typer.Option("--study", help="A study whose analysis was set aside: UID or number.")
+    ] = None,
+) -> None:
+    """Send a dead or rejected delivery once more, or analyse a study that was set aside."""
     from appliance.ledger.doorbell import ring
+    from appliance.ledger.views import find_study
 
+    if (delivery is None) == (study_number is None):
+        raise typer.BadParameter("name a delivery, or a study with --study")
     settings, _ = _settings()
     with _ledger() as ledger:
-        ledger.requeue_delivery(delivery)
-    ring(settings.run_directory, "delivery")
-    out.print(f"delivery {delivery} is pending again", highlight=False)
+        if study_number is not None:
+            key = find_study(ledger, study_number)
+            if key is None or not ledger.requeue_analyses(key):
+                raise ScansideError("nothing of it was set aside", study_number, "`scanside studies` lists what was")
+            ring(settings.run_directory, "engine")
+            out.print(f"study {key} is analysed again", highlight=False)
+        elif delivery is not None:
+            ledger.requeue_delivery(delivery, [one.name for one in settings.destination])
+            ring(settings.run_directory, "engine")  # its object may have to be made first
+            ring(settings.run_directory, "delivery")
+            out.print(f"delivery {delivery} is pending again", highlight=False)
 
 
 @app.command()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -16,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import pydicom
+from sqlalchemy.exc import SQLAlchemyError
 
 from appliance import __version__
 from appliance.delivery.dicom import store
@@ -30,27 +34,28 @@ from appliance.inference.brain import brain_volume_ml
 from appliance.inference.decode import decode_volume
 from appliance.inference.slabs import plan_slabs
 from appliance.inference.stream import analyse
-from appliance.inference.triton import TritonClient, TritonError
+from appliance.inference.triton import TritonClient
 from appliance.intake.receiver import Receiver
 from appliance.intake.spool import Spool, path_of
-from appliance.ledger.database import now, seconds_between
+from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Ledger, NewFinding, Row
+from appliance.ledger.store import LONGEST_PAUSE, Inputs, Ledger, NewFinding, StoredInstance
 from appliance.settings import DicomDestination, Hl7Destination, Settings
 from appliance.study.completeness import weigh
 from appliance.study.grouping import group
-from appliance.study.selection import Selection, considered, select
-from dicom_io.errors import DecodeError, ScansideError
+from appliance.study.selection import Considered, Selection, considered, select
+from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
 from dicom_io.pixels import decode
 from dicom_io.scp import start_server
 from dicom_io.scu import Peer
+from dicom_io.volume import assemble, planes_of
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 8.0
-"""A service asked to stop finishes or parks what it does within this time; systemd is told 10 s."""
+"""A service that was told to stop finishes what it does within this time, or leaves it to the next start."""
 
 URGENCY = {"alert": 0, "report": 10}
 OTHER_URGENCY = 20
@@ -74,16 +79,51 @@ def stop_signal() -> Iterator[threading.Event]:
 
 
 @contextmanager
+def only_one(settings: Settings, name: str) -> Iterator[None]:
+    """Hold the lock of a service: two intakes on one spool would sweep each other's files away.
+
+    Raises:
+        ScansideError: another process holds it.
+    """
+    path = settings.run_directory / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise ScansideError(error.strerror or str(error), str(path), "make the folder writable") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "stop the other one first, or give this one another state_directory"
+            raise ScansideError(f"{name} runs already", str(settings.box.state_directory), remedy) from None
+        yield
+
+
+@contextmanager
 def _service(settings: Settings, name: str) -> Iterator[tuple[Ledger, threading.Event]]:
-    """What every service does at both ends: the ledger opened, the signals caught, start and stop written down."""
-    with stop_signal() as stopping:
+    """What every service does at both ends: one process only, the ledger opened, the signals caught."""
+    with only_one(settings, name), stop_signal() as stopping:
         ledger = Ledger(settings.ledger_path)
+        threading.Thread(target=_end_in_time, args=(stopping, name), daemon=True).start()
         try:
             ledger.log(Event.SERVICE_STARTED, service=name, version=__version__, pid=os.getpid())
             yield ledger, stopping
             ledger.log(Event.SERVICE_STOPPED, service=name, pid=os.getpid())
         finally:
             ledger.close()
+
+
+def _end_in_time(stopping: threading.Event, name: str) -> None:
+    """End the process when it was told to stop and a peer, a codec or Triton holds it up.
+
+    Nothing is lost by it: what is under way is in the ledger, and the next start takes it up.
+    """
+    stopping.wait()
+    time.sleep(STOP_SECONDS)
+    log.warning("%s: something holds it up; what is under way is taken up at the next start", name)
+    logging.shutdown()
+    os._exit(0)
 
 
 # --- intake ---------------------------------------------------------------------------------------------
@@ -97,8 +137,12 @@ def run_intake(settings: Settings) -> None:
     """
     with _service(settings, "intake") as (ledger, stopping):
         lost = ledger.abandon_associations()
-        spool = Spool(settings.spool_directory)
-        swept = spool.sweep(ledger.digests())
+        try:
+            spool = Spool(settings.spool_directory)
+            swept = spool.sweep(ledger.digests())
+        except OSError as error:
+            where = f"box.state_directory ({settings.spool_directory})"
+            raise ScansideError(error.strerror or str(error), where, "make the folder writable") from error
         receiver = Receiver(ledger, spool, partial(ring, settings.run_directory, "engine"))
         server = start_server(
             settings.intake.ae_title,
@@ -118,7 +162,7 @@ def run_intake(settings: Settings) -> None:
             swept,
         )
         stopping.wait()
-        server.stop(STOP_SECONDS)
+        server.stop(STOP_SECONDS / 2)
 
 
 # --- engine ---------------------------------------------------------------------------------------------
@@ -131,6 +175,7 @@ def run_engine(settings: Settings) -> None:
         ScansideError: a model package is not what it says, or the ledger cannot be used.
     """
     packages = load_all(settings.model_repository, settings.models.packages)
+    settings.findings_directory.mkdir(parents=True, exist_ok=True)
     with _service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
         bell = Doorbell(settings.run_directory, "engine")
         stack.callback(bell.close)
@@ -139,14 +184,16 @@ def run_engine(settings: Settings) -> None:
         )
         stack.callback(client.close)
         engine = Engine(settings, ledger, packages, client)
-        parked = ledger.park_analyses()
-        log.info("engine: runs %s (%d analyses taken up again)", ", ".join(map(str, settings.models.packages)), parked)
+        parked = ledger.park_analyses(settings.models.attempts)
+        log.info("engine: runs %s (%d analyses taken up again)", ", ".join(settings.models.packages), parked)
         while not stopping.is_set():
             try:
                 wait = engine.step()
             except Exception:
                 log.exception("the engine stumbled; it goes on")
                 wait = POLL_SECONDS
+                with contextlib.suppress(SQLAlchemyError):
+                    ledger.park_analyses(settings.models.attempts)
             if wait > 0:
                 bell.wait(min(wait, POLL_SECONDS))
 
@@ -159,62 +206,84 @@ class Engine:
         self._ledger = ledger
         self._packages = {package.name: package for package in packages}
         self._client = client
-        self._triton_problem: str | None = None
+        self._problems: dict[str, str] = {}
+        self._complaints: dict[int, str] = {}
 
     def step(self) -> float:
         """Do what there is to do; returns the seconds until there may be more (0: at once)."""
         wait = self._complete_studies()
-        for study_id, name in self._ledger.undecided_studies(list(self._packages)):
-            self._decide(study_id, self._packages[name])
+        versions = {package.name: package.version for package in self._packages.values()}
+        for study_id, name in self._ledger.undecided_studies(versions):
+            with self._isolated(study_id):
+                self._decide(study_id, self._packages[name])
         worked = self._analyse_next()
         self._render_findings()
         return 0.0 if worked else wait
+
+    @contextmanager
+    def _isolated(self, study_id: int) -> Iterator[None]:
+        """Let no study hold up another: what nobody foresaw is written down once, and tried again."""
+        try:
+            yield
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            if self._complaints.get(study_id) != said:
+                self._complaints[study_id] = said
+                log.exception("study %d: a step failed in a way nobody foresaw; other studies go on", study_id)
+
+    def _complete_studies(self) -> float:
+        """Declare complete what is; returns the seconds until the next study may be."""
+        quiet, settle = self._settings.study.quiet_seconds, self._settings.study.settle_seconds
+        soonest = POLL_SECONDS
+        for arriving in self._ledger.arriving_studies():
+            if arriving.open_associations and 0 <= seconds_between(arriving.last_instance_at, now()) < quiet:
+                # Images still come; weighing them all again for each would be quadratic.
+                continue
+            with self._isolated(arriving.id):
+                selection = self._select(arriving.id)
+                decision = weigh(arriving, selection, now(), settle_seconds=settle, quiet_seconds=quiet)
+                if not decision.complete:
+                    soonest = min(soonest, decision.wait_seconds)
+                elif self._ledger.complete_study(arriving.id, arriving.last_instance_at, decision.evidence):
+                    log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
+        return soonest
 
     def _select(self, study_id: int) -> Selection:
         series = group(instance.header for instance in self._ledger.instances(study_id))
         try:
             return select(series)
         except Exception as error:
-            # A header that nobody foresaw must not hold up other studies: this one is refused, with the reason.
+            # A geometry that nobody foresaw: the study is refused with the reason, and stuck nowhere.
             log.exception("study %d: the selection failed in a way nobody foresaw", study_id)
             reason = f"the selection failed: {type(error).__name__}: {error}"
             return Selection(None, None, tuple(considered(one, chosen=False, reason=reason) for one in series))
 
-    def _complete_studies(self) -> float:
-        """Declare complete what is; returns the seconds until the next study may be."""
-        study = self._settings.study
-        soonest = POLL_SECONDS
-        for arriving in self._ledger.arriving_studies():
-            if arriving.open_associations and (seconds_between(arriving.last_instance_at, now()) < study.quiet_seconds):
-                # Images still come; weighing them all again for each would be quadratic.
-                continue
-            decision = weigh(
-                arriving,
-                self._select(arriving.id),
-                now(),
-                settle_seconds=study.settle_seconds,
-                quiet_seconds=study.quiet_seconds,
-            )
-            if not decision.complete:
-                soonest = min(soonest, decision.wait_seconds)
-            elif self._ledger.complete_study(arriving.id, arriving.last_instance_at, decision.evidence):
-                log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
-        return soonest
-
     def _decide(self, study_id: int, package: Package) -> None:
         """Ask the gate about one complete study."""
+        instances = self._ledger.instances(study_id)
+        digests = {one.sop_instance_uid: one.digest for one in instances}
         selection = self._select(study_id)
+        inputs: list[list[str]] = []
         if selection.series is None or selection.volume is None:
-            reasons = "; ".join(
-                f"series {one.series_number if one.series_number is not None else '?'}: {one.reason}"
-                for one in selection.considered
-            )
-            admission = Admission(
-                (Criterion("series", "series of the study", reasons, "an axial original head CT series", "violated"),)
-            )
+            reasons = "; ".join(f"series {_number(one)}: {one.reason}" for one in selection.considered)
+            rule = "an axial original head CT series"
+            admission = Admission((Criterion("series", "series of the study", reasons, rule, "violated"),))
         else:
             slabs = plan_slabs(selection.volume, package.preprocessing.slab_mm)
-            admission = admit(package, selection.series.first, selection.volume, len(slabs), self._settings.exception)
+            admission = admit(package, selection.series.headers, selection.volume, len(slabs), self._settings.exception)
+            uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
+            inputs = [[uid, digests[uid]] for uid in uids]
+        standing = self._ledger.standing_verdict(study_id, package.name)
+        if (
+            admission.admitted
+            and standing is not None
+            and standing["inputs"] == inputs
+            and standing["result"]["package_version"] == package.version
+        ):
+            # A dose report or one of our own captures came back from the PACS: no new revision of the same answer.
+            self._ledger.keep_verdict(study_id, package.name, selection.to_json())
+            log.info("study %d: nothing that was analysed changed, the verdict stands", study_id)
+            return
         self._ledger.decide(
             study_id,
             package.name,
@@ -223,70 +292,60 @@ class Engine:
             reason=admission.reason,
             admission=admission.to_json(),
             selection=selection.to_json(),
-            series_instance_uid=selection.series.series_instance_uid if selection.series else None,
+            inputs=inputs,
         )
-        log.info(
-            "study %d: %s by %s%s",
-            study_id,
-            "admitted" if admission.admitted else "refused",
-            package.name,
-            "" if admission.admitted else f" ({admission.reason})",
-        )
+        verb = "admitted" if admission.admitted else "refused"
+        why = "" if admission.admitted else f" ({admission.reason})"
+        log.info("study %d: %s by %s%s", study_id, verb, package.name, why)
+        if not admission.admitted and standing is not None and standing["positive"]:
+            log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
 
     def _analyse_next(self) -> bool:
-        """Work on the oldest admitted analysis; False if there is none or Triton is not there."""
-        if not self._triton_ready():
-            return False
-        row = self._ledger.take_analysis()
+        """Work on the next analysis whose package Triton serves; False if there is none."""
+        waiting = self._ledger.waiting_packages()
+        ready = [name for name in sorted(waiting & set(self._packages)) if self._ready(self._packages[name])]
+        row = self._ledger.take_analysis(ready) if ready else None
         if row is None:
             return False
-        package = self._packages.get(row["package"])
+        package = self._packages[row["package"]]
+        attempt = row["attempts"] + 1
         try:
-            if package is None:
-                raise ScansideError("the package is no longer configured", row["package"], "configure it again")
             self._analyse(row, package)
-        except TritonError as error:
-            if self._triton_ready():
-                self._failed(row, str(error))
-            else:
-                # The server's fault, not the study's: it waits without losing a try.
-                self._ledger.park_analysis(row["id"])
-        except DecodeError as error:
-            self._failed(row, str(error))
+        except (OSError, SQLAlchemyError) as error:
+            # The disk's fault, not the study's: it loses no try by it.
+            log.exception("study %d: the disk or the ledger failed; it is tried again", row["study_id"])
+            self._ledger.park_analysis(row["id"], str(error).splitlines()[0], _pause(attempt))
+        except ScansideError as error:
+            self._failed(row, str(error), attempt)
         except Exception as error:
             log.exception("study %d: the analysis failed in a way nobody foresaw", row["study_id"])
-            self._failed(row, f"{type(error).__name__}: {error}")
+            self._failed(row, f"{type(error).__name__}: {error}", attempt)
         return True
 
-    def _triton_ready(self) -> bool:
-        problems = [problem for one in self._packages.values() if (problem := self._client.problem(one))]
-        said = "; ".join(problems)
-        if said != self._triton_problem:
-            self._triton_problem = said
-            log.log(logging.WARNING if said else logging.INFO, "Triton: %s", said or "ready")
-        return not problems
+    def _ready(self, package: Package) -> bool:
+        said = self._client.problem(package)
+        if said != self._problems.get(package.name):
+            self._problems[package.name] = said
+            level = logging.WARNING if said else logging.INFO
+            log.log(level, "Triton, for %s: %s", package.name, said or "ready")
+        return not said
 
-    def _failed(self, row: Row, reason: str) -> None:
-        final = self._ledger.fail_analysis(row["id"], reason, self._settings.models.attempts)
+    def _failed(self, row: Row, reason: str, attempt: int) -> None:
+        final = self._ledger.fail_analysis(row["id"], reason, self._settings.models.attempts, _pause(attempt))
         log.error("study %d: %s (%s)", row["study_id"], "set aside" if final else "will be tried again", reason)
 
+    def _files(self, study_id: int, inputs: Inputs) -> dict[str, StoredInstance]:
+        found = {one.sop_instance_uid: one for one in self._ledger.inputs(study_id, inputs)}
+        if len(found) != len(inputs):
+            raise ScansideError("instances that were admitted are gone", f"study {study_id}", "report this fault")
+        return found
+
     def _analyse(self, row: Row, package: Package) -> None:
+        """Run a package on exactly what the gate admitted, whatever arrived since."""
         study_id = row["study_id"]
-        instances = {one.sop_instance_uid: one for one in self._ledger.instances(study_id)}
-        selection = self._select(study_id)
-        if (
-            selection.volume is None
-            or selection.series is None
-            or (selection.series.series_instance_uid != row["series_instance_uid"])
-        ):
-            # An instance came since the gate decided; the study is reopened and will be judged again.
-            raise ScansideError("the study changed since it was admitted", f"study {study_id}", "it is judged again")
-        volume = selection.volume
-
-        def file_of(sop_instance_uid: str) -> Path:
-            return path_of(self._settings.spool_directory, instances[sop_instance_uid].digest)
-
-        decoded = decode_volume(volume, file_of)
+        instances = self._files(study_id, row["inputs"])
+        volume = assemble([plane for one in instances.values() for plane in planes_of(one.header)])
+        decoded = decode_volume(volume, {uid: (self._spooled(one), one.digest) for uid, one in instances.items()})
         admission = admit_pixels(
             package,
             Admission(tuple(Criterion(**criterion) for criterion in row["admission"])),
@@ -296,110 +355,109 @@ class Engine:
             self._ledger.withhold(row["id"], admission.reason, admission.to_json())
             log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
             return
+        first = next(iter(instances.values()))
         verdict = analyse(
             package,
             self._client,
             volume,
             decoded.plane,
             study_uid=row["study_instance_uid"],
-            series_uid=selection.series.series_instance_uid,
+            series_uid=first.header.series_instance_uid,
             codecs=decoded.codecs,
-            limitations=_limitations(selection),
+            limitations=[
+                f"Series {one['series_number'] if one['series_number'] is not None else 'without number'} "
+                f"was not analysed: {one['reason']}."
+                for one in row["selection"]
+                if not one["chosen"]
+            ],
         )
-        self._issue(row, verdict, admission, file_of(volume.planes[0].sop_instance_uid))
+        self._issue(row, verdict, admission, self._spooled(first))
+
+    def _spooled(self, instance: StoredInstance) -> Path:
+        return path_of(self._settings.spool_directory, instance.digest)
 
     def _issue(self, row: Row, verdict: Verdict, admission: Admission, source: Path) -> None:
-        """Write the alert's file, then verdict, findings and deliveries in one transaction."""
-        before = self._ledger.last_verdict(row["id"])
-        revision = before["revision"] + 1 if before else 1
-        kind = alert_kind([before["positive"]] if before else [], verdict.positive)
+        """Write the alerts' files, then verdict, findings and deliveries in one transaction."""
+        revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
-        key = (row["study_instance_uid"], verdict.package, verdict.package_version, str(revision))
-        folder = Path(f"{row['study_id']:06d}") / f"{verdict.package}-{revision}"
+        key = (row["study_instance_uid"], verdict.package, verdict.package_version)
+        folder = _folder(row["study_id"], verdict.package, revision)
         findings: list[NewFinding] = []
+        told = self._ledger.told(row["id"])
         hl7 = [one for one in self._settings.destination if isinstance(one, Hl7Destination)]
-        if kind is not None and not hl7:
-            log.error("study %d: nobody is told (%s): no HL7 destination is configured", row["study_id"], kind)
-        if kind is not None and hl7:
-            header = pydicom.dcmread(source, stop_before_pixels=True)
-            for destination in hl7:
-                message = message_control_id(*key, kind, destination.name)
-                text = render_alert(
-                    verdict,
-                    header,
-                    control_id=message,
-                    kind=kind,
-                    revision=revision,
-                    issued_at=datetime.fromisoformat(issued_at),
-                    processing_id=destination.processing_id,
-                    sending_application=self._settings.box.name,
-                    sending_facility=destination.sending_facility,
-                    receiving_application=destination.receiving_application,
-                    receiving_facility=destination.receiving_facility,
-                )
-                path = folder / f"{message}.hl7"
-                _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
-                name = f"alert.{destination.name}"  # MSH-5, MSH-6 and MSH-11 differ between destinations
-                findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
+        header = pydicom.dcmread(source, stop_before_pixels=True)
+        for destination in hl7:
+            kind = alert_kind(told.get(destination.name, []), verdict.positive)
+            if kind is None:
+                continue
+            message = message_control_id(*key, str(revision), kind, destination.name)
+            text = render_alert(
+                verdict,
+                header,
+                control_id=message,
+                kind=kind,
+                revision=revision,
+                issued_at=datetime.fromisoformat(issued_at),
+                processing_id=destination.processing_id,
+                sending_application=self._settings.box.name,
+                sending_facility=destination.sending_facility,
+                receiving_application=destination.receiving_application,
+                receiving_facility=destination.receiving_facility,
+            )
+            path = folder / f"{message}.hl7"
+            _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
+            # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
+            name = f"alert.{destination.name}"
+            findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
         for name in objects_for(verdict):
             wanted = tuple(
                 one.name
                 for one in self._settings.destination
                 if isinstance(one, DicomDestination) and name.split(".")[0] in one.objects
             )
-            uid = object_uid(self._settings.box.uid_root, *key[:3], revision, name)
+            uid = object_uid(self._settings.box.uid_root, *key, revision, name)
             findings.append(NewFinding(name, uid, None, wanted, URGENCY.get(name, OTHER_URGENCY)))
         last = self._ledger.last_instance_at(row["study_id"])
-        late = seconds_between(last, issued_at) > self._settings.budget_seconds
+        untold = "no HL7 destination is configured" if verdict.positive and not hl7 else ""
         self._ledger.issue_verdict(
-            row["id"], revision, verdict, issued_at, findings, admission=admission.to_json(), late=late
+            row["id"],
+            revision,
+            verdict,
+            issued_at,
+            findings,
+            admission=admission.to_json(),
+            late=seconds_between(last, issued_at) > self._settings.budget_seconds,
+            untold=untold,
         )
         ring(self._settings.run_directory, "delivery")
-        log.info(
-            "study %d: %s (%.2f), revision %d%s",
-            row["study_id"],
-            "positive" if verdict.positive else "negative",
-            verdict.probability,
-            revision,
-            f", {kind}" if kind else "",
-        )
+        answer = "positive" if verdict.positive else "negative"
+        log.info("study %d: %s (%.2f), revision %d", row["study_id"], answer, verdict.probability, revision)
+        if untold:
+            log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
 
     def _render_findings(self) -> None:
         """Make the file of every finding that has none yet, most urgent first."""
-        for row in self._ledger.unrendered_findings(self._settings.models.attempts):
+        attempts = self._settings.models.attempts
+        for row in self._ledger.unrendered_findings(attempts):
+            self._ledger.start_rendering(row["id"])
             try:
                 self._render_one(row)
             except Exception as error:
                 log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
-                reason = f"{type(error).__name__}: {error}"
-                self._ledger.render_failed(row["id"], row["study_id"], reason, self._settings.models.attempts)
+                self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
+        self._ledger.abandon_findings(attempts)
 
     def _render_one(self, row: Row) -> None:
         verdict = Verdict.from_json(row["result"])
-        instances = {one.sop_instance_uid: one for one in self._ledger.instances(row["study_id"])}
-        selection = self._select(row["study_id"])
-        series = next(
-            one
-            for one in group(instance.header for instance in instances.values())
-            if one.series_instance_uid == verdict.series_instance_uid
-        )
-        order = (
-            [plane.sop_instance_uid for plane in selection.volume.planes]
-            if selection.volume and selection.series == series
-            else [header.sop_instance_uid for header in series.headers]
-        )
-
-        def file_of(sop_instance_uid: str) -> Path:
-            return path_of(self._settings.spool_directory, instances[sop_instance_uid].digest)
-
+        instances = self._files(row["study_id"], row["inputs"])
         dataset = render(
             row["object"],
             verdict,
             revision=row["revision"],
             issued_at=datetime.fromisoformat(row["issued_at"]),
-            sources=file_of,
-            hu_of=lambda uid, frame: decode(file_of(uid)).hu[frame],
-            analysed=tuple(dict.fromkeys(order)),
+            sources=lambda uid: self._spooled(instances[uid]),
+            hu_of=lambda uid, frame: decode(self._spooled(instances[uid])).hu[frame],
+            analysed=tuple(instances),
             uid_root=self._settings.box.uid_root,
             device=package_device(
                 verdict,
@@ -410,7 +468,7 @@ class Engine:
         )
         if dataset.SOPInstanceUID != row["uid"]:
             raise ScansideError("the rendered object has another UID than its row", row["object"], "report this fault")
-        path = Path(f"{row['study_id']:06d}") / f"{verdict.package}-{row['revision']}" / f"{row['object']}.dcm"
+        path = _folder(row["study_id"], verdict.package, row["revision"]) / f"{row['object']}.dcm"
         _write_durably(self._settings.findings_directory / path, part10(dataset))
         self._ledger.rendered(row["id"], row["study_id"], str(path))
         ring(self._settings.run_directory, "delivery")
@@ -429,28 +487,34 @@ def alert_kind(positive_before: Sequence[bool], positive: bool) -> Kind | None:
     return "correction" if any(positive_before) else "alert"
 
 
-def _limitations(selection: Selection) -> tuple[str, ...]:
-    """What a reader must know about what was not analysed."""
-    return tuple(
-        f"Series {one.series_number if one.series_number is not None else '?'} was not analysed: {one.reason}."
-        for one in selection.considered
-        if not one.chosen
-    )
+def _number(series: Considered) -> str:
+    return str(series.series_number) if series.series_number is not None else "without number"
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before the next try, doubling with each."""
+    return min(LONGEST_PAUSE, 2.0**attempt)
+
+
+def _folder(study_id: int, package: str, revision: int) -> Path:
+    """Where the findings of a verdict lie, below the findings folder."""
+    return Path(f"{study_id:06d}-{package}-{revision}")
 
 
 def _write_durably(path: Path, content: bytes) -> None:
     """Write a file so that it is either whole and synced under its name, or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for folder in (path.parent, path.parent.parent):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # --- delivery -------------------------------------------------------------------------------------------
@@ -465,7 +529,11 @@ def run_delivery(settings: Settings) -> None:
     with _service(settings, "delivery") as (ledger, stopping), ExitStack() as stack:
         bell = Doorbell(settings.run_directory, "delivery")
         stack.callback(bell.close)
+        settings.findings_directory.mkdir(parents=True, exist_ok=True)
         parked = ledger.park_deliveries()
+        lost = ledger.abandon_deliveries([one.name for one in settings.destination])
+        if lost:
+            log.error("delivery: %d deliveries are dead letters: their destination is no longer configured", lost)
         workers = []
         for destination in settings.destination:
             worker = Worker(
@@ -488,7 +556,7 @@ def run_delivery(settings: Settings) -> None:
         for worker in workers:
             worker.stop()
         for worker in workers:
-            worker.join(STOP_SECONDS / max(len(workers), 1))
+            worker.join(STOP_SECONDS / 2 / max(len(workers), 1))
 
 
 def _deliverer(

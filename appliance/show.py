@@ -8,10 +8,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from appliance.ledger.views import timeline
+from appliance.ledger.views import is_late, timeline
 
 
-def summary(report: dict[str, Any]) -> dict[str, Any]:
+def summary(report: dict[str, Any], budget_seconds: float) -> dict[str, Any]:
     """One study in a line's worth of fields, JSON-ready."""
     verdicts = report["verdicts"]
     steps = timeline(report)
@@ -28,18 +28,22 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         ],
         "positive": verdicts[-1]["positive"] if verdicts else None,
         "probability": verdicts[-1]["probability"] if verdicts else None,
-        "late": any(one["late"] for one in verdicts),
+        "late": is_late(report, budget_seconds),
         "alert_seconds": acknowledged["seconds"] if acknowledged else None,
         "deliveries": {state: states.count(state) for state in sorted(set(states))},
         "last_instance_at": report["last_instance_at"],
     }
 
 
-def studies_table(reports: list[dict[str, Any]]) -> RenderableType:
-    """All studies, and below them the deliveries that need somebody."""
+def studies_table(
+    reports: list[dict[str, Any]], troubles: dict[str, list[dict[str, Any]]], budget_seconds: float
+) -> RenderableType:
+    """All studies, and below them what needs somebody."""
+    if not reports:
+        return "no study yet"
     table = Table("no.", "last instance (UTC)", "images", "state", "verdict", "alert after", "deliveries", box=None)
     for report in reports:
-        one = summary(report)
+        one = summary(report, budget_seconds)
         alert = f"{one['alert_seconds']:.1f} s" if one["alert_seconds"] is not None else "–"
         deliveries = ", ".join(f"{count} {_coloured(state)}" for state, count in one["deliveries"].items()) or "–"
         table.add_row(
@@ -51,17 +55,23 @@ def studies_table(reports: list[dict[str, Any]]) -> RenderableType:
             alert + (" [bold red]late[/]" if one["late"] else ""),
             deliveries,
         )
-    if not reports:
-        return "no study yet"
-    dead = [one for report in reports for one in report["deliveries"] if one["state"] in ("dead", "rejected")]
-    if not dead:
-        return table
-    letters = Table("delivery", "object", "to", "state", "why", title="Dead letters (scanside retry NUMBER)", box=None)
-    for one in dead:
-        letters.add_row(
-            str(one["id"]), one["object"], one["destination"], _coloured(one["state"]), escape(one["reason"])
-        )
-    return Group(table, "", letters)
+    parts: list[RenderableType] = [table]
+    if troubles["deliveries"]:
+        letters = Table("delivery", "study", "object", "to", "state", "why", box=None, title_justify="left")
+        letters.title = "Dead letters (scanside retry NUMBER)"
+        for one in troubles["deliveries"]:
+            letters.add_row(
+                str(one["id"]), str(one["study_id"]), one["object"], one["destination"], _coloured(one["state"]),
+                escape(one["reason"]),
+            )  # fmt: skip
+        parts += ["", letters]
+    if troubles["analyses"]:
+        failed = Table("study", "package", "why", box=None, title_justify="left")
+        failed.title = "Analyses set aside (scanside retry --study NUMBER)"
+        for one in troubles["analyses"]:
+            failed.add_row(str(one["study_id"]), one["package"], escape(one["reason"]))
+        parts += ["", failed]
+    return Group(*parts)
 
 
 def study_view(report: dict[str, Any]) -> RenderableType:
@@ -106,7 +116,10 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
     for one in analysis["selection"]:
         mark = "[green]selected:[/] " if one["chosen"] else ""
         table.add_row(
-            str(one["series_number"]), str(one["instances"]), escape(one["description"]), mark + escape(one["reason"])
+            _or_dash(one["series_number"]),
+            str(one["instances"]),
+            escape(one["description"]),
+            mark + escape(one["reason"]),
         )
     parts += [table]
     gate = Table("criterion", "read", "label", "", title="Admission", title_justify="left", box=None)
@@ -130,10 +143,16 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
     return Group(*parts)
 
 
+def _or_dash(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
 def _verdict(one: dict[str, Any]) -> str:
     if one["positive"] is not None:
         colour, word = ("bold red", "positive") if one["positive"] else ("green", "negative")
-        return f"[{colour}]{word}[/] {one['probability']:.2f}"
+        since = [a["state"] for a in one["analyses"] if a["state"] != "issued"]
+        then = f", then {_coloured(since[0])}" if since else ""
+        return f"[{colour}]{word}[/] {one['probability']:.2f}{then}"
     return ", ".join(_coloured(a["state"]) for a in one["analyses"]) or "–"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from appliance.governance.package import load_all
 from appliance.inference.server import prepare
-from appliance.services import stop_signal
+from appliance.services import only_one, stop_signal
 from appliance.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -36,16 +36,20 @@ class _Child:
     due: float = field(default_factory=time.monotonic)
 
 
-def run_all(settings: Settings, config: Path) -> None:
+def run_all(settings: Settings, config: Path, *, json_log: bool = False) -> None:
     """Run every service, restart one that ends (after a pause that doubles), until told to stop.
 
     On SIGTERM or SIGINT the children have 10 s to finish or park their work; then they are killed. If this
     process is killed, the kernel ends them.
+
+    Raises:
+        ScansideError: it runs already.
     """
     names = (("triton",) if settings.triton.managed else ()) + SERVICES
     command = [sys.executable, "-m", "appliance.cli", "--config", str(config.resolve())]
+    command += ["--json-log"] if json_log else []
     children = [_Child(name, [*command, name]) for name in names]
-    with stop_signal() as stopping:
+    with only_one(settings, "run"), stop_signal() as stopping:
         try:
             while not stopping.is_set():
                 for child in children:

@@ -1,46 +1,47 @@
 #!/bin/sh
-# Installs the Debian or Ubuntu packages whose commands are missing. Usage: system.sh demo|test
-# Without root (or a sudo that does not ask) it says what is missing and goes on: the demo then uses its own
-# stand-in for the PACS and says so, and the tests that need a peer skip and say so.
+# Installs the Debian or Ubuntu packages whose commands are missing. Usage: system.sh venv|demo|test
+# Where it cannot (no root, no network) it says what is missing and goes on: without Orthanc the demo uses a PACS of
+# its own and says so, and tests that need a peer skip and say so.
 set -eu
 
-wanted=""
-need() { # need COMMAND PACKAGE...
-    command=$1
-    shift
-    PATH="$PATH:/usr/sbin" command -v "$command" >/dev/null 2>&1 || wanted="$wanted $*"
+python=${PYTHON:-python3}
+triton_python=${TRITON_PYTHON:-$python}
+needed=""
+useful=""
+missing() { # missing COMMAND: also looks where Debian puts what root runs
+    ! PATH="$PATH:/usr/sbin" command -v "$1" >/dev/null 2>&1
 }
 
-need Orthanc orthanc
-if [ "${1:-demo}" = test ]; then
-    need storescu dcmtk
-    need dciodvfy dicom3tools
-    command -v node >/dev/null 2>&1 && command -v npm >/dev/null 2>&1 || wanted="$wanted nodejs npm"
-fi
-"${PYTHON:-python3}" -c 'import ensurepip, venv' >/dev/null 2>&1 || wanted="$wanted python3-venv"
-
+"$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || needed="$needed python3-venv"
 # Triton's Python backend is linked against libpython, which Debian's python3 does without.
-"${TRITON_PYTHON:-${PYTHON:-python3}}" - <<'PY' >/dev/null 2>&1 || wanted="$wanted libpython$("${TRITON_PYTHON:-${PYTHON:-python3}}" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+"$triton_python" - <<'PY' >/dev/null 2>&1 ||
 import pathlib, sys, sysconfig
 name = sysconfig.get_config_var("INSTSONAME") or "absent"
 folders = [sysconfig.get_config_var("LIBDIR"), sys.base_prefix + "/lib"]
 sys.exit(not any((pathlib.Path(folder) / name).is_file() for folder in folders if folder))
 PY
+    needed="$needed libpython$("$triton_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 
-[ -n "$wanted" ] || exit 0
+if [ "${1:-demo}" != venv ]; then
+    missing Orthanc && useful="$useful orthanc"
+fi
+if [ "${1:-demo}" = test ]; then
+    missing storescu && useful="$useful dcmtk"
+    missing dciodvfy && useful="$useful dicom3tools"
+    if missing node || missing npm; then useful="$useful nodejs npm"; fi
+fi
+[ -n "$needed$useful" ] || exit 0
 
 if [ "$(id -u)" = 0 ]; then
     sudo=""
 elif sudo -n true >/dev/null 2>&1; then
     sudo="sudo"
 else
-    echo "scanside: missing packages:$wanted" >&2
-    echo "scanside: install them with: sudo apt-get install --no-install-recommends$wanted" >&2
-    exit 0
+    sudo="none"
 fi
-
-if ! command -v apt-get >/dev/null 2>&1; then
-    echo "scanside: no apt-get here; please install:$wanted" >&2
+if [ "$sudo" = none ] || ! command -v apt-get >/dev/null 2>&1; then
+    echo "scanside: missing packages:$needed$useful" >&2
+    echo "scanside: install them with: sudo apt-get install --no-install-recommends$needed$useful" >&2
     exit 0
 fi
 
@@ -48,12 +49,15 @@ fi
 # of their own; none shall run here because of us.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
+    trap '$sudo rm -f "$policy"' EXIT
+    trap 'exit 130' HUP INT TERM
     printf '#!/bin/sh\nexit 101\n' | $sudo tee "$policy" >/dev/null
     $sudo chmod 755 "$policy"
-    trap '$sudo rm -f "$policy"' EXIT
 fi
-echo "scanside: installing$wanted"
 export DEBIAN_FRONTEND=noninteractive
-$sudo apt-get update -qq
-# shellcheck disable=SC2086
-$sudo apt-get install -y -qq --no-install-recommends $wanted >/dev/null
+echo "scanside: installing$needed$useful"
+$sudo apt-get update -qq || echo "scanside: apt-get update failed" >&2
+for package in $needed $useful; do
+    $sudo apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+        echo "scanside: not installed: $package" >&2
+done

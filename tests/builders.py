@@ -48,6 +48,7 @@ def header(
         manufacturer_model_name="ONE",
         contrast_bolus_agent="",
         frame_of_reference_uid="1.2.3.9",
+        patient="somebody",
         patient_age="065Y",
         patient_birth_date="19610101",
         study_date="20260601",

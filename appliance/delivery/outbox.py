@@ -7,7 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
-from appliance.ledger.store import Ledger, Row
+from sqlalchemy.exc import SQLAlchemyError
+
+from appliance.ledger.database import Row
+from appliance.ledger.store import Ledger
 from dicom_io.errors import PeerError
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,7 @@ class Worker(threading.Thread):
         while not self._stopping.is_set():
             self._wake.clear()
             try:
-                row = self._ledger.take_delivery(self._destination)
+                row = self._ledger.take_delivery(self._destination, self._longest)
                 if row is not None:
                     self._try(row)
                     continue
@@ -84,11 +87,11 @@ class Worker(threading.Thread):
             outcome, reason = "retry", f"{type(error).__name__}: {error}"
         if outcome == "retry" and attempt >= self._attempts:
             log.error("delivery %d to %s is a dead letter: %s", row["id"], self._destination, reason)
-            self._ledger.settle_delivery(row, "give_up", reason)
+            self._settle(row, "give_up", reason)
             return
         wait = min(self._longest, self._first * 2.0 ** min(attempt - 1, 30)) if outcome == "retry" else 0.0
         budget = self._budget if row["object"].startswith("alert.") else None
-        self._ledger.settle_delivery(row, outcome, reason, wait_seconds=wait, budget_seconds=budget)
+        self._settle(row, outcome, reason, wait_seconds=wait, budget_seconds=budget)
         log.info(
             "study %d: %s to %s: %s%s",
             row["study_id"],
@@ -97,3 +100,27 @@ class Worker(threading.Thread):
             {"acknowledge": "acknowledged", "retry": f"try again in {wait:g} s", "reject": "rejected"}[outcome],
             f" ({reason})" if reason else "",
         )
+
+    def _settle(
+        self,
+        row: Row,
+        outcome: Literal["acknowledge", "retry", "reject", "give_up"],
+        reason: str,
+        *,
+        wait_seconds: float = 0.0,
+        budget_seconds: float | None = None,
+    ) -> None:
+        """Write down what became of a delivery; again and again if the ledger cannot be written.
+
+        An answer that was lost here would be a message sent twice, or one that nobody sends any more.
+        """
+        while True:
+            try:
+                self._ledger.settle_delivery(
+                    row, outcome, reason, wait_seconds=wait_seconds, budget_seconds=budget_seconds
+                )
+                return
+            except (OSError, SQLAlchemyError):
+                log.exception("delivery %d: its outcome cannot be written now", row["id"])
+                if self._stopping.wait(POLL_SECONDS):
+                    return  # it is sent again, under the same name, after the next start

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import pydicom
 from PIL import Image
+from pydicom.uid import UID
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -35,6 +37,7 @@ from appliance.operations.leash import Leashed
 from appliance.settings import Settings, load_settings
 from dicom_io.errors import PeerError, ScansideError
 from dicom_io.header import read_header
+from dicom_io.scp import STORAGE_CLASSES
 from dicom_io.scu import Peer, echo, instances_in, send
 from triton_models.training.phantom import simulate, write_study
 
@@ -86,7 +89,9 @@ def _empty(directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         if not (directory / MARKER).exists():
             raise ScansideError("this folder was not made by a demo", str(directory), "choose another --directory")
-        shutil.rmtree(directory)
+        for entry in directory.iterdir():  # the marker last: an interrupted run leaves a folder that is still ours
+            if entry.name != MARKER:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).write_text(
         "Everything here was made by `scanside demo`, which empties it when it runs again.\n"
@@ -111,9 +116,12 @@ def _run(directory: Path, study_folder: Path | None, console: Console, stack: Ex
     )
     stack.callback(_stop, box, hospital)
     with console.status("starting the appliance: intake, engine, Triton, delivery"):
-        scans = [_own(study_folder)] if study_folder else _phantoms(directory / "scanner")
+        scans = [_own(study_folder, console)] if study_folder else _phantoms(directory / "scanner")
         _wait_until_ready(settings, box)
-    console.print(f"appliance: ready after {time.monotonic() - began:.1f} s (log: {directory / 'scanside.log'})")
+    console.print(
+        f"appliance: ready after {time.monotonic() - began:.1f} s (log: {escape(str(directory / 'scanside.log'))})",
+        soft_wrap=True,
+    )
     ledger = Ledger(settings.ledger_path)
     stack.callback(ledger.close)
     for scan in scans:
@@ -135,7 +143,7 @@ def _run(directory: Path, study_folder: Path | None, console: Console, stack: Ex
         sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     console.rule("[green]everything that was promised happened[/]" if ok else "[bold red]not all went as promised[/]")
     closer = f"look closer: scanside --config {directory / 'scanside.toml'} study 1"
-    console.print(f"all of it lies in {directory}; {closer}", highlight=False, soft_wrap=True)
+    console.print(escape(f"all of it lies in {directory}; {closer}"), highlight=False, soft_wrap=True)
     return 0 if ok else 1
 
 
@@ -204,13 +212,27 @@ def _phantoms(directory: Path) -> list[Scan]:
     return scans
 
 
-def _own(folder: Path) -> Scan:
-    """The user's own folder; files that are no DICOM instances are left out."""
-    files, _ = instances_in(folder)
-    if not files:
-        raise ScansideError("there is no DICOM instance", str(folder), "name a folder that has some")
-    uids = list(dict.fromkeys(read_header(path).study_instance_uid for path in files))
-    return Scan(folder.name, files, None, uids)
+def _own(folder: Path, console: Console) -> Scan:
+    """The user's own folder; what is no DICOM instance, or of no class that intake takes, is left out and said."""
+    files, skipped = instances_in(folder)
+    taken: list[Path] = []
+    uids: dict[str, None] = {}
+    for path in files:
+        try:
+            header = read_header(path)
+        except ScansideError as error:
+            skipped.append((path, error.what))
+            continue
+        if header.sop_class_uid not in STORAGE_CLASSES:
+            skipped.append((path, f"intake does not take {UID(header.sop_class_uid).name}"))
+            continue
+        taken.append(path)
+        uids[header.study_instance_uid] = None
+    for reason, count in Counter(reason for _, reason in skipped).most_common():
+        console.print(f"{count} files are left out: {escape(reason)}", highlight=False)
+    if not taken:
+        raise ScansideError("there is no DICOM instance that intake takes", str(folder), "name a folder that has some")
+    return Scan(folder.resolve().name, taken, None, list(uids))
 
 
 def _wait_until_ready(settings: Settings, box: Leashed) -> None:
@@ -244,7 +266,7 @@ def _progress(target: str, scan: Scan, console: Console | None = None) -> tuple[
         TimeElapsedColumn(),
         console=console,
     )
-    return progress, progress.add_task(f"{target}: {scan.label}", total=len(scan.files))
+    return progress, progress.add_task(f"{target}: {escape(scan.label)}", total=len(scan.files))
 
 
 def _to_pacs(scan: Scan, hospital: Hospital, console: Console) -> None:
@@ -403,7 +425,8 @@ def _tell(result: dict[str, Any], directory: Path, console: Console) -> None:
     )
     for one in result.get("series", []):
         chosen = "selected" if one["chosen"] else "left alone"
-        console.print(f"  series {one['series_number']} ({one['instances']} images): {chosen}, {escape(one['reason'])}",
+        number = one["series_number"] if one["series_number"] is not None else "without number"
+        console.print(f"  series {number} ({one['instances']} images): {chosen}, {escape(one['reason'])}",
                       highlight=False, soft_wrap=True)  # fmt: skip
     deliveries = [f"{one['object']} → {one['destination']}: {one['state']}" for one in result.get("deliveries", [])]
     if deliveries:
@@ -413,4 +436,6 @@ def _tell(result: dict[str, Any], directory: Path, console: Console) -> None:
         for line in (directory / message).read_text(encoding="utf-8").replace("\r", "\n").strip().split("\n"):
             console.print(f"    {escape(line)}", highlight=False, soft_wrap=True)
     for picture in result.get("pictures", [])[:1]:
-        console.print(f"  key slab with the finding drawn: {directory / picture}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  key slab with the finding drawn: {escape(str(directory / picture))}", highlight=False, soft_wrap=True
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, Literal
@@ -14,6 +14,12 @@ from dicom_io.header import Header
 from dicom_io.volume import Volume
 
 Outcome = Literal["met", "violated", "unknown", "excepted"]
+
+CRITERIA = (
+    "modality", "sop_class", "body_part", "age", "kvp", "slice_thickness", "contrast", "patient", "geometry",
+    "coverage", "slabs", "gaps", "brain",
+)  # fmt: skip
+"""The names of the criteria, in the order in which they are shown; exceptions refer to them."""
 
 _HEAD = re.compile(r"\b(HEAD|BRAIN|SKULL|CRANI\w*|CEREBR\w*|NEURO\w*|SCHAEDEL|SCHÄDEL|KOPF|CRANE|CRÂNE|TETE|TÊTE)\b")
 _HEAD_TERMS = {"HEAD", "BRAIN", "SKULL"}
@@ -72,10 +78,10 @@ class Admission:
 
 
 def body_region(header: Header) -> Literal["head", "elsewhere", ""]:
-    """The region that a header speaks of: the coded one first, then what people wrote; '' if none says.
+    """The region that a header speaks of, the most particular text first; '' if none says.
 
-    Body Part Examined is empty on many scanners and wrong on some, so a description that names another
-    region ("CTA CAROTIDS" in a study called HEAD) outweighs one that names the head.
+    Body Part Examined is empty on many scanners and wrong on some, so the description of the series comes before it
+    ("CTA CAROTIDS" in a study called HEAD), and of one text another region outweighs the head ("HEAD AND NECK").
     """
     texts = (
         header.series_description,
@@ -110,9 +116,15 @@ def age_in_years(header: Header) -> float | None:
     return computed if years is None else years
 
 
+def has_contrast(header: Header) -> bool:
+    """Whether the header speaks of a contrast agent; "NONE" and the like do not."""
+    agent = header.contrast_bolus_agent.strip().upper()
+    return bool(agent) and not re.fullmatch(r"(NO|NONE|WITHOUT|N)( .*)?", agent)
+
+
 def admit(
     package: Package,
-    header: Header,
+    headers: Sequence[Header],
     volume: Volume,
     slabs: int,
     exceptions: Sequence[IndicationException] = (),
@@ -120,49 +132,75 @@ def admit(
 ) -> Admission:
     """Apply a package's indication to the selected series of a study.
 
+    A criterion is met only if every image meets it: one slice of a child, or of another patient, refuses them all.
+
     Args:
-        header: the header that speaks for the series.
+        headers: of every image of the series.
         volume: its geometry.
         slabs: how many slabs of the model's thickness it yields.
         exceptions: signed exceptions; each lets one unknown criterion of one package pass until its day.
         today: the day on which exceptions must hold; today if omitted.
     """
     label = package.indication
-    age = age_in_years(header)
-    thicknesses = [plane.geometry.thickness for plane in volume.planes]
-    known = [value for value in thicknesses if value is not None]
-    region = body_region(header)
-    coverage = volume.offsets[-1] - volume.offsets[0] + (known[-1] if known else 0.0)
     low_kv, high_kv = label.kvp
     thin, thick = label.slice_thickness_mm
-    contrast = bool(header.contrast_bolus_agent.strip()) and not re.fullmatch(
-        r"(NO|NONE|WITHOUT|N)( .*)?", header.contrast_bolus_agent.strip().upper()
-    )
+    last = volume.planes[-1].geometry.thickness or 0.0
+    coverage = volume.offsets[-1] - volume.offsets[0] + last
+    patients = len({header.patient for header in headers})
+    placed = sum(bool(header.frames) for header in headers)
+
+    def every(
+        criterion: str, attribute: str, rule: str, read: Callable[[Header], tuple[str, bool | None]]
+    ) -> Criterion:
+        answers = dict.fromkeys(read(header) for header in headers)
+        verdicts = {met for _, met in answers}
+        met = False if False in verdicts else None if None in verdicts or not verdicts else True
+        shown = [text for text, one in answers if one is met] or [text for text, _ in answers]
+        return _judge(criterion, attribute, " / ".join(shown[:3]), rule, met)
+
+    def body_part(header: Header) -> tuple[str, bool | None]:
+        texts = (header.body_part_examined, header.series_description, header.protocol_name, header.study_description)
+        region = body_region(header)
+        met = None if not region else region == "head" and bool(_HEAD_TERMS & set(label.body_parts))
+        return " · ".join(filter(None, texts)), met
+
+    def age(header: Header) -> tuple[str, bool | None]:
+        years = age_in_years(header)
+        return ("", None) if years is None else (f"{years:.1f} years", years >= label.minimum_age_years)
+
+    def kvp(header: Header) -> tuple[str, bool | None]:
+        return ("", None) if header.kvp is None else (f"{header.kvp:g} kV", low_kv <= header.kvp <= high_kv)
+
+    def thickness(header: Header) -> tuple[str, bool | None]:
+        known = [plane.thickness for plane in header.frames if plane.thickness is not None]
+        if not known or len(known) < len(header.frames):
+            return "", None
+        text = f"{min(known):g} mm" if min(known) == max(known) else f"{min(known):g} to {max(known):g} mm"
+        return text, thin <= min(known) <= max(known) <= thick
+
+    missing = sum(gap.mm for gap in volume.gaps)
     criteria = [
-        _judge("modality", "Modality", header.modality, " or ".join(label.modality),
-               header.modality in label.modality if header.modality else None),
-        _judge("sop_class", "SOPClassUID", header.sop_class_uid, "a listed image class",
-               header.sop_class_uid in label.sop_classes),
-        _judge("body_part", "BodyPartExamined, SeriesDescription, ProtocolName, StudyDescription",
-               " · ".join(filter(None, (header.body_part_examined, header.series_description,
-                                        header.protocol_name, header.study_description))),
-               " or ".join(label.body_parts),
-               None if not region else region == "head" and bool(_HEAD_TERMS & set(label.body_parts))),
-        _judge("age", "PatientAge, PatientBirthDate, StudyDate", "" if age is None else f"{age:.1f} years",
-               f"{label.minimum_age_years:g} years or older",
-               None if age is None else age >= label.minimum_age_years),
-        _judge("kvp", "KVP", "" if header.kvp is None else f"{header.kvp:g} kV", f"{low_kv:g} to {high_kv:g} kV",
-               None if header.kvp is None else low_kv <= header.kvp <= high_kv),
-        _judge("slice_thickness", "SliceThickness",
-               f"{min(known):g} to {max(known):g} mm" if known else "", f"{thin:g} to {thick:g} mm",
-               None if len(known) < len(thicknesses) else thin <= min(known) <= max(known) <= thick),
-        _judge("contrast", "ContrastBolusAgent", header.contrast_bolus_agent or "none",
-               "with or without" if label.contrast else "no contrast agent", label.contrast or not contrast),
+        every("modality", "Modality", " or ".join(label.modality),
+              lambda h: (h.modality, h.modality in label.modality if h.modality else None)),
+        every("sop_class", "SOPClassUID", "a listed image class",
+              lambda h: (h.sop_class_uid, h.sop_class_uid in label.sop_classes)),
+        every("body_part", "BodyPartExamined, SeriesDescription, ProtocolName, StudyDescription",
+              " or ".join(label.body_parts), body_part),
+        every("age", "PatientAge, PatientBirthDate, StudyDate", f"{label.minimum_age_years:g} years or older", age),
+        every("kvp", "KVP", f"{low_kv:g} to {high_kv:g} kV", kvp),
+        every("slice_thickness", "SliceThickness", f"{thin:g} to {thick:g} mm", thickness),
+        every("contrast", "ContrastBolusAgent", "with or without" if label.contrast else "no contrast agent",
+              lambda h: (h.contrast_bolus_agent or "none", label.contrast or not has_contrast(h))),
+        _judge("patient", "PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
+               "the same in every image" if patients == 1 else f"{patients} different", "one patient", patients == 1),
+        _judge("geometry", "ImagePositionPatient, ImageOrientationPatient, PixelSpacing",
+               f"readable in {placed} of {len(headers)} images", "readable in every image",
+               True if placed == len(headers) else None),
         _judge("coverage", "ImagePositionPatient", f"{coverage:.0f} mm", f"{label.minimum_coverage_mm:g} mm or more",
                coverage >= label.minimum_coverage_mm),
         _judge("slabs", "slabs", str(slabs), f"{label.minimum_slabs} or more", slabs >= label.minimum_slabs),
         _judge("gaps", "ImagePositionPatient",
-               "none" if not volume.gaps else f"{len(volume.gaps)}, {sum(g.mm for g in volume.gaps):.1f} mm in all",
+               "none" if not volume.gaps else f"{len(volume.gaps)}, {missing:.1f} mm in all",
                "no gap between slices", not volume.gaps),
     ]  # fmt: skip
     return Admission(tuple(_except(package, c, exceptions, today or date.today()) for c in criteria))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from dicom_io.pixels import decode
 from numpy.typing import NDArray
 
 from dicom_io.errors import DecodeError
+from dicom_io.pixels import Decoded, decode
 from dicom_io.volume import Volume
 
 
@@ -33,18 +34,19 @@ class DecodedVolume:
         return self.hu[index]
 
 
-def decode_volume(volume: Volume, path_of: Callable[[str], Path]) -> DecodedVolume:
+def decode_volume(volume: Volume, files: Mapping[str, tuple[Path, str]]) -> DecodedVolume:
     """Decode every plane of a volume; codecs release the interpreter's lock, so a thread a core is busy.
 
     Args:
-        path_of: SOP Instance UID → Part 10 file.
+        files: SOP Instance UID → Part 10 file, and the SHA-256 that it must have.
 
     Raises:
-        DecodeError: a frame that cannot be trusted; nothing is returned in its place.
+        DecodeError: a frame that cannot be trusted, or a file that is no longer what was received; nothing is
+            returned in its place.
     """
     uids = list(dict.fromkeys(plane.sop_instance_uid for plane in volume.planes))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        decoded = dict(zip(uids, pool.map(lambda uid: decode(path_of(uid)), uids), strict=True))
+        decoded = dict(zip(uids, pool.map(lambda uid: _decode(*files[uid]), uids), strict=True))
     planes = []
     for plane in volume.planes:
         frames = decoded[plane.sop_instance_uid].hu
@@ -56,3 +58,10 @@ def decode_volume(volume: Volume, path_of: Callable[[str], Path]) -> DecodedVolu
             )
         planes.append(frames[plane.frame])
     return DecodedVolume(tuple(planes), tuple(sorted({one.codec for one in decoded.values()})))
+
+
+def _decode(path: Path, digest: str) -> Decoded:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise DecodeError("the file changed since it was received", str(path), "check the disk; send it again")
+    return decode(path)

@@ -24,6 +24,8 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from dicom_io.errors import ScansideError
 
+Row = sa.RowMapping
+
 
 class LedgerError(ScansideError):
     """The database cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from sqlalchemy import (
     JSON,
     Boolean,
@@ -62,7 +63,7 @@ instance = Table(
     Column("sop_instance_uid", String, nullable=False),
     Column("digest", String, nullable=False),  # SHA-256 of the Part 10 file; names it in the spool
     Column("size", Integer, nullable=False),
-    Column("header", JSON, nullable=False),
+    Column("header", JSON, nullable=False),  # a change of Header's fields needs a migration of these
     # False once the same SOP Instance UID arrived with other bytes: both stay, the newest counts.
     Column("is_current", Boolean, nullable=False, default=True),
     Column("received_at", String, nullable=False),
@@ -82,9 +83,12 @@ analysis = Table(
     Column("state", String, nullable=False, index=True),
     Column("completion", Integer, nullable=False),  # the completion of the study that it is about
     Column("attempts", Integer, nullable=False, default=0),
+    Column("due_at", String, nullable=False),
     Column("admission", JSON, nullable=False),
     Column("selection", JSON, nullable=False),
-    Column("series_instance_uid", String),
+    # The instances that the gate admitted, [[SOP Instance UID, digest], …] in the volume's order: what is analysed and
+    # drawn is this, whatever arrives meanwhile.
+    Column("inputs", JSON, nullable=False),
     Column("reason", String, nullable=False, default=""),
     UniqueConstraint("study_id", "package"),
 )
@@ -98,6 +102,7 @@ verdict = Table(
     Column("positive", Boolean, nullable=False),
     Column("probability", Float, nullable=False),
     Column("result", JSON, nullable=False),
+    Column("inputs", JSON, nullable=False),  # those of the analysis when it was issued
     Column("issued_at", String, nullable=False),
     Column("late", Boolean, nullable=False, default=False),
     UniqueConstraint("analysis_id", "revision"),
@@ -114,6 +119,7 @@ finding = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("reason", String, nullable=False, default=""),
     UniqueConstraint("verdict_id", "object"),
+    Index("ix_finding_unrendered", "id", sqlite_where=sa.text("path IS NULL")),
 )
 
 delivery = Table(

@@ -18,6 +18,8 @@ ANALYSIS: Final = {
     ("", "refuse"): "refused",
     # A study that was reopened and completed again is judged again.
     ("issued", "admit"): "admitted",
+    # Nothing that was analysed changed: the verdict stands.
+    ("issued", "keep"): "issued",
     ("issued", "refuse"): "refused",
     ("refused", "admit"): "admitted",
     ("refused", "refuse"): "refused",
@@ -32,6 +34,7 @@ ANALYSIS: Final = {
     ("running", "retry"): "admitted",
     ("running", "fail"): "failed",
     ("running", "park"): "admitted",
+    ("failed", "requeue"): "admitted",
 }
 
 DELIVERY: Final = {

@@ -1,9 +1,9 @@
-"""Every query that a stage makes of the ledger."""
+"""Every query that a stage makes of the ledger; those of findings and deliveries are in outbox.py."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,22 +11,26 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import Database, LedgerError, later, now, seconds_between
+from appliance.ledger.database import Row, later, now
+from appliance.ledger.outbox import Outbox
 from appliance.ledger.records import Verdict
 from appliance.ledger.states import ANALYSIS, DELIVERY, STUDY, step
 from dicom_io.header import Header
 
-Row = sa.RowMapping
+Inputs = Sequence[Sequence[str]]
+"""What an analysis was admitted on: (SOP Instance UID, digest) of each instance, in the volume's order."""
+
+
+LONGEST_PAUSE = 300.0
+"""No pause between two tries is longer, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredInstance:
-    """A current instance of a study."""
+    """An instance of a study: ``digest`` names its file in the spool."""
 
     sop_instance_uid: str
     digest: str
-    association_id: int
-    received_at: str
     header: Header
 
 
@@ -65,7 +69,7 @@ class NewFinding:
     urgency: int
 
 
-class Ledger(Database):
+class Ledger(Outbox):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -114,15 +118,13 @@ class Ledger(Database):
         with self._write() as connection:
             study_id, state = self._study_for(connection, header)
             c = t.instance.c
-            earlier = connection.execute(
-                sa.select(c.digest, c.is_current).where(c.sop_instance_uid == header.sop_instance_uid)
-            ).all()
+            # Within the study: a UID that another study uses too must not take the image from that one.
+            same_uid = (c.sop_instance_uid == header.sop_instance_uid) & (c.study_id == study_id)
+            earlier = connection.execute(sa.select(c.digest, c.is_current).where(same_uid)).all()
             if any(row.digest == digest and row.is_current for row in earlier):
                 self._append(connection, Event.INSTANCE_DUPLICATE, study_id, association=association_id, digest=digest)
                 return "duplicate"
-            connection.execute(
-                t.instance.update().where(c.sop_instance_uid == header.sop_instance_uid).values(is_current=False)
-            )
+            connection.execute(t.instance.update().where(same_uid).values(is_current=False))
             values = {
                 "study_id": study_id,
                 "association_id": association_id,
@@ -133,8 +135,7 @@ class Ledger(Database):
                 "received_at": now(),
             }
             if any(row.digest == digest for row in earlier):
-                same = (c.sop_instance_uid == header.sop_instance_uid) & (c.digest == digest)
-                connection.execute(t.instance.update().where(same).values(**values))
+                connection.execute(t.instance.update().where(same_uid, c.digest == digest).values(**values))
             else:
                 connection.execute(
                     t.instance.insert().values(sop_instance_uid=header.sop_instance_uid, digest=digest, **values)
@@ -193,12 +194,12 @@ class Ledger(Database):
     def arriving_studies(self) -> list[Arriving]:
         """Studies that are receiving or reopened, oldest first."""
         a, i, s = t.association.c, t.instance.c, t.study.c
-        brought = sa.select(i.study_id, i.association_id).distinct().subquery()
+        arriving = sa.select(s.id).where(s.state.in_(("receiving", "reopened")))
+        brought = sa.select(i.study_id, i.association_id).where(i.study_id.in_(arriving)).distinct().subquery()
         query = (
             sa.select(s.id, s.last_instance_at, a.closed_at, a.outcome)
             .join(brought, brought.c.study_id == s.id)
             .join(t.association, a.id == brought.c.association_id)
-            .where(s.state.in_(("receiving", "reopened")))
             .order_by(s.id)
         )
         with self.read() as connection:
@@ -214,22 +215,21 @@ class Ledger(Database):
     def instances(self, study_id: int) -> list[StoredInstance]:
         """The current instances of a study, in the order in which they came."""
         c = t.instance.c
+        return self._stored(c.study_id == study_id, c.is_current)
+
+    def inputs(self, study_id: int, inputs: Inputs) -> list[StoredInstance]:
+        """The instances that an analysis was admitted on, in that order, current or not."""
+        c = t.instance.c
+        wanted = {digest: place for place, (_, digest) in enumerate(inputs)}
+        found = [one for one in self._stored(c.study_id == study_id) if one.digest in wanted]
+        return sorted(found, key=lambda one: wanted[one.digest])
+
+    def _stored(self, *conditions: sa.ColumnElement[bool]) -> list[StoredInstance]:
+        c = t.instance.c
+        query = sa.select(c.sop_instance_uid, c.digest, c.header).where(*conditions).order_by(c.id)
         with self.read() as connection:
-            rows = connection.execute(
-                sa.select(c.sop_instance_uid, c.digest, c.association_id, c.received_at, c.header)
-                .where(c.study_id == study_id, c.is_current)
-                .order_by(c.id)
-            ).all()
-        return [
-            StoredInstance(
-                row.sop_instance_uid,
-                row.digest,
-                row.association_id,
-                row.received_at,
-                Header.from_json(row.header),
-            )
-            for row in rows
-        ]
+            rows = connection.execute(query).all()
+        return [StoredInstance(row.sop_instance_uid, row.digest, Header.from_json(row.header)) for row in rows]
 
     def complete_study(self, study_id: int, last_instance_at: str, evidence: dict[str, Any]) -> bool:
         """Declare a study complete on that evidence; False if an instance came since it was weighed."""
@@ -250,20 +250,43 @@ class Ledger(Database):
             self._append(connection, Event.STUDY_COMPLETED, study_id, **evidence)
             return True
 
-    def undecided_studies(self, packages: Sequence[str]) -> list[tuple[int, str]]:
-        """Complete studies that a package has not judged since their last completion: (study, package)."""
+    def undecided_studies(self, packages: Mapping[str, str]) -> list[tuple[int, str]]:
+        """Complete studies that a package must be asked about: (study, package).
+
+        It has not been asked since their last completion, or it was admitted in another version and not run.
+
+        Args:
+            packages: name → version.
+        """
         a, s = t.analysis.c, t.study.c
         found: list[tuple[int, str]] = []
         with self.read() as connection:
-            for package in packages:
+            for package, version in packages.items():
                 decided = (
                     sa.select(a.id)
-                    .where(a.study_id == s.id, a.package == package, a.completion == s.completions)
+                    .where(
+                        a.study_id == s.id,
+                        a.package == package,
+                        a.completion == s.completions,
+                        (a.state != "admitted") | (a.package_version == version),
+                    )
                     .exists()
                 )
                 keys = connection.scalars(sa.select(s.id).where(s.state == "complete", ~decided).order_by(s.id))
                 found += [(key, package) for key in keys]
         return sorted(found)
+
+    def standing_verdict(self, study_id: int, package: str) -> Row | None:
+        """The newest verdict of a package on a study, if that is still the state of its analysis."""
+        query = (
+            sa.select(t.verdict)
+            .join(t.analysis)
+            .where(t.analysis.c.study_id == study_id, t.analysis.c.package == package, t.analysis.c.state == "issued")
+            .order_by(t.verdict.c.revision.desc())
+            .limit(1)
+        )
+        with self.read() as connection:
+            return connection.execute(query).mappings().first()
 
     def decide(
         self,
@@ -275,25 +298,21 @@ class Ledger(Database):
         reason: str,
         admission: list[dict[str, Any]],
         selection: list[dict[str, Any]],
-        series_instance_uid: str | None,
+        inputs: Inputs,
     ) -> None:
-        """Record whether a package may see a complete study, and which series of it."""
+        """Record whether a package may see a complete study, and which instances of it."""
         c = t.analysis.c
         with self._write() as connection:
-            row = (
-                connection.execute(sa.select(t.analysis).where(c.study_id == study_id, c.package == package))
-                .mappings()
-                .first()
-            )
-            completion = connection.scalar(sa.select(t.study.c.completions).where(t.study.c.id == study_id))
+            row = self._analysis_of(connection, study_id, package)
             values = {
                 "state": step(ANALYSIS, row["state"] if row else "", "admit" if admitted else "refuse"),
                 "package_version": version,
-                "completion": completion,
+                "completion": self._completions(connection, study_id),
                 "attempts": 0,
+                "due_at": now(),
                 "admission": admission,
                 "selection": selection,
-                "series_instance_uid": series_instance_uid,
+                "inputs": [list(one) for one in inputs],
                 "reason": reason,
             }
             if row:
@@ -303,34 +322,63 @@ class Ledger(Database):
             name = Event.STUDY_ADMITTED if admitted else Event.STUDY_REFUSED
             self._append(connection, name, study_id, package=package, version=version, reason=reason)
 
+    def keep_verdict(self, study_id: int, package: str, selection: list[dict[str, Any]]) -> None:
+        """Record that a study came again to completion with nothing changed that was analysed."""
+        with self._write() as connection:
+            row = self._analysis_of(connection, study_id, package)
+            assert row is not None
+            self._move_analysis(
+                connection,
+                row["id"],
+                "keep",
+                completion=self._completions(connection, study_id),
+                selection=selection,
+            )
+            self._append(connection, Event.VERDICT_KEPT, study_id, package=package)
+
+    @staticmethod
+    def _analysis_of(connection: sa.Connection, study_id: int, package: str) -> Row | None:
+        c = t.analysis.c
+        query = sa.select(t.analysis).where(c.study_id == study_id, c.package == package)
+        return connection.execute(query).mappings().first()
+
+    @staticmethod
+    def _completions(connection: sa.Connection, study_id: int) -> int:
+        return int(connection.scalars(sa.select(t.study.c.completions).where(t.study.c.id == study_id)).one())
+
     # --- inference --------------------------------------------------------------------------------------
 
-    def take_analysis(self) -> Row | None:
-        """Start the oldest admitted analysis and return its row with ``study_instance_uid``, or None."""
+    def _waiting(self) -> sa.ColumnElement[bool]:
+        """An analysis that is to be worked on now: admitted, due, and its study unchanged since the gate decided."""
+        a, s = t.analysis.c, t.study.c
+        # A clock that was set back must not make a study wait for it to catch up.
+        due = (a.due_at <= now()) | (a.due_at > later(LONGEST_PAUSE))
+        return sa.and_(a.state == "admitted", due, s.state == "complete", a.completion == s.completions)
+
+    def waiting_packages(self) -> set[str]:
+        """The packages that have an analysis waiting."""
+        query = sa.select(t.analysis.c.package).distinct().join(t.study).where(self._waiting())
+        with self.read() as connection:
+            return set(connection.scalars(query))
+
+    def take_analysis(self, packages: Collection[str]) -> Row | None:
+        """Start the next analysis of one of these packages: its row with ``study_instance_uid``, or None."""
         c = t.analysis.c
+        query = (
+            sa.select(t.analysis, t.study.c.study_instance_uid)
+            .join(t.study)
+            .where(self._waiting(), c.package.in_(packages))
+            # One that failed goes behind the others, so that it delays none.
+            .order_by(c.attempts, c.id)
+            .limit(1)
+        )
         with self._write() as connection:
-            row = (
-                connection.execute(
-                    sa.select(t.analysis, t.study.c.study_instance_uid)
-                    .join(t.study)
-                    .where(c.state == "admitted")
-                    # One that failed goes to the end of the queue, so that it delays no other.
-                    .order_by(c.attempts, c.id)
-                    .limit(1)
-                )
-                .mappings()
-                .first()
-            )
+            row = connection.execute(query).mappings().first()
             if row is None:
                 return None
-            self._move_analysis(connection, row["id"], "start", attempts=row["attempts"] + 1)
-            self._append(
-                connection,
-                Event.ANALYSIS_STARTED,
-                row["study_id"],
-                package=row["package"],
-                attempt=row["attempts"] + 1,
-            )
+            attempt = row["attempts"] + 1
+            self._move_analysis(connection, row["id"], "start", attempts=attempt)
+            self._append(connection, Event.ANALYSIS_STARTED, row["study_id"], package=row["package"], attempt=attempt)
             return row
 
     def _move_analysis(self, connection: sa.Connection, key: int, event: str, **values: Any) -> Row:
@@ -341,21 +389,33 @@ class Ledger(Database):
         )
         return row
 
-    def park_analyses(self) -> int:
-        """At the start of the engine: what it was doing when it died is done again. Returns how many."""
-        with self._write() as connection:
-            keys = connection.scalars(sa.select(t.analysis.c.id).where(t.analysis.c.state == "running")).all()
-            for key in keys:
-                self._move_analysis(connection, key, "park")
-            return len(keys)
+    def park_analyses(self, attempts: int) -> int:
+        """Take up again what the engine was working on when it died or stumbled. Returns how many.
 
-    def park_analysis(self, analysis_id: int) -> None:
-        """Put back an analysis that could not be worked on now through no fault of its own."""
+        One that was being worked on at the end of that many engines is set aside: it may be what ends them.
+        """
         with self._write() as connection:
-            row = self._move_analysis(connection, analysis_id, "park")
+            rows = connection.execute(sa.select(t.analysis).where(t.analysis.c.state == "running")).mappings().all()
+            for row in rows:
+                if row["attempts"] >= attempts:
+                    reason = f"the engine ended or stumbled {row['attempts']} times while it worked on it"
+                    self._move_analysis(connection, row["id"], "fail", reason=reason)
+                    self._append(
+                        connection, Event.ANALYSIS_FAILED, row["study_id"], package=row["package"], reason=reason
+                    )
+                else:
+                    self._move_analysis(connection, row["id"], "park")
+                    self._append(connection, Event.ANALYSIS_PARKED, row["study_id"], package=row["package"])
+            return len(rows)
+
+    def park_analysis(self, analysis_id: int, reason: str, pause: float) -> None:
+        """Put back an analysis that could not be worked on through no fault of its own, without losing a try."""
+        with self._write() as connection:
+            row = self._move_analysis(connection, analysis_id, "park", reason=reason, due_at=later(pause))
             connection.execute(
                 t.analysis.update().where(t.analysis.c.id == analysis_id).values(attempts=row["attempts"] - 1)
             )
+            self._append(connection, Event.ANALYSIS_PARKED, row["study_id"], package=row["package"], reason=reason)
 
     def withhold(self, analysis_id: int, reason: str, admission: list[dict[str, Any]]) -> None:
         """Refuse a study whose pixels showed what its headers did not."""
@@ -363,29 +423,46 @@ class Ledger(Database):
             row = self._move_analysis(connection, analysis_id, "refuse", reason=reason, admission=admission)
             self._append(connection, Event.STUDY_REFUSED, row["study_id"], package=row["package"], reason=reason)
 
-    def fail_analysis(self, analysis_id: int, reason: str, attempts: int) -> bool:
-        """Record a failed try; True if it was the last one and the analysis is set aside."""
+    def fail_analysis(self, analysis_id: int, reason: str, attempts: int, pause: float) -> bool:
+        """Record a failed try; True if it was the last and it is set aside, else the next is due after ``pause`` s."""
         with self._write() as connection:
             tried = connection.scalar(sa.select(t.analysis.c.attempts).where(t.analysis.c.id == analysis_id))
             final = tried is not None and tried >= attempts
-            row = self._move_analysis(connection, analysis_id, "fail" if final else "retry", reason=reason)
+            event = "fail" if final else "retry"
+            row = self._move_analysis(connection, analysis_id, event, reason=reason, due_at=later(pause))
             name = Event.ANALYSIS_FAILED if final else Event.ANALYSIS_ATTEMPT_FAILED
             self._append(connection, name, row["study_id"], package=row["package"], attempt=tried, reason=reason)
             return final
 
-    def last_verdict(self, analysis_id: int) -> Row | None:
-        """The newest verdict of an analysis: revision, positive …"""
+    def requeue_analyses(self, study_id: int) -> int:
+        """Try the failed analyses of a study again, because somebody asked for it. Returns how many."""
+        c = t.analysis.c
+        with self._write() as connection:
+            keys = connection.scalars(sa.select(c.id).where(c.study_id == study_id, c.state == "failed")).all()
+            for key in keys:
+                row = self._move_analysis(connection, key, "requeue", attempts=0, due_at=now())
+                self._append(connection, Event.ANALYSIS_REQUEUED, study_id, package=row["package"])
+            return len(keys)
+
+    def verdicts(self, analysis_id: int) -> Sequence[Row]:
+        """The verdicts of an analysis, oldest first: revision, positive …"""
+        query = sa.select(t.verdict).where(t.verdict.c.analysis_id == analysis_id).order_by(t.verdict.c.revision)
         with self.read() as connection:
-            return (
-                connection.execute(
-                    sa.select(t.verdict)
-                    .where(t.verdict.c.analysis_id == analysis_id)
-                    .order_by(t.verdict.c.revision.desc())
-                    .limit(1)
-                )
-                .mappings()
-                .first()
-            )
+            return connection.execute(query).mappings().all()
+
+    def told(self, analysis_id: int) -> dict[str, list[bool]]:
+        """What each HL7 destination was told of an analysis so far: destination → answers, oldest first."""
+        query = (
+            sa.select(t.delivery.c.destination, t.verdict.c.positive)
+            .select_from(t.delivery.join(t.finding).join(t.verdict))
+            .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith("alert."))
+            .order_by(t.verdict.c.revision)
+        )
+        answers: dict[str, list[bool]] = {}
+        with self.read() as connection:
+            for destination, positive in connection.execute(query):
+                answers.setdefault(destination, []).append(positive)
+        return answers
 
     def last_instance_at(self, study_id: int) -> str:
         """When the newest instance of a study was stored."""
@@ -402,11 +479,13 @@ class Ledger(Database):
         *,
         admission: list[dict[str, Any]],
         late: bool,
+        untold: str = "",
     ) -> int:
         """Write a verdict, its findings and their deliveries in one transaction; returns its number.
 
         Args:
             admission: what the gate said in the end, with what only the pixels showed.
+            untold: why nobody is told of it, where somebody should be.
         """
         with self._write() as connection:
             row = self._move_analysis(connection, analysis_id, "issue", reason="", admission=admission)
@@ -417,6 +496,7 @@ class Ledger(Database):
                     positive=verdict.positive,
                     probability=verdict.probability,
                     result=verdict.to_json(),
+                    inputs=row["inputs"],
                     issued_at=issued_at,
                     late=late,
                 )
@@ -447,204 +527,8 @@ class Ledger(Database):
                 positive=verdict.positive,
                 probability=round(verdict.probability, 6),
             )
+            if untold:
+                self._append(connection, Event.ALERT_UNDELIVERABLE, row["study_id"], reason=untold)
             if late:
                 self._append(connection, Event.STUDY_LATE, row["study_id"], at="verdict")
             return verdict_id
-
-    # --- findings ---------------------------------------------------------------------------------------
-
-    def unrendered_findings(self, attempts: int) -> Sequence[Row]:
-        """Findings without a file, most urgent first, with their verdict's and study's columns."""
-        f, v, a = t.finding.c, t.verdict.c, t.analysis.c
-        with self.read() as connection:
-            return (
-                connection.execute(
-                    sa.select(
-                        f.id,
-                        f.object,
-                        f.uid,
-                        f.attempts,
-                        v.id.label("verdict_id"),
-                        v.revision,
-                        v.result,
-                        v.issued_at,
-                        a.study_id,
-                        a.package,
-                    )
-                    .select_from(t.finding.join(t.verdict).join(t.analysis))
-                    .where(f.path.is_(None), f.attempts < attempts)
-                    .order_by(f.id)
-                )
-                .mappings()
-                .all()
-            )
-
-    def rendered(self, finding_id: int, study_id: int, path: str) -> None:
-        """Record that a finding's file is safe on disk; from now on it may be delivered."""
-        with self._write() as connection:
-            connection.execute(t.finding.update().where(t.finding.c.id == finding_id).values(path=path))
-            self._append(connection, Event.FINDING_RENDERED, study_id, finding=finding_id, path=path)
-
-    def render_failed(self, finding_id: int, study_id: int, reason: str, attempts: int) -> None:
-        """Record a try at rendering that failed; after so many its deliveries are dead letters."""
-        c, d = t.finding.c, t.delivery.c
-        with self._write() as connection:
-            connection.execute(
-                t.finding.update().where(c.id == finding_id).values(attempts=c.attempts + 1, reason=reason)
-            )
-            self._append(connection, Event.FINDING_FAILED, study_id, finding=finding_id, reason=reason)
-            tried = connection.scalar(sa.select(c.attempts).where(c.id == finding_id)) or 0
-            if tried < attempts:
-                return
-            waiting = connection.execute(
-                sa.select(d.id, d.destination).where(d.finding_id == finding_id, d.state == "pending")
-            ).all()
-            for key, destination in waiting:
-                said = f"its object could not be made: {reason}"
-                self._move_delivery(connection, key, "give_up", reason=said)
-                self._append(
-                    connection, Event.DELIVERY_DEAD, study_id, delivery=key, destination=destination, reason=said
-                )
-
-    # --- delivery ---------------------------------------------------------------------------------------
-
-    def take_delivery(self, destination: str) -> Row | None:
-        """Start the most urgent due delivery to a destination: its row with uid, object, path, study_id."""
-        d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
-        with self._write() as connection:
-            row = (
-                connection.execute(
-                    sa.select(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, v.revision)
-                    .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-                    .where(
-                        d.destination == destination,
-                        d.state == "pending",
-                        d.due_at <= now(),
-                        f.path.is_not(None),
-                        ~self._earlier_open(),
-                    )
-                    .order_by(d.urgency, d.id)
-                    .limit(1)
-                )
-                .mappings()
-                .first()
-            )
-            if row is None:
-                return None
-            self._move_delivery(
-                connection, row["id"], "take", attempts=row["attempts"] + 1, sent_at=row["sent_at"] or now()
-            )
-            self._append(
-                connection,
-                Event.DELIVERY_SENDING,
-                row["study_id"],
-                delivery=row["id"],
-                object=row["object"],
-                destination=destination,
-                attempt=row["attempts"] + 1,
-            )
-            return row
-
-    @staticmethod
-    def _earlier_open() -> sa.Exists:
-        """An older delivery of the same object of the same analysis to the same place is still under way.
-
-        A correction must not overtake the alert that it corrects.
-        """
-        d, f, v = t.delivery.alias("earlier"), t.finding.alias("its"), t.verdict.alias("its_verdict")
-        return (
-            sa.select(d.c.id)
-            .select_from(d.join(f, d.c.finding_id == f.c.id).join(v, f.c.verdict_id == v.c.id))
-            .where(
-                d.c.id < t.delivery.c.id,
-                d.c.destination == t.delivery.c.destination,
-                d.c.state.in_(("pending", "sending")),
-                f.c.object == t.finding.c.object,
-                v.c.analysis_id == t.analysis.c.id,
-            )
-            .exists()
-        )
-
-    def _move_delivery(self, connection: sa.Connection, key: int, event: str, **values: Any) -> None:
-        state = connection.scalar(sa.select(t.delivery.c.state).where(t.delivery.c.id == key))
-        connection.execute(
-            t.delivery.update().where(t.delivery.c.id == key).values(state=step(DELIVERY, state or "", event), **values)
-        )
-
-    def settle_delivery(
-        self,
-        row: Row,
-        outcome: Literal["acknowledge", "retry", "reject", "give_up"],
-        reason: str = "",
-        *,
-        wait_seconds: float = 0.0,
-        budget_seconds: float | None = None,
-    ) -> None:
-        """Record what became of a taken delivery; a retry is due after ``wait_seconds``.
-
-        With ``budget_seconds``, an acknowledgement later than that after the study's last instance marks
-        the verdict late.
-        """
-        names = {
-            "acknowledge": Event.DELIVERY_ACKNOWLEDGED,
-            "retry": Event.DELIVERY_RETRIED,
-            "reject": Event.DELIVERY_REJECTED,
-            "give_up": Event.DELIVERY_DEAD,
-        }
-        values: dict[str, Any] = {"reason": reason, "due_at": later(wait_seconds)}
-        if outcome == "acknowledge":
-            values["acknowledged_at"] = now()
-        with self._write() as connection:
-            self._move_delivery(connection, row["id"], outcome, **values)
-            self._append(
-                connection,
-                names[outcome],
-                row["study_id"],
-                delivery=row["id"],
-                object=row["object"],
-                destination=row["destination"],
-                reason=reason,
-            )
-            if outcome == "acknowledge" and budget_seconds is not None:
-                self._mark_late(connection, row, budget_seconds)
-
-    def _mark_late(self, connection: sa.Connection, row: Row, budget_seconds: float) -> None:
-        last = connection.scalar(sa.select(t.study.c.last_instance_at).where(t.study.c.id == row["study_id"]))
-        v = t.verdict.c
-        verdict_id = sa.select(t.finding.c.verdict_id).where(t.finding.c.id == row["finding_id"])
-        if last and seconds_between(last, now()) > budget_seconds:
-            changed = connection.execute(
-                t.verdict.update().where(v.id.in_(verdict_id), v.late.is_(False)).values(late=True)
-            )
-            if changed.rowcount:
-                self._append(connection, Event.STUDY_LATE, row["study_id"], at="acknowledgement")
-
-    def park_deliveries(self, destinations: Sequence[str] | None = None) -> int:
-        """At the start of delivery: what was on its way is sent again, under its old name."""
-        d = t.delivery.c
-        query = sa.select(d.id).where(d.state == "sending")
-        if destinations is not None:
-            query = query.where(d.destination.in_(destinations))
-        with self._write() as connection:
-            keys = connection.scalars(query).all()
-            for key in keys:
-                self._move_delivery(connection, key, "park")
-            return len(keys)
-
-    def requeue_delivery(self, delivery_id: int) -> None:
-        """Send a dead or rejected delivery once more, because somebody asked for it.
-
-        Raises:
-            LedgerError: there is no such delivery, or it is not dead or rejected.
-        """
-        with self._write() as connection:
-            state = connection.scalar(sa.select(t.delivery.c.state).where(t.delivery.c.id == delivery_id))
-            if (state, "requeue") not in DELIVERY:
-                raise LedgerError(
-                    f"it is {state}, not dead or rejected" if state else "there is no such delivery",
-                    f"delivery {delivery_id}",
-                    "`scanside study UID` lists the deliveries of a study",
-                )
-            self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())
-            finding = sa.select(t.delivery.c.finding_id).where(t.delivery.c.id == delivery_id).scalar_subquery()
-            connection.execute(t.finding.update().where(t.finding.c.id == finding).values(attempts=0))

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import event_hash, seconds_between
+from appliance.ledger.database import event_hash, now, seconds_between
 from appliance.ledger.store import Ledger
 
 
@@ -23,7 +23,7 @@ def find_study(ledger: Ledger, uid_or_number: str) -> int | None:
     """A study's number, from its Study Instance UID or the number itself."""
     with ledger.read() as connection:
         key = connection.scalar(sa.select(t.study.c.id).where(t.study.c.study_instance_uid == uid_or_number))
-        if key is None and uid_or_number.isdecimal():
+        if key is None and uid_or_number.isdecimal() and len(uid_or_number) < 19:
             key = connection.scalar(sa.select(t.study.c.id).where(t.study.c.id == int(uid_or_number)))
         return key
 
@@ -87,6 +87,23 @@ def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:
     }
 
 
+def troubles(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
+    """What needs somebody: ``deliveries`` that are dead or rejected, ``analyses`` that were set aside."""
+    d, f, a = t.delivery.c, t.finding.c, t.analysis.c
+    deliveries = (
+        sa.select(d.id, a.study_id, f.object, d.destination, d.state, d.reason)
+        .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+        .where(d.state.in_(("dead", "rejected")))
+        .order_by(d.id)
+    )
+    analyses = sa.select(a.study_id, a.package, a.reason).where(a.state == "failed").order_by(a.id)
+    with ledger.read() as connection:
+        return {
+            "deliveries": [dict(row) for row in connection.execute(deliveries).mappings()],
+            "analyses": [dict(row) for row in connection.execute(analyses).mappings()],
+        }
+
+
 def waiting_destinations(ledger: Ledger) -> dict[str, int]:
     """Destination → how many deliveries to it are pending or under way."""
     c = t.delivery.c
@@ -144,38 +161,57 @@ STEPS = (
 def timeline(report: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     """The milestones of one `study_report`: step → ``{at, seconds}``, or None where it was not reached.
 
-    ``seconds`` counts from the last instance, so that it is negative before and is held against the budget after.
-    It comes from the monotonic clock if both events are of one boot. After a study was reopened each milestone is
-    that of its newest revision.
+    ``seconds`` counts from the last instance that came before the study was complete, so that it is negative before
+    and is held against the budget after. It comes from the monotonic clock if both events are of one boot. After a
+    study was reopened each milestone is the newest of its kind.
     """
-    found: dict[str, dict[str, Any]] = {}
-    pending = any(
-        delivery["state"] in ("pending", "sending") and not delivery["object"].startswith("alert.")
-        for delivery in report["deliveries"]
-    )
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    newest: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
+    stored = {one["id"] for one in report["deliveries"] if one["state"] == "acknowledged"}
+    wanted = {one["id"] for one in report["deliveries"] if not one["object"].startswith("alert.")}
     for event in report["events"]:
         detail, name = event["detail"], event["name"]
         is_alert = str(detail.get("object", "")).startswith("alert.")
         if name in (Event.INSTANCE_STORED, Event.INSTANCE_CONFLICT):
-            found.setdefault("first_instance", event)
-            found["last_instance"] = event
-        elif name == Event.STUDY_COMPLETED:
-            found["complete"] = event
-        elif name == Event.VERDICT_ISSUED:
-            found["inferred"] = event
+            found.setdefault("first_instance", (event, event))
+            newest = event
+            if start is None:
+                found["last_instance"] = (event, event)
+        elif name == Event.STUDY_COMPLETED and newest is not None:
+            start = newest
+            found["last_instance"] = (start, start)
+            found["complete"] = (event, start)
+        if start is None:
+            continue
+        if name == Event.VERDICT_ISSUED:
+            found["inferred"] = (event, start)
         elif name == Event.DELIVERY_SENDING and is_alert and detail.get("attempt") == 1:
-            found["alert_sent"] = event
+            found["alert_sent"] = (event, start)
         elif name == Event.DELIVERY_ACKNOWLEDGED and is_alert:
-            found["alert_acknowledged"] = event
-        elif name == Event.DELIVERY_ACKNOWLEDGED and not pending:
-            found["findings_stored"] = event
-    last = found.get("last_instance")
+            found["alert_acknowledged"] = (event, start)
+        elif name == Event.DELIVERY_ACKNOWLEDGED and wanted <= stored:
+            found["findings_stored"] = (event, start)
+    if "first_instance" in found:
+        found["first_instance"] = (found["first_instance"][0], found["last_instance"][0])
     return {
-        step: {"at": found[step]["at"], "seconds": round(_seconds(last, found[step]), 3)}
-        if step in found and last
+        step: {"at": found[step][0]["at"], "seconds": round(_seconds(found[step][1], found[step][0]), 3)}
+        if step in found
         else None
         for step in STEPS
     }
+
+
+def is_late(report: dict[str, Any], budget_seconds: float) -> bool:
+    """Whether a study is past its budget: as its verdict says, or because what is due has not happened by now."""
+    if any(one["late"] for one in report["verdicts"]):
+        return True
+    open_alert = any(
+        one["object"].startswith("alert.") and one["state"] != "acknowledged" for one in report["deliveries"]
+    )
+    unfinished = any(one["state"] in ("admitted", "running", "failed") for one in report["analyses"])
+    overdue = seconds_between(report["last_instance_at"], now()) > budget_seconds
+    return overdue and (open_alert or unfinished)
 
 
 def _seconds(earlier: dict[str, Any], after: dict[str, Any]) -> float:

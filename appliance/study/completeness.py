@@ -33,13 +33,13 @@ def weigh(
     """Weigh the evidence on one study that is receiving or reopened.
 
     The scanner's word comes first: every association that brought an instance was released, a moment has
-    passed in which it opened no other, and the series to analyse is contiguous and covers a head. Else the
+    passed in which no other brought one, and the series to analyse is contiguous and covers a head. Else the
     last resort: nothing came for ``quiet_seconds``.
 
     Args:
         at: the time now, as the ledger writes it.
     """
-    silent = seconds_between(arriving.last_instance_at, at)
+    silent = _elapsed(arriving.last_instance_at, at)
     volume = selection.volume
     evidence: dict[str, Any] = {
         "associations": [*arriving.outcomes, *["open"] * arriving.open_associations],
@@ -49,7 +49,7 @@ def weigh(
     }
     released = not arriving.open_associations and arriving.outcomes == ("released",)
     if released and arriving.last_closed_at and evidence["contiguous"] and evidence["coverage_mm"] >= HEAD_MM:
-        settled = seconds_between(arriving.last_closed_at, at)
+        settled = _elapsed(arriving.last_closed_at, at)
         if settled >= settle_seconds:
             evidence |= {"by": "association released, geometry contiguous", "confidence": "high"}
             return Completeness(True, 0.0, evidence)
@@ -58,3 +58,9 @@ def weigh(
         evidence |= {"by": f"nothing came for {quiet_seconds:g} s", "confidence": "low"}
         return Completeness(True, 0.0, evidence)
     return Completeness(False, quiet_seconds - silent, evidence)
+
+
+def _elapsed(earlier: str, at: str) -> float:
+    """Seconds since then; for ever if it lies ahead: a clock that was set back must not hold up a study."""
+    seconds = seconds_between(earlier, at)
+    return seconds if seconds >= 0 else float("inf")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from appliance.governance.indication import body_region
+from appliance.governance.indication import body_region, has_contrast
 from appliance.study.grouping import Series
 from dicom_io.errors import GeometryError
 from dicom_io.header import Header
@@ -66,7 +66,7 @@ class _Candidate:
         """Smaller is better: without contrast, a known soft kernel, thick, many slices, low series number."""
         first = self.series.first
         return (
-            bool(first.contrast_bolus_agent),
+            has_contrast(first),
             self.kernel != "soft",
             self.thickness < THICK_MM,
             -len(self.volume.planes) if self.thickness >= THICK_MM else 0,
@@ -153,6 +153,8 @@ def _candidate(series: Series) -> _Candidate | str:
         return "no image positions"
     if len(planes) < MINIMUM_SLICES:
         return f"only {len(planes)} slices"
+    if len({(header.rows, header.columns) for header in series.headers}) > 1:
+        return "images of different sizes"
     try:
         volume = assemble(planes)
     except GeometryError as error:

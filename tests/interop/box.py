@@ -91,6 +91,11 @@ class Box:
         """The distinct HL7 messages that the hospital received on a study."""
         return [path for path in self.hospital.messages() if uid in path.read_text(encoding="utf-8")]
 
+    def transmissions(self, uid: str) -> int:
+        """How often the hospital received a message on a study, repetitions included."""
+        names = {path.stem for path in self.messages(uid)}
+        return sum(one.get("id") in names for one in self.hospital.heard())
+
     def pid(self, service: str) -> int:
         """The process of one service."""
 

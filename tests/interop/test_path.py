@@ -32,6 +32,7 @@ def test_a_haemorrhage_is_alerted_once_and_lies_in_the_study(box: Box, tmp_path:
     report = box.settled(uid)
     assert report["verdicts"][-1]["positive"]
     (message,) = box.messages(uid)
+    assert box.transmissions(uid) == 1
     parsed = hl7.parse(message.read_bytes().decode("utf-8"))
     assert str(parsed.segment("MSH")[9]) == "ORU^R01^ORU_R01"
     assert str(parsed.segment("PID")[3]).startswith("BLEED1")
@@ -122,6 +123,80 @@ def test_a_late_slice_gives_a_second_revision_and_no_second_alert(box: Box, tmp_
     assert len(box.messages(uid)) == 1
     held = [sop_class for sop_class, _ in box.hospital.pacs.holds(uid)]
     assert held.count(REPORT) == 2
+
+
+def test_what_comes_back_from_the_pacs_makes_no_new_revision(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "ROUTED1")
+    box.send(files)
+    report = box.settled(uid)
+    captures = [
+        box.settings.findings_directory / one["path"]
+        for one in report["findings"]
+        if one["object"].startswith("capture")
+    ]
+    assert captures
+    box.send(captures)
+
+    def kept() -> bool | None:
+        names = [event["name"] for event in (box.report(uid) or {"events": []})["events"]]
+        return True if "verdict.kept" in names else None
+
+    wait_for(kept, 30.0, lambda: f"not kept: {box.report(uid)}")
+    report = box.settled(uid)
+    assert report["instances"] == len(files) + len(captures)
+    assert [one["revision"] for one in report["verdicts"]] == [1]
+    assert box.transmissions(uid) == 1
+
+
+def test_two_patients_in_one_study_are_refused(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "MIXED1")
+    for path in files[::2]:
+        dataset = pydicom.dcmread(path)
+        dataset.PatientID = "SOMEBODY ELSE"
+        dataset.save_as(path)
+    box.send(files)
+    report = box.settled(uid)
+    assert report["analyses"][0]["state"] == "refused"
+    assert "patient" in report["analyses"][0]["reason"]
+    assert box.messages(uid) == []
+
+
+def test_a_file_that_changed_on_disk_is_not_analysed(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "ROTTEN1")
+    box.send(files[:-1])
+    box.settled(uid)
+    report = box.report(uid)
+    assert report is not None
+    _, digest = report["analyses"][0]["inputs"][3]
+    stored = box.settings.spool_directory / digest[:2] / f"{digest}.dcm"
+    content = bytearray(stored.read_bytes())
+    content[-1000] ^= 1
+    stored.write_bytes(content)
+    box.send(files[-1:])
+
+    def failed() -> str | None:
+        (analysis,) = (box.report(uid) or {"analyses": [{"state": ""}]})["analyses"]
+        return analysis["reason"] if analysis["state"] == "failed" else None
+
+    assert "changed since it was received" in wait_for(failed, 60.0, lambda: f"not failed: {box.report(uid)}")
+    assert len((box.report(uid) or {})["verdicts"]) == 1
+    assert "set aside" in box.command("studies").stdout
+    content[-1000] ^= 1
+    stored.write_bytes(content)
+    assert box.command("retry", "--study", uid).returncode == 0
+    wait_for(
+        lambda: True if len((box.report(uid) or {"verdicts": []})["verdicts"]) == 2 else None,
+        60.0,
+        lambda: f"not analysed again: {box.report(uid)}",
+    )
+
+
+def test_a_second_box_on_the_same_data_does_not_start(box: Box) -> None:
+    for service in ("intake", "engine", "deliver", "run"):
+        second = box.command(service)
+        assert second.returncode == 1
+        assert "runs already" in second.stderr
+        assert "Traceback" not in second.stderr
 
 
 def test_the_same_study_again_changes_nothing(box: Box, tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from appliance.delivery.outbox import Result, Worker
-from appliance.ledger.database import now
+from appliance.ledger.database import Row, now
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Ledger, NewFinding, Row
+from appliance.ledger.store import Ledger, NewFinding
 from appliance.ledger.views import study_report
 from dicom_io.errors import PeerError
 from tests.builders import header
@@ -24,8 +26,8 @@ def ledger(tmp_path: Path) -> Ledger:
     one.record_instance(header(), "d", 1, one.open_association("S", "B", "127.0.0.1"))
     (arriving,) = one.arriving_studies()
     one.complete_study(1, arriving.last_instance_at, {"by": "test", "confidence": "high"})
-    one.decide(1, "pkg", "1", admitted=True, reason="", admission=[], selection=[], series_instance_uid="1.2.3.1")
-    row = one.take_analysis()
+    one.decide(1, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+    row = one.take_analysis(["pkg"])
     assert row is not None
     verdict = Verdict("1.2.3", "1.2.3.1", "pkg", "1", "n", True, 0.9, 0.5, {}, 1.0, (), (), (), ())
     findings = [
@@ -109,10 +111,10 @@ def test_a_surprise_does_not_end_the_worker(ledger: Ledger) -> None:
 def test_a_ledger_that_stumbles_does_not_end_the_worker(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     real, stumbles = ledger.take_delivery, iter([OSError("disk")])
 
-    def take(destination: str) -> Row | None:
+    def take(*arguments: Any) -> Row | None:
         for error in stumbles:
             raise error
-        return real(destination)
+        return real(*arguments)
 
     monkeypatch.setattr(ledger, "take_delivery", take)
     run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
@@ -126,3 +128,22 @@ def test_a_hanging_destination_delays_nobody_else(ledger: Ledger) -> None:
     assert states["report"] == "sending"
     hanging.stop()
     hanging.join(10.0)
+
+
+def test_an_answer_that_cannot_be_written_at_once_is_written_later_and_not_asked_for_again(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, stumbles, sent = ledger.settle_delivery, iter([OperationalError("", {}, Exception("disk full"))]), []
+
+    def settle(*arguments: Any, **options: Any) -> None:
+        for error in stumbles:
+            raise error
+        real(*arguments, **options)
+
+    def deliver(row: Row) -> Result:
+        sent.append(row["uid"])
+        return "acknowledge", "AA"
+
+    monkeypatch.setattr(ledger, "settle_delivery", settle)
+    run_until(ledger, worker(ledger, "er", deliver), "alert.er", "acknowledged")
+    assert sent == ["MSG"]

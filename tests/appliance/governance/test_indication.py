@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import triton_models
-from appliance.governance.indication import admit, admit_pixels, age_in_years, body_region
+from appliance.governance.indication import CRITERIA, admit, admit_pixels, age_in_years, body_region
 from appliance.governance.package import Package, load
 from appliance.settings import IndicationException
 from dicom_io.header import Header
@@ -25,15 +25,19 @@ DAY = date(2026, 6, 1)
 def decide(
     first: Header, series: list[Header] | None = None, *, exceptions: tuple[IndicationException, ...] = ()
 ) -> dict[str, str]:
-    volume = assemble([plane for one in series or head_series() for plane in planes_of(one)])
-    admission = admit(PACKAGE, first, volume, len(volume.planes), exceptions, DAY)
+    """The gate's outcome by criterion, on a series or on a good one whose first slice is that."""
+    members = series or [first, *head_series()[1:]]
+    volume = assemble([plane for one in members for plane in planes_of(one)])
+    admission = admit(PACKAGE, members, volume, len(volume.planes), exceptions, DAY)
     assert admission.admitted == all(c.outcome in ("met", "excepted") for c in admission.criteria)
     assert bool(admission.reason) != admission.admitted
     return {criterion.criterion: criterion.outcome for criterion in admission.criteria}
 
 
 def test_an_adults_plain_head_is_admitted() -> None:
-    assert set(decide(header()).values()) == {"met"}
+    outcomes = decide(header())
+    assert set(outcomes.values()) == {"met"}
+    assert (*outcomes, "brain") == CRITERIA
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,7 @@ def test_an_adults_plain_head_is_admitted() -> None:
         ("age", {"patient_age": "", "patient_birth_date": ""}, "unknown"),
         ("age", {"patient_age": "65", "patient_birth_date": ""}, "unknown"),
         ("age", {"patient_age": "065Y", "patient_birth_date": "20170101"}, "unknown"),
+        ("patient", {"patient": "somebody else"}, "violated"),
         ("kvp", {"kvp": 70.0}, "violated"),
         ("kvp", {"kvp": 150.0}, "violated"),
         ("kvp", {"kvp": None}, "unknown"),
@@ -78,6 +83,10 @@ def test_the_geometry_of_the_label(criterion: str, series: list[Header], outcome
     assert decide(series[0], series)[criterion] == outcome
 
 
+def test_a_slice_whose_place_is_unreadable_is_not_passed_over() -> None:
+    assert decide(header(frames=()))["geometry"] == "unknown"
+
+
 def test_only_the_unknown_can_be_excepted_and_only_until_its_day() -> None:
     def exception(until: date, package: str = "ich_reference") -> IndicationException:
         return IndicationException(package=package, criterion="age", reason="r", signed_by="board", until=until)
@@ -92,7 +101,7 @@ def test_only_the_unknown_can_be_excepted_and_only_until_its_day() -> None:
 
 def test_a_head_without_a_brain_is_refused_late() -> None:
     volume = assemble([plane for one in head_series() for plane in planes_of(one)])
-    admission = admit(PACKAGE, header(), volume, 30, (), DAY)
+    admission = admit(PACKAGE, head_series(), volume, 30, (), DAY)
     assert admit_pixels(PACKAGE, admission, 1200.0).admitted
     hollow = admit_pixels(PACKAGE, admission, 20.0)
     assert not hollow.admitted

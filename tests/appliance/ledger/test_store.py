@@ -51,7 +51,7 @@ def complete(ledger: Ledger, study: int) -> None:
 
 def admit(ledger: Ledger, study: int, *, admitted: bool = True) -> None:
     ledger.decide(study, "pkg", "1", admitted=admitted, reason="" if admitted else "no", admission=[], selection=[],
-                  series_instance_uid="1.2.3.1")  # fmt: skip
+                  inputs=[["1.2.3.1.1", "digest-1.2.3.1.1"]])  # fmt: skip
 
 
 def verdict(positive: bool = True) -> Verdict:
@@ -62,7 +62,7 @@ def verdict(positive: bool = True) -> Verdict:
 
 def issue(ledger: Ledger, study: int, *, revision: int = 1, positive: bool = True) -> None:
     admit(ledger, study)
-    row = ledger.take_analysis()
+    row = ledger.take_analysis(["pkg"])
     assert row is not None
     ledger.issue_verdict(
         row["id"],
@@ -136,12 +136,12 @@ def test_an_instance_after_completion_reopens_the_study(ledger: Ledger) -> None:
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     ledger.record_instance(header(9), "late", 10, association)
     assert study_report(ledger, study)["state"] == "reopened"
-    assert ledger.undecided_studies(["pkg"]) == []
+    assert ledger.undecided_studies({"pkg": "1"}) == []
     complete(ledger, study)
-    assert ledger.undecided_studies(["pkg"]) == [(study, "pkg")]
+    assert ledger.undecided_studies({"pkg": "1"}) == [(study, "pkg")]
     issue(ledger, study, revision=2)
     assert [one["revision"] for one in study_report(ledger, study)["verdicts"]] == [1, 2]
-    assert ledger.undecided_studies(["pkg"]) == []
+    assert ledger.undecided_studies({"pkg": "1"}) == []
 
 
 def test_a_study_is_not_complete_if_something_came_meanwhile(ledger: Ledger) -> None:
@@ -166,10 +166,10 @@ def test_a_parked_analysis_is_taken_again_and_issues_once(ledger: Ledger) -> Non
     study = arrive(ledger)
     complete(ledger, study)
     admit(ledger, study)
-    assert ledger.take_analysis() is not None
-    assert ledger.take_analysis() is None
-    assert ledger.park_analyses() == 1
-    row = ledger.take_analysis()
+    assert ledger.take_analysis(["pkg"]) is not None
+    assert ledger.take_analysis(["pkg"]) is None
+    assert ledger.park_analyses(3) == 1
+    row = ledger.take_analysis(["pkg"])
     assert row is not None
     assert row["attempts"] == 1
     finding = [NewFinding("report", "2.25.1", None, ("pacs",), 10)]
@@ -183,21 +183,21 @@ def test_an_analysis_that_keeps_failing_is_set_aside_behind_the_others(ledger: L
     study = arrive(ledger)
     complete(ledger, study)
     admit(ledger, study)
-    first = ledger.take_analysis()
+    first = ledger.take_analysis(["pkg"])
     assert first is not None
-    assert not ledger.fail_analysis(first["id"], "broken", attempts=2)
+    assert not ledger.fail_analysis(first["id"], "broken", attempts=2, pause=0.0)
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     ledger.record_instance(header(1, study="1.2.4", series="1.2.4.1"), "d4", 10, association)
     other = find_study(ledger, "1.2.4")
     assert other is not None
     complete(ledger, other)
     admit(ledger, other)
-    following = ledger.take_analysis()
+    following = ledger.take_analysis(["pkg"])
     assert following is not None
     assert following["study_id"] == other
-    again = ledger.take_analysis()
+    again = ledger.take_analysis(["pkg"])
     assert again is not None
-    assert ledger.fail_analysis(again["id"], "broken", attempts=2)
+    assert ledger.fail_analysis(again["id"], "broken", attempts=2, pause=0.0)
     assert [one["state"] for one in study_report(ledger, study)["analyses"]] == ["failed"]
 
 
@@ -205,7 +205,7 @@ def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
     study = arrive(ledger)
     complete(ledger, study)
     admit(ledger, study)
-    row = ledger.take_analysis()
+    row = ledger.take_analysis(["pkg"])
     assert row is not None
     twice = [NewFinding("report", "2.25.1", None, ("pacs",), 10), NewFinding("report", "2.25.2", None, ("pacs",), 10)]
     with pytest.raises(sa.exc.IntegrityError):
@@ -269,13 +269,13 @@ def test_a_dead_letter_can_be_sent_once_more(ledger: Ledger) -> None:
     row = ledger.take_delivery("er")
     assert row is not None
     with pytest.raises(LedgerError, match="not dead"):
-        ledger.requeue_delivery(row["id"])
+        ledger.requeue_delivery(row["id"], ["er", "pacs"])
     ledger.settle_delivery(row, "give_up", "nobody answers")
     assert ledger.take_delivery("er") is None
-    ledger.requeue_delivery(row["id"])
+    ledger.requeue_delivery(row["id"], ["er", "pacs"])
     assert ledger.take_delivery("er") is not None
     with pytest.raises(LedgerError, match="no such delivery"):
-        ledger.requeue_delivery(99)
+        ledger.requeue_delivery(99, ["er"])
 
 
 def test_an_alert_acknowledged_past_the_budget_is_late(ledger: Ledger) -> None:
@@ -349,14 +349,139 @@ def test_an_object_that_cannot_be_made_is_a_dead_letter_until_somebody_asks_agai
     study = arrive(ledger)
     complete(ledger, study)
     issue(ledger, study)
-    (finding,) = ledger.unrendered_findings(2)
-    ledger.render_failed(finding["id"], study, "broken", attempts=2)
-    assert len(ledger.unrendered_findings(2)) == 1
-    ledger.render_failed(finding["id"], study, "broken", attempts=2)
+    for _ in range(2):
+        (finding,) = ledger.unrendered_findings(2)
+        assert ledger.abandon_findings(2) == 0
+        ledger.start_rendering(finding["id"])  # counted before it is made: it may end the engine
+    ledger.render_failed(finding["id"], study, "broken")
     assert ledger.unrendered_findings(2) == []
+    assert ledger.abandon_findings(2) == 1
     (report,) = [one for one in study_report(ledger, study)["deliveries"] if one["object"] == "report"]
     assert (report["state"], "broken" in report["reason"]) == ("dead", True)
     assert waiting_destinations(ledger) == {"er": 1}
-    ledger.requeue_delivery(report["id"])
+    ledger.requeue_delivery(report["id"], ["er", "pacs"])
     assert len(ledger.unrendered_findings(2)) == 1
     assert waiting_destinations(ledger) == {"er": 1, "pacs": 1}
+
+
+def test_deliveries_to_a_destination_that_is_gone_are_dead_letters(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    assert ledger.abandon_deliveries(["pacs"]) == 1
+    (alert,) = [one for one in study_report(ledger, study)["deliveries"] if one["destination"] == "er"]
+    assert alert["state"] == "dead"
+    with pytest.raises(LedgerError, match="not configured"):
+        ledger.requeue_delivery(alert["id"], ["pacs"])
+    ledger.requeue_delivery(alert["id"], ["pacs", "er"])
+
+
+def test_an_old_alert_cannot_be_sent_after_its_withdrawal(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    alert = ledger.take_delivery("er")
+    assert alert is not None
+    ledger.settle_delivery(alert, "reject", "AR")
+    ledger.record_instance(header(9), "late", 10, 1)
+    complete(ledger, study)
+    issue(ledger, study, revision=2, positive=False)
+    with pytest.raises(LedgerError, match="newer"):
+        ledger.requeue_delivery(alert["id"], ["er"])
+
+
+def test_an_analysis_waits_while_its_study_is_open_again(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    ledger.record_instance(header(9), "late", 10, 1)
+    assert ledger.take_analysis(["pkg"]) is None
+    complete(ledger, study)
+    assert ledger.take_analysis(["pkg"]) is None, "the gate has not seen the late instance"
+    assert ledger.undecided_studies({"pkg": "1"}) == [(study, "pkg")]
+    admit(ledger, study)
+    assert ledger.take_analysis(["another"]) is None
+    assert ledger.take_analysis(["pkg"]) is not None
+
+
+def test_an_admission_of_another_version_is_asked_for_again(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    assert ledger.undecided_studies({"pkg": "1"}) == []
+    assert ledger.undecided_studies({"pkg": "2"}) == [(study, "pkg")]
+
+
+def test_the_inputs_of_an_analysis_are_found_even_when_superseded(ledger: Ledger) -> None:
+    study = arrive(ledger, 3)
+    inputs = [[one.sop_instance_uid, one.digest] for one in reversed(ledger.instances(study))]
+    ledger.record_instance(replace(header(1), kvp=80.0), "newer", 10, 1)
+    found = ledger.inputs(study, inputs)
+    assert [[one.sop_instance_uid, one.digest] for one in found] == inputs
+
+
+def test_what_ends_the_engine_again_and_again_is_set_aside(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    for _ in range(3):
+        assert ledger.take_analysis(["pkg"]) is not None
+        ledger.park_analyses(3)
+    assert ledger.take_analysis(["pkg"]) is None
+    assert study_report(ledger, study)["analyses"][0]["state"] == "failed"
+    assert ledger.requeue_analyses(study) == 1
+    assert ledger.take_analysis(["pkg"]) is not None
+
+
+def test_a_failed_try_waits_for_its_pause(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    row = ledger.take_analysis(["pkg"])
+    assert row is not None
+    assert not ledger.fail_analysis(row["id"], "broken", attempts=3, pause=60.0)
+    assert ledger.take_analysis(["pkg"]) is None
+    assert ledger.waiting_packages() == set()
+
+
+def test_a_clock_that_was_set_back_holds_up_no_alert(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    row = ledger.take_delivery("er")
+    assert row is not None
+    ledger.settle_delivery(row, "retry", "busy", wait_seconds=3600.0)  # as if written an hour ahead
+    assert ledger.take_delivery("er", longest_pause=7200.0) is None
+    assert ledger.take_delivery("er", longest_pause=300.0) is not None
+
+
+def test_a_uid_that_another_study_uses_too_takes_nothing_from_it(ledger: Ledger) -> None:
+    study = arrive(ledger, 3)
+    association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+    intruder = header(1, study="9.9.9")
+    assert ledger.record_instance(intruder, "other", 10, association) == "stored"
+    assert len(ledger.instances(study)) == 3
+
+
+def test_what_a_destination_was_told(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    issue(ledger, study)
+    analysis = study_report(ledger, study)["analyses"][0]["id"]
+    assert ledger.told(analysis) == {"er": [True]}
+    assert [one["revision"] for one in ledger.verdicts(analysis)] == [1]
+
+
+def test_a_verdict_stands_when_nothing_that_was_analysed_changed(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    assert ledger.standing_verdict(study, "pkg") is None
+    issue(ledger, study)
+    standing = ledger.standing_verdict(study, "pkg")
+    assert standing is not None
+    assert standing["inputs"] == [["1.2.3.1.1", "digest-1.2.3.1.1"]]
+    ledger.record_instance(header(1, series="1.2.3.7", modality="SR"), "dose", 10, 1)
+    complete(ledger, study)
+    ledger.keep_verdict(study, "pkg", [])
+    assert ledger.undecided_studies({"pkg": "1"}) == []
+    assert len(study_report(ledger, study)["verdicts"]) == 1

@@ -48,3 +48,8 @@ def test_what_is_not_enough_waits_for_quiet() -> None:
         late = decide(headers, closed=21.0, last=21.0, outcomes=outcomes, open_=open_)
         assert late.complete
         assert late.evidence["confidence"] == "low"
+
+
+def test_a_clock_that_was_set_back_holds_up_nobody() -> None:
+    assert decide(head_series(), closed=-3600.0, last=-3600.0, outcomes=("released",)).complete
+    assert decide(head_series(), closed=-3600.0, last=-3600.0, outcomes=("lost",)).complete

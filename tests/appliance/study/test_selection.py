@@ -48,6 +48,12 @@ def test_a_soft_kernel_before_an_unknown_one_and_never_a_sharp_one() -> None:
     assert choose(bone)[0] is None
 
 
+def test_none_is_no_contrast_agent() -> None:
+    unknown = head_series(30, series="1.2.3.1", convolution_kernel="ZZZ")
+    none = head_series(30, series="1.2.3.2", contrast_bolus_agent="NONE")
+    assert choose(unknown, none)[0] == "1.2.3.2"
+
+
 def test_plain_before_contrast() -> None:
     with_contrast = head_series(40, series="1.2.3.1", contrast_bolus_agent="IOHEXOL")
     plain = head_series(30, series="1.2.3.2")
@@ -64,11 +70,15 @@ def test_plain_before_contrast() -> None:
         ({"image_type": ("ORIGINAL", "SECONDARY", "AXIAL")}, "secondary"),
         ({"image_type": ()}, "not original"),
         ({"frames": ()}, "no image positions"),
+        ({"rows": 0}, "different sizes"),
         ({"series_description": "C-SPINE 2MM"}, "not of the head"),
     ],
 )
 def test_what_is_never_analysed(changes: dict[str, object], reason: str) -> None:
-    chosen, reasons = choose(head_series(30, **changes))
+    series = head_series(30, **changes)
+    if "rows" in changes:
+        series[3] = header(4)
+    chosen, reasons = choose(series)
     assert chosen is None
     assert reason in reasons["1.2.3.1"]
 

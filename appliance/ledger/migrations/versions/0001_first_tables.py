@@ -47,9 +47,10 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("completion", sa.Integer(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("due_at", sa.String(), nullable=False),
         sa.Column("admission", sa.JSON(), nullable=False),
         sa.Column("selection", sa.JSON(), nullable=False),
-        sa.Column("series_instance_uid", sa.String(), nullable=True),
+        sa.Column("inputs", sa.JSON(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
         sa.ForeignKeyConstraint(["study_id"], ["study.id"], name=op.f("fk_analysis_study_id_study")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_analysis")),
@@ -101,6 +102,7 @@ def upgrade() -> None:
         sa.Column("positive", sa.Boolean(), nullable=False),
         sa.Column("probability", sa.Float(), nullable=False),
         sa.Column("result", sa.JSON(), nullable=False),
+        sa.Column("inputs", sa.JSON(), nullable=False),
         sa.Column("issued_at", sa.String(), nullable=False),
         sa.Column("late", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(["analysis_id"], ["analysis.id"], name=op.f("fk_verdict_analysis_id_analysis")),
@@ -121,6 +123,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("uid", name=op.f("uq_finding_uid")),
         sa.UniqueConstraint("verdict_id", "object", name=op.f("uq_finding_verdict_id_object")),
     )
+    op.create_index("ix_finding_unrendered", "finding", ["id"], unique=False, sqlite_where=sa.text("path IS NULL"))
     op.create_table(
         "delivery",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -138,10 +141,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("finding_id", "destination", name=op.f("uq_delivery_finding_id_destination")),
     )
     op.create_index(
-        op.f("ix_delivery_destination_state_urgency"),
-        "delivery",
-        ["destination", "state", "urgency"],
-        unique=False,
+        op.f("ix_delivery_destination_state_urgency"), "delivery", ["destination", "state", "urgency"], unique=False
     )
 
 
@@ -149,6 +149,7 @@ def downgrade() -> None:
     """The way back."""
     op.drop_index(op.f("ix_delivery_destination_state_urgency"), table_name="delivery")
     op.drop_table("delivery")
+    op.drop_index("ix_finding_unrendered", table_name="finding", sqlite_where=sa.text("path IS NULL"))
     op.drop_table("finding")
     op.drop_table("verdict")
     op.drop_index(op.f("ix_instance_study_id_is_current"), table_name="instance")

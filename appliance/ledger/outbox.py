@@ -1,0 +1,271 @@
+"""The ledger's queries of findings and deliveries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from appliance.events import Event
+from appliance.ledger import schema as t
+from appliance.ledger.database import Database, LedgerError, Row, later, now, seconds_between
+from appliance.ledger.states import DELIVERY, step
+
+
+class Outbox(Database):
+    """The part of the ledger that findings and delivery work with."""
+
+    def unrendered_findings(self, attempts: int) -> Sequence[Row]:
+        """Findings without a file that were tried less often than that, with their verdict's and study's columns."""
+        f, v, a = t.finding.c, t.verdict.c, t.analysis.c
+        columns = (f.id, f.object, f.uid, v.revision, v.result, v.inputs, v.issued_at, a.study_id, a.package)
+        query = (
+            sa.select(*columns)
+            .select_from(t.finding.join(t.verdict).join(t.analysis))
+            .where(f.path.is_(None), f.attempts < attempts)
+            .order_by(f.id)
+        )
+        with self.read() as connection:
+            return connection.execute(query).mappings().all()
+
+    def start_rendering(self, finding_id: int) -> None:
+        """Count a try before it is made, so that a finding that ends the engine is not tried for ever."""
+        c = t.finding.c
+        with self._write() as connection:
+            connection.execute(t.finding.update().where(c.id == finding_id).values(attempts=c.attempts + 1))
+
+    def rendered(self, finding_id: int, study_id: int, path: str) -> None:
+        """Record that a finding's file is safe on disk; from now on it may be delivered."""
+        with self._write() as connection:
+            connection.execute(t.finding.update().where(t.finding.c.id == finding_id).values(path=path, reason=""))
+            self._append(connection, Event.FINDING_RENDERED, study_id, finding=finding_id, path=path)
+
+    def render_failed(self, finding_id: int, study_id: int, reason: str) -> None:
+        """Record a try at rendering that failed."""
+        with self._write() as connection:
+            connection.execute(t.finding.update().where(t.finding.c.id == finding_id).values(reason=reason))
+            self._append(connection, Event.FINDING_FAILED, study_id, finding=finding_id, reason=reason)
+
+    def abandon_findings(self, attempts: int) -> int:
+        """Make dead letters of the deliveries whose object could not be made in that many tries. Returns how many."""
+        f = t.finding.c
+        return self._give_up(
+            (f.path.is_(None)) & (f.attempts >= attempts),
+            lambda row: f"its object could not be made: {row['finding_reason'] or 'the engine ended each time'}",
+        )
+
+    def abandon_deliveries(self, destinations: Collection[str]) -> int:
+        """Make dead letters of the deliveries to any destination that is not one of these. Returns how many."""
+        return self._give_up(
+            t.delivery.c.destination.not_in(destinations), lambda _: "its destination is no longer configured"
+        )
+
+    def _give_up(self, condition: sa.ColumnElement[bool], reason: Callable[[Row], str]) -> int:
+        d, f, a = t.delivery.c, t.finding.c, t.analysis.c
+        query = (
+            sa.select(d.id, d.destination, f.object, f.reason.label("finding_reason"), a.study_id)
+            .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+            .where(condition, d.state == "pending")
+        )
+        with self.read() as connection:
+            if connection.execute(query.limit(1)).first() is None:
+                return 0
+        with self._write() as connection:
+            rows = connection.execute(query).mappings().all()
+            for row in rows:
+                self._move_delivery(connection, row["id"], "give_up", reason=reason(row))
+                self._append(
+                    connection,
+                    Event.DELIVERY_DEAD,
+                    row["study_id"],
+                    delivery=row["id"],
+                    object=row["object"],
+                    destination=row["destination"],
+                    reason=reason(row),
+                )
+            return len(rows)
+
+    # --- delivery ---------------------------------------------------------------------------------------
+
+    def take_delivery(self, destination: str, longest_pause: float = 300.0) -> Row | None:
+        """Start the most urgent due delivery to a destination: its row with uid, object, path, study_id.
+
+        Args:
+            longest_pause: no delivery waits longer than so many seconds for its next try, even if the clock was
+                set back.
+        """
+        d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
+        with self._write() as connection:
+            row = (
+                connection.execute(
+                    sa.select(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, v.revision)
+                    .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+                    .where(
+                        d.destination == destination,
+                        d.state == "pending",
+                        (d.due_at <= now()) | (d.due_at > later(longest_pause)),
+                        f.path.is_not(None),
+                        ~self._earlier_open(),
+                    )
+                    .order_by(d.urgency, d.id)
+                    .limit(1)
+                )
+                .mappings()
+                .first()
+            )
+            if row is None:
+                return None
+            self._move_delivery(
+                connection, row["id"], "take", attempts=row["attempts"] + 1, sent_at=row["sent_at"] or now()
+            )
+            self._append(
+                connection,
+                Event.DELIVERY_SENDING,
+                row["study_id"],
+                delivery=row["id"],
+                object=row["object"],
+                destination=destination,
+                attempt=row["attempts"] + 1,
+            )
+            return row
+
+    @staticmethod
+    def _earlier_open() -> sa.Exists:
+        """An older delivery of the same object of the same analysis to the same place is still under way.
+
+        A correction must not overtake the alert that it corrects.
+        """
+        d, f, v = t.delivery.alias("earlier"), t.finding.alias("its"), t.verdict.alias("its_verdict")
+        return (
+            sa.select(d.c.id)
+            .select_from(d.join(f, d.c.finding_id == f.c.id).join(v, f.c.verdict_id == v.c.id))
+            .where(
+                d.c.id < t.delivery.c.id,
+                d.c.destination == t.delivery.c.destination,
+                d.c.state.in_(("pending", "sending")),
+                f.c.object == t.finding.c.object,
+                v.c.analysis_id == t.analysis.c.id,
+            )
+            .exists()
+        )
+
+    def _move_delivery(self, connection: sa.Connection, key: int, event: str, **values: Any) -> None:
+        state = connection.scalar(sa.select(t.delivery.c.state).where(t.delivery.c.id == key))
+        connection.execute(
+            t.delivery.update().where(t.delivery.c.id == key).values(state=step(DELIVERY, state or "", event), **values)
+        )
+
+    def settle_delivery(
+        self,
+        row: Row,
+        outcome: Literal["acknowledge", "retry", "reject", "give_up"],
+        reason: str = "",
+        *,
+        wait_seconds: float = 0.0,
+        budget_seconds: float | None = None,
+    ) -> None:
+        """Record what became of a taken delivery; a retry is due after ``wait_seconds``.
+
+        With ``budget_seconds``, an acknowledgement later than that after the study's last instance marks
+        the verdict late.
+        """
+        names = {
+            "acknowledge": Event.DELIVERY_ACKNOWLEDGED,
+            "retry": Event.DELIVERY_RETRIED,
+            "reject": Event.DELIVERY_REJECTED,
+            "give_up": Event.DELIVERY_DEAD,
+        }
+        values: dict[str, Any] = {"reason": reason, "due_at": later(wait_seconds)}
+        if outcome == "acknowledge":
+            values["acknowledged_at"] = now()
+        with self._write() as connection:
+            self._move_delivery(connection, row["id"], outcome, **values)
+            self._append(
+                connection,
+                names[outcome],
+                row["study_id"],
+                delivery=row["id"],
+                object=row["object"],
+                destination=row["destination"],
+                reason=reason,
+            )
+            if outcome == "acknowledge" and budget_seconds is not None:
+                self._mark_late(connection, row, budget_seconds)
+
+    def _mark_late(self, connection: sa.Connection, row: Row, budget_seconds: float) -> None:
+        last = connection.scalar(sa.select(t.study.c.last_instance_at).where(t.study.c.id == row["study_id"]))
+        v = t.verdict.c
+        verdict_id = sa.select(t.finding.c.verdict_id).where(t.finding.c.id == row["finding_id"])
+        if last and seconds_between(last, now()) > budget_seconds:
+            changed = connection.execute(
+                t.verdict.update().where(v.id.in_(verdict_id), v.late.is_(False)).values(late=True)
+            )
+            if changed.rowcount:
+                self._append(connection, Event.STUDY_LATE, row["study_id"], at="acknowledgement")
+
+    def park_deliveries(self) -> int:
+        """At the start of delivery: what was on its way is sent again, under its old name."""
+        d = t.delivery.c
+        query = (
+            sa.select(d.id, d.destination, t.finding.c.object, t.analysis.c.study_id)
+            .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+            .where(d.state == "sending")
+        )
+        with self._write() as connection:
+            rows = connection.execute(query).all()
+            for row in rows:
+                self._move_delivery(connection, row.id, "park")
+                self._append(
+                    connection,
+                    Event.DELIVERY_PARKED,
+                    row.study_id,
+                    delivery=row.id,
+                    object=row.object,
+                    destination=row.destination,
+                )
+            return len(rows)
+
+    def requeue_delivery(self, delivery_id: int, destinations: Collection[str]) -> None:
+        """Send a dead or rejected delivery once more, because somebody asked for it.
+
+        Args:
+            destinations: those that are configured.
+
+        Raises:
+            LedgerError: there is no such delivery, it is not dead or rejected, its destination is not configured, or
+                a newer revision of the same object went there since, which it would overtake.
+        """
+        d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
+        columns = (d.state, d.destination, d.finding_id, f.object, v.revision, v.analysis_id, a.study_id)
+        joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis)
+        with self._write() as connection:
+            row = connection.execute(sa.select(*columns).select_from(joined).where(d.id == delivery_id)).first()
+            where = f"delivery {delivery_id}"
+            if row is None:
+                raise LedgerError("there is no such delivery", where, "`scanside study UID` lists a study's deliveries")
+            if (row.state, "requeue") not in DELIVERY:
+                raise LedgerError(f"it is {row.state}, not dead or rejected", where, "there is nothing to send again")
+            if row.destination not in destinations:
+                raise LedgerError(f"{row.destination} is not configured", where, "configure it again under that name")
+            newer = sa.select(d.id).select_from(joined)
+            newer = newer.where(
+                d.destination == row.destination,
+                f.object == row.object,
+                v.analysis_id == row.analysis_id,
+                v.revision > row.revision,
+            )
+            if connection.execute(newer.limit(1)).first() is not None:
+                raise LedgerError(
+                    f"a newer {row.object} went to {row.destination} since", where, "send that one again instead"
+                )
+            self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())
+            connection.execute(t.finding.update().where(t.finding.c.id == row.finding_id).values(attempts=0))
+            self._append(
+                connection,
+                Event.DELIVERY_REQUEUED,
+                row.study_id,
+                delivery=delivery_id,
+                object=row.object,
+                destination=row.destination,
+            )
