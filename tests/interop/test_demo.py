@@ -103,7 +103,7 @@ def test_ctrl_c_stops_everything(tmp_path: Path, when: str) -> None:
             return True if (folder / "hospital").exists() else None
         log = folder / "scanside.log"
         text = log.read_text(errors="replace") if log.exists() else ""
-        return True if ("Triton: ready" if when == "when ready" else "complete,") in text else None
+        return True if ("engine: runs" if when == "when ready" else "complete,") in text else None
 
     wait_for(reached, 90.0, lambda: "the demo did not get there")
     process.send_signal(signal.SIGINT)
