@@ -41,7 +41,7 @@ from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import LONGEST_PAUSE, Inputs, Ledger, NewFinding, StoredInstance
-from appliance.settings import DicomDestination, Hl7Destination, Settings
+from appliance.settings import DicomDestination, Hl7Destination, Settings, SettingsError
 from appliance.study.completeness import weigh
 from appliance.study.grouping import group
 from appliance.study.selection import Considered, Selection, considered, select
@@ -90,7 +90,8 @@ def only_one(settings: Settings, name: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
     except OSError as error:
-        raise ScansideError(error.strerror or str(error), str(path), "make the folder writable") from error
+        where = f"box.state_directory ({settings.box.state_directory})"
+        raise SettingsError(error.strerror or str(error), where, "make it a folder that this user can write") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,8 +176,8 @@ def run_engine(settings: Settings) -> None:
         ScansideError: a model package is not what it says, or the ledger cannot be used.
     """
     packages = load_all(settings.model_repository, settings.models.packages)
-    settings.findings_directory.mkdir(parents=True, exist_ok=True)
     with _service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
+        settings.findings_directory.mkdir(parents=True, exist_ok=True)
         bell = Doorbell(settings.run_directory, "engine")
         stack.callback(bell.close)
         client = TritonClient(

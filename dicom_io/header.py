@@ -122,6 +122,9 @@ _KEYWORDS = (
 )  # fmt: skip
 
 
+_CONVERTED = ("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence")
+
+
 def read_header(source: Path | bytes | BinaryIO) -> Header:
     """Read the header of a Part 10 instance (PS3.10 7.1), up to its pixel data.
 
@@ -152,6 +155,9 @@ def _header(syntax: str, elements: Elements) -> Header:
     shared = elements.first("SharedFunctionalGroupsSequence")
     per_frame = elements.items("PerFrameFunctionalGroupsSequence")
     groups = [group for group in (per_frame[0] if per_frame else None, shared) if group is not None]
+    # A conversion keeps the attributes that no functional group has a place for (PS3.3 A.71, C.7.6.16.2.25 and 26).
+    kept = [group.first(keyword) for group in groups for keyword in _CONVERTED]
+    places = [elements, *(item for item in kept if item is not None)]
     if per_frame or shared:
         frames = _grouped_planes(shared, per_frame, number_of_frames, elements.problems)
     else:
@@ -170,16 +176,16 @@ def _header(syntax: str, elements: Elements) -> Header:
         samples_per_pixel=elements.short("SamplesPerPixel") or 0,
         photometric_interpretation=elements.text("PhotometricInterpretation"),
         frames=frames,
-        gantry_detector_tilt=_grouped_number(elements, groups, "CTAcquisitionDetailsSequence", "GantryDetectorTilt"),
-        kvp=_grouped_number(elements, groups, "CTXRayDetailsSequence", "KVP"),
-        convolution_kernel=_kernel(elements, groups),
+        gantry_detector_tilt=_grouped_number(places, groups, "CTAcquisitionDetailsSequence", "GantryDetectorTilt"),
+        kvp=_grouped_number(places, groups, "CTXRayDetailsSequence", "KVP"),
+        convolution_kernel=_kernel(places, groups),
         body_part_examined=_body_part(elements, groups),
         study_description=elements.text("StudyDescription"),
         series_description=elements.text("SeriesDescription"),
         protocol_name=elements.text("ProtocolName"),
         manufacturer=elements.text("Manufacturer"),
         manufacturer_model_name=elements.text("ManufacturerModelName"),
-        contrast_bolus_agent=elements.text("ContrastBolusAgent") or _meaning(elements, "ContrastBolusAgentSequence"),
+        contrast_bolus_agent=_contrast(places),
         frame_of_reference_uid=elements.uid("FrameOfReferenceUID"),
         patient=_patient(elements),
         patient_age=elements.text("PatientAge"),
@@ -279,15 +285,24 @@ def _orthonormal(cosines: tuple[float, ...]) -> bool:
     )
 
 
-def _grouped_number(elements: Elements, groups: Sequence[Elements], sequence: str, keyword: str) -> float | None:
-    for item in (elements, *(group.first(sequence) for group in groups)):
+def _contrast(places: Sequence[Elements]) -> str:
+    for item in places:
+        if text := item.text("ContrastBolusAgent") or _meaning(item, "ContrastBolusAgentSequence"):
+            return text
+    return ""
+
+
+def _grouped_number(
+    places: Sequence[Elements], groups: Sequence[Elements], sequence: str, keyword: str
+) -> float | None:
+    for item in (*places, *(group.first(sequence) for group in groups)):
         if item is not None and (value := item.number(keyword)) is not None:
             return value
     return None
 
 
-def _kernel(elements: Elements, groups: Sequence[Elements]) -> str:
-    for item in (elements, *(group.first("CTReconstructionSequence") for group in groups)):
+def _kernel(places: Sequence[Elements], groups: Sequence[Elements]) -> str:
+    for item in (*places, *(group.first("CTReconstructionSequence") for group in groups)):
         if item is not None and (text := item.text("ConvolutionKernel")):
             return text
     return ""

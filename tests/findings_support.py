@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pydicom
-import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from appliance.findings.render import package_device, render
 from appliance.ledger.records import SlabResult, Verdict
+from tests.peers import program as tool
 
 ISSUED = datetime(2026, 3, 4, 5, 6, 7, 891011, tzinfo=UTC)
 SIZE = 128
@@ -181,14 +180,6 @@ def rendered(series: Series, verdict: Verdict, name: str, **changes: Any) -> Dat
 
 def renamed(verdict: Verdict, **changes: Any) -> Verdict:
     return replace(verdict, **changes)
-
-
-def tool(name: str) -> str:
-    """The path of a validator, or a visible skip."""
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
 
 
 def dciodvfy_errors(path: Path) -> list[str]:

@@ -128,3 +128,13 @@ def test_a_phantom_is_written_and_sent(tmp_path: Path, node: tuple[str, Keeper])
 def test_a_folder_without_dicom_is_said(tmp_path: Path) -> None:
     result = run("send", tmp_path, "--to", "A@127.0.0.1:1")
     assert (result.exit_code, "no DICOM instance" in result.stderr) == (1, True)
+
+
+def test_a_state_folder_that_cannot_be_used_is_named_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    config = tmp_path / "scanside.toml"
+    config.write_text('[box]\nstate_directory = "taken"\n')
+    for service in ("intake", "deliver", "engine"):
+        result = run("--config", config, service)
+        assert result.exit_code == 2
+        assert "box.state_directory" in result.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import struct
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
@@ -22,14 +20,6 @@ from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRL
 from dicom_io.scp import AssociationClosed, Handlers, Received, StorageServer, start_server
 
 ROWS, COLUMNS = 48, 40  # not square, so that an exchange of the two shows
-
-
-def tool(name: str) -> str:
-    """The path of a program; skips the test visibly where it is not installed."""
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed (package dcmtk)")
-    return path
 
 
 def run(*command: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from dicom_io.errors import HeaderError
 from dicom_io.header import Header, read_header
-from tests.dicom_io.support import ct, head, run, save, tool
+from tests.dicom_io.support import ct, head, run, save
+from tests.peers import program as tool
 
 PIXELS = head(12, False)
 

@@ -27,7 +27,8 @@ from pydicom.uid import (
 
 from dicom_io.errors import DecodeError
 from dicom_io.pixels import SUPPORTED_TRANSFER_SYNTAXES, decode
-from tests.dicom_io.support import COLUMNS, ROWS, ct, head, run, save, tool
+from tests.dicom_io.support import COLUMNS, ROWS, ct, head, run, save
+from tests.peers import program as tool
 
 FORMATS = [(12, False), (12, True), (16, False), (16, True)]
 KINDS = pytest.mark.parametrize(("bits", "signed"), FORMATS, ids=["u12", "s12", "u16", "s16"])

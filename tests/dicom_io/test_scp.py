@@ -23,7 +23,8 @@ from pynetdicom.sop_class import MRImageStorage as MR
 from dicom_io.errors import ScansideError
 from dicom_io.header import read_header
 from dicom_io.scp import COMPRESSED_SYNTAXES, IMAGE_CLASSES, PLAIN_SYNTAXES, STORAGE_CLASSES, Received, start_server
-from tests.dicom_io.support import Recorder, Tap, ct, data_set, head, run, save, serving, tool
+from tests.dicom_io.support import Recorder, Tap, ct, data_set, head, run, save, serving
+from tests.peers import program as tool
 
 interop = pytest.mark.interop
 

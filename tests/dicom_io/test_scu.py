@@ -20,7 +20,8 @@ from pynetdicom.association import Association
 from dicom_io.errors import PeerError
 from dicom_io.scp import Received
 from dicom_io.scu import Peer, SendResult, echo, instances_in, send
-from tests.dicom_io.support import Recorder, ct, data_set, head, run, save, serving, tool
+from tests.dicom_io.support import Recorder, ct, data_set, head, run, save, serving
+from tests.peers import program as tool
 
 interop = pytest.mark.interop
 

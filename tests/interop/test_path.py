@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import hl7
 import pydicom
 import pytest
+from highdicom.legacy import LegacyConvertedEnhancedCTImage
 
 from tests.interop.box import Box, study, wait_for
+from tests.peers import program
 
 pytestmark = [pytest.mark.interop, pytest.mark.xdist_group("box")]
 
 REPORT = "1.2.840.10008.5.1.4.1.1.88.34"
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-
-
-def need(command: str) -> str:
-    found = shutil.which(command)
-    if found is None:
-        pytest.skip(f"{command} is not installed")
-    return found
 
 
 def test_a_haemorrhage_is_alerted_once_and_lies_in_the_study(box: Box, tmp_path: Path) -> None:
@@ -65,9 +59,9 @@ def test_a_normal_head_gets_a_report_and_no_alert(box: Box, tmp_path: Path) -> N
 def test_dcmtk_sends(box: Box, tmp_path: Path, command: list[str]) -> None:
     name = f"DCMTK{command[0][0]}{len(command)}".upper()
     uid, files = study(tmp_path, "intraparenchymal", name)
-    program = need(command[0])
+    sender = program(command[0])
     subprocess.run(
-        [program, *command[1:], "127.0.0.1", str(box.peer.port), *map(str, files)],
+        [sender, *command[1:], "127.0.0.1", str(box.peer.port), *map(str, files)],
         check=True,
         capture_output=True,
         timeout=60,
@@ -76,10 +70,44 @@ def test_dcmtk_sends(box: Box, tmp_path: Path, command: list[str]) -> None:
     assert len(box.messages(uid)) == 1
 
 
+@pytest.mark.parametrize(
+    ("coder", "codec"),
+    [("dcmcrle", "dicomrle"), ("dcmcjpeg", "jpeg8"), ("dcmcjpls", "jpegls"), ("dcmconv +td", "deflate")],
+)
+def test_compressed_studies_give_the_same_answer(box: Box, tmp_path: Path, coder: str, codec: str) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", f"C{codec}".upper())
+    name, *options = coder.split()
+    for path in files:
+        subprocess.run([program(name), *options, path, path], check=True, capture_output=True, timeout=60)
+    assert [result.error for result in box.send(files)] == [""] * len(files)
+    verdict = box.settled(uid)["verdicts"][-1]
+    assert verdict["result"]["codecs"] == [codec if codec == "deflate" else f"imagecodecs.{codec}"]
+    plain, plain_files = study(tmp_path, "intraparenchymal", f"P{codec}".upper())
+    box.send(plain_files)
+    assert verdict["probability"] == box.settled(plain)["verdicts"][-1]["probability"]
+
+
+def test_an_enhanced_multi_frame_study(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "ENHANCED1")
+    converted = LegacyConvertedEnhancedCTImage(
+        [pydicom.dcmread(path) for path in files],
+        series_instance_uid=pydicom.uid.generate_uid(),
+        series_number=7,
+        sop_instance_uid=pydicom.uid.generate_uid(),
+        instance_number=1,
+    )
+    path = tmp_path / "enhanced.dcm"
+    converted.save_as(path)
+    assert [result.error for result in box.send([path])] == [""]
+    report = box.settled(uid)
+    assert report["verdicts"][-1]["positive"], report["analyses"]
+    assert len(box.messages(uid)) == 1
+
+
 def test_orthanc_sends_and_shows_the_findings_in_the_same_study(box: Box, tmp_path: Path) -> None:
     uid, files = study(tmp_path, "intraparenchymal", "ORTHANC1")
     pacs = box.hospital.pacs
-    need("storescu")
+    program("storescu")
     subprocess.run(
         ["storescu", "-aet", "SCANNER", "-aec", pacs.ae_title, pacs.host, str(pacs.port), *map(str, files)],
         check=True,

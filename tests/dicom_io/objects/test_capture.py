@@ -16,7 +16,8 @@ from pydicom.dataset import Dataset
 
 from dicom_io.objects.capture import OUTLINE_COLOR, key_image, png, zoom
 from dicom_io.objects.common import part10
-from tests.findings_support import SIZE, SQUARE, ct_series, dciodvfy_errors, rendered, tool, verdict_on
+from tests.findings_support import SIZE, SQUARE, ct_series, dciodvfy_errors, rendered, verdict_on
+from tests.peers import program as tool
 
 
 def colored(picture: np.ndarray) -> np.ndarray:

@@ -20,7 +20,8 @@ from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
 from dicom_io.objects.common import Device, Place, part10
 from dicom_io.objects.report import Algorithm, Report, build_report
-from tests.findings_support import ISSUED, ct_series, dciodvfy_errors, rendered, tool, verdict_on
+from tests.findings_support import ISSUED, ct_series, dciodvfy_errors, rendered, verdict_on
+from tests.peers import program as tool
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["positive", "negative"])

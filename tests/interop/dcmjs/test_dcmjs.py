@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
 import subprocess
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +12,9 @@ import pytest
 from pydicom import dcmread
 
 from dicom_io.pixels import decode
-from tests.dicom_io.support import Recorder, ct, head, run, save, serving, tool
+from tests.dicom_io.support import Recorder, ct, head, run, save, serving
+from tests.peers import node_packages
+from tests.peers import program as tool
 
 pytestmark = pytest.mark.interop
 
@@ -25,26 +24,7 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="session")
 def node_modules() -> Path:
     """The folder into which the pinned packages are installed, once for all test processes."""
-    npm = shutil.which("npm")
-    if shutil.which("node") is None or npm is None:
-        pytest.skip("node or npm is not installed")
-    default = HERE.parents[2] / ".cache" / "npm-interop-dcmjs"
-    folder = Path(os.environ.get("SCANSIDE_NPM_INTEROP_DCMJS", default))
-    folder.mkdir(parents=True, exist_ok=True)
-    pinned = (HERE / "package-lock.json").read_bytes()
-    stamp = folder / "installed.json"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not stamp.exists() or stamp.read_bytes() != pinned:
-            stamp.unlink(missing_ok=True)
-            for name in ("package.json", "package-lock.json", ".npmrc"):
-                shutil.copy(HERE / name, folder / name)
-            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-            installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
-            if installed.returncode != 0:
-                pytest.skip(f"npm ci failed: {installed.stderr.strip().splitlines()[-1:]}")
-            stamp.write_bytes(pinned)
-    return folder
+    return node_packages(HERE)
 
 
 def dcmjs(folder: Path, port: int, *files: Path, calling: str = "DCMJS") -> dict[str, Any]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import hl7.mllp
 import pytest
 
 from appliance.delivery.hl7 import MllpClient
+from tests.peers import node_packages
 
 pytestmark = pytest.mark.interop
 
@@ -105,26 +103,7 @@ def test_python_hl7_takes_a_long_message() -> None:
 @pytest.fixture(scope="session")
 def node_modules() -> Path:
     """The folder into which the pinned packages are installed, once for all test processes."""
-    npm = shutil.which("npm")
-    if shutil.which("node") is None or npm is None:
-        pytest.skip("node or npm is not installed")
-    default = HERE.parents[2] / ".cache" / "npm-interop-hl7"
-    folder = Path(os.environ.get("SCANSIDE_NPM_INTEROP_HL7", default))
-    folder.mkdir(parents=True, exist_ok=True)
-    pinned = (HERE / "package-lock.json").read_bytes()
-    stamp = folder / "installed.json"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not stamp.exists() or stamp.read_bytes() != pinned:
-            stamp.unlink(missing_ok=True)
-            for name in ("package.json", "package-lock.json", ".npmrc"):
-                shutil.copy(HERE / name, folder / name)
-            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-            installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
-            if installed.returncode != 0:
-                pytest.skip(f"npm ci failed: {installed.stderr.strip().splitlines()[-1:]}")
-            stamp.write_bytes(pinned)
-    return folder
+    return node_packages(HERE)
 
 
 @contextmanager
