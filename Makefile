@@ -7,10 +7,11 @@ TRITON_PYTHON ?= $(shell for p in $(PYTHON) python3.12 python3.11; do \
 PIP = python -m pip --disable-pip-version-check --quiet install --require-hashes
 VENV = .venv
 TRITON_VENV = .venv-triton
+TRAINING_VENV = .venv-training
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint lock model clean
+.PHONY: help setup demo test quick lint lock lock-training model clean
 
 help: ## Show the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +44,14 @@ lock: ## Renew the hashed requirement files (needs uv)
 LOCK = --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
 
+lock-training: ## Renew requirements/training.txt (uv must find torch's CPU build: UV_FIND_LINKS)
+	$(UV) pip compile $(filter-out --universal,$(LOCK)) -c requirements/appliance.txt requirements/training.in -o requirements/training.txt
+
+model: $(TRAINING_VENV)/.ready ## Train the reference model again (half an hour; resumes where it was stopped)
+	ORT_DISABLE_TELEMETRY=1 $(TRAINING_VENV)/bin/python -m triton_models.training.train --out triton_models/ich_reference $(TRAIN)
+
 clean: ## Remove the environments and what the demo made
-	rm -rf $(VENV) $(TRITON_VENV) demo .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRITON_VENV) $(TRAINING_VENV) build demo .cache .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scanside needs Python 3.11 or newer; set PYTHON=")'
@@ -66,4 +73,9 @@ $(TRITON_VENV)/.ready: requirements/triton.txt
 	@echo "scanside: building $(TRITON_VENV) (first time: a minute)"
 	test -x $(TRITON_VENV)/bin/python || $(TRITON_PYTHON) -m venv $(TRITON_VENV)
 	$(TRITON_VENV)/bin/$(PIP) --no-deps -r requirements/triton.txt
+	@touch $@
+
+$(TRAINING_VENV)/.ready: requirements/training.txt
+	test -x $(TRAINING_VENV)/bin/python || $(TRITON_PYTHON) -m venv $(TRAINING_VENV)
+	$(TRAINING_VENV)/bin/$(PIP) -r requirements/training.txt
 	@touch $@

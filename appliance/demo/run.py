@@ -45,7 +45,7 @@ BOX_AE = "SCANSIDE"
 START_SECONDS = 90.0
 STUDY_SECONDS = 180.0
 MARKER = "MADE-BY-DEMO"
-BLEED, BLEED_SEED, NORMAL_SEED = "intraparenchymal", 7, 8
+BLEED, BLEED_SEED, NORMAL_SEED = "intraparenchymal", 7, 19
 
 Expected = Literal["positive", "negative"] | None
 

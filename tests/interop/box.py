@@ -42,7 +42,7 @@ def triton_environment() -> Path:
 @cache
 def head(bleed: str | None) -> Phantom:
     """The simulated heads that every test uses; the same as in the demo."""
-    return simulate(7 if bleed else 8, bleed=bleed)
+    return simulate(7 if bleed else 19, bleed=bleed)
 
 
 def study(folder: Path, bleed: str | None, name: str) -> tuple[str, list[Path]]:
