@@ -339,7 +339,7 @@ def _timeline(report: dict[str, Any]) -> RenderableType:
         if step.startswith("alert") and verdict is not None and not verdict["positive"]:
             text = "none: negative"
         elif moment is None:
-            text = "…"
+            text = "–" if _finished(report) else "…"
         else:
             text = f"{moment['seconds']:+7.2f} s"
         table.add_row(f"  {step.replace('_', ' ')}", text)
