@@ -68,7 +68,7 @@ def test_stop_kills_a_stubborn_command_after_the_grace(tmp_path: Path) -> None:
 
 
 def test_exit_code_and_last_words_are_known(tmp_path: Path) -> None:
-    leashed = Leashed([sys.executable, "-c", "print('one'); raise SystemExit('two')"], log=tmp_path / "log")
+    leashed = Leashed([sys.executable, "-c", "print('one', flush=True); raise SystemExit('two')"], log=tmp_path / "log")
     assert eventually(lambda: not leashed.running)
     assert leashed.exit_code == 1
     assert leashed.tail(1) == "two"
