@@ -10,6 +10,7 @@ from appliance.delivery.hl7 import MllpClient
 from appliance.governance.indication import CRITERIA
 from appliance.governance.package import Package, load_all
 from appliance.inference.triton import TritonClient
+from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import waiting_destinations
 from appliance.settings import DicomDestination, Hl7Destination, Settings
@@ -40,6 +41,9 @@ def run_checks(settings: Settings) -> list[Check]:
                 probe.unlink()
             except OSError as error:
                 raise ScansideError(error.strerror or str(error), str(folder), "make it writable") from error
+        intake = settings.intake
+        if shortage := Spool(settings.spool_directory).shortage(intake.reserve_percent, intake.reserve_bytes):
+            raise ScansideError(shortage, str(settings.spool_directory), "make room, or lower intake.reserve_…")
         return str(settings.box.state_directory)
 
     def ledger() -> str:

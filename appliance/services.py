@@ -144,7 +144,15 @@ def run_intake(settings: Settings) -> None:
         except OSError as error:
             where = f"box.state_directory ({settings.spool_directory})"
             raise ScansideError(error.strerror or str(error), where, "make the folder writable") from error
-        receiver = Receiver(ledger, spool, partial(ring, settings.run_directory, "engine"))
+        receiver = Receiver(
+            ledger,
+            spool,
+            partial(ring, settings.run_directory, "engine"),
+            reserve_percent=settings.intake.reserve_percent,
+            reserve_bytes=settings.intake.reserve_bytes,
+        )
+        if shortage := spool.shortage(settings.intake.reserve_percent, settings.intake.reserve_bytes):
+            log.error("intake: %s; every instance is refused until there is room", shortage)
         server = start_server(
             settings.intake.ae_title,
             settings.intake.host,

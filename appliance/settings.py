@@ -67,6 +67,12 @@ class Intake(_Section):
     require_called_ae_title: bool = Field(
         False, description="Refuse an association that does not call us by our own title."
     )
+    reserve_percent: float = Field(
+        5.0, ge=0, le=90, description="Below this share of free disk (or inodes) new instances are refused (0xA700)."
+    )
+    reserve_bytes: int = Field(
+        2_000_000_000, ge=0, description="Below this much free disk new instances are refused, whatever its share."
+    )
 
 
 class Study(_Section):

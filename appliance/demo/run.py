@@ -170,7 +170,14 @@ def _configure(directory: Path, hospital: Hospital, ports: list[int], *, own_stu
         directory,
         {
             "box": {"name": "scanside-demo"},
-            "intake": {"ae_title": BOX_AE, "host": LOOPBACK, "port": ports[0]},
+            # The demo may run on a full disk as long as its few megabytes fit.
+            "intake": {
+                "ae_title": BOX_AE,
+                "host": LOOPBACK,
+                "port": ports[0],
+                "reserve_percent": 0.0,
+                "reserve_bytes": 200_000_000,
+            },
             "study": {"quiet_seconds": 5.0},
             "triton": {
                 "environment": str(Path(environment).resolve()),

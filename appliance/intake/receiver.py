@@ -29,12 +29,22 @@ class Receiver:
 
     Args:
         ring: wakes the stage behind; called after each instance and each closed association.
+        reserve_percent, reserve_bytes: what is left free on the disk, see `Spool.shortage`.
     """
 
-    def __init__(self, ledger: Ledger, spool: Spool, ring: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        spool: Spool,
+        ring: Callable[[], None],
+        *,
+        reserve_percent: float = 0.0,
+        reserve_bytes: int = 0,
+    ) -> None:
         self._ledger = ledger
         self._spool = spool
         self._ring = ring
+        self._reserve = (reserve_percent, reserve_bytes)
         self._associations: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -62,6 +72,8 @@ class Receiver:
             reason = "the command names another SOP class or instance than the data set"
             return self._refuse(association, DOES_NOT_MATCH_SOP_CLASS, reason, size)
         try:
+            if shortage := self._spool.shortage(*self._reserve):
+                return self._refuse(association, OUT_OF_RESOURCES, shortage, size)
             digest = self._spool.put(received.part10)
             outcome = self._ledger.record_instance(header, digest, size, association)
         except (OSError, SQLAlchemyError) as error:

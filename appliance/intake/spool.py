@@ -46,6 +46,25 @@ class Spool:
         _sync_directory(self._directory)
         return digest
 
+    def shortage(self, reserve_percent: float, reserve_bytes: int) -> str:
+        """Why the disk should take no more, in a sentence without its full stop; '' if it may.
+
+        The reserve is for what was already accepted: the ledger, findings and messages still have to be written.
+
+        Args:
+            reserve_percent: least share of the file system, and of its inodes where it counts them, to leave free.
+            reserve_bytes: least number of bytes to leave free.
+        """
+        disk = os.statvfs(self._directory)
+        free = disk.f_bavail * disk.f_frsize
+        share = 100 * disk.f_bavail / disk.f_blocks if disk.f_blocks else 100.0
+        inodes = 100 * disk.f_favail / disk.f_files if disk.f_files else 100.0
+        if free < reserve_bytes or share < reserve_percent:
+            return f"the disk's reserve is reached ({free / 1e9:.1f} GB, {share:.1f} % free)"
+        if inodes < reserve_percent:
+            return f"the disk's reserve of inodes is reached ({inodes:.1f} % free)"
+        return ""
+
     def sweep(self, known: Iterable[str]) -> int:
         """Delete what was never acknowledged: half-written files, and whole ones that no row speaks of.
 

@@ -149,7 +149,7 @@ def running_box(folder: Path, *, answer: str = "AA", **sections: dict[str, Any])
         config = init.write(
             folder / "box",
             {
-                "intake": {"host": LOOPBACK, "port": ports[0]},
+                "intake": {"host": LOOPBACK, "port": ports[0], "reserve_percent": 0.0, "reserve_bytes": 0},
                 "study": {"quiet_seconds": 5.0, "settle_seconds": 0.5},
                 "triton": {
                     "environment": str(environment),

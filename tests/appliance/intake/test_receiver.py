@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,17 @@ from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts, find_study
 from dicom_io.header import read_header
 from dicom_io.scp import AssociationClosed, Received
+
+
+@dataclass
+class Disk:
+    """What os.statvfs tells: blocks of f_frsize bytes, and inodes."""
+
+    f_frsize: int
+    f_blocks: int
+    f_bavail: int
+    f_files: int
+    f_favail: int
 
 
 class Bench:
@@ -117,6 +129,32 @@ def test_a_full_disk_is_out_of_resources_and_leaves_nothing(
     assert bench.files() == []
     monkeypatch.undo()
     assert bench.store(slice_) == SUCCESS
+
+
+def test_below_the_reserve_nothing_new_is_taken_and_nothing_accepted_is_touched(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench.store(slice_) == SUCCESS
+    kept = bench.files()
+    monkeypatch.setattr(bench, "receiver", Receiver(bench.ledger, bench.spool, bench._ring, reserve_bytes=10**18))
+    bench.receiver.opened(1, "SCANNER", "SCANSIDE", "127.0.0.1")
+    other = slice_[:-1] + bytes([slice_[-1] ^ 1])
+    assert bench.store(other) == OUT_OF_RESOURCES
+    assert bench.files() == kept
+    assert bench.events()["instance.refused"] == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "free_inodes", "said"),
+    [(60, 60, ""), (4, 60, "disk's reserve is reached"), (60, 4, "inodes"), (19, 60, "disk's reserve is reached")],
+)
+def test_the_reserve_counts_share_bytes_and_inodes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, free: int, free_inodes: int, said: str
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: Disk(1000, 100, free, 100, free_inodes))
+    shortage = bench.spool.shortage(5.0, 20_000)
+    assert said in shortage
+    assert bool(shortage) == bool(said)
 
 
 def test_no_success_without_a_row(bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
