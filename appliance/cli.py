@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -384,6 +385,50 @@ def retry(
             ring(settings.run_directory, "engine")  # its object may have to be made first
             ring(settings.run_directory, "delivery")
             out.print(f"delivery {delivery} is pending again", highlight=False)
+
+
+@app.command()
+@_guard
+def accounting(
+    day: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Day in UTC; today if omitted.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare every file with its digest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove for a day that what was received is kept, belongs to a study, and has an outcome."""
+    from dataclasses import asdict
+
+    from appliance.accounting import account
+
+    settings, _ = _settings()
+    wanted = (day or datetime.now(UTC)).date()
+    with _ledger() as ledger, Progress(console=err, transient=True) as progress:
+        task = progress.add_task("looking at files")
+        told = account(
+            ledger,
+            settings.spool_directory,
+            wanted,
+            verify=verify,
+            on_file=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    if as_json:
+        _emit({**asdict(told), "day": told.day.isoformat(), "balanced": told.balanced})
+    else:
+        table = Table("", "", box=None, show_header=False)
+        table.add_row(f"received on {told.day} (UTC)", str(told.received))
+        for reason, count in told.refused.items():
+            table.add_row(f"  refused: {escape(reason)}", str(count))
+        table.add_row("  there already, the same bytes", str(told.duplicates))
+        table.add_row("kept, different instances", str(told.kept))
+        for outcome, count in told.outcomes.items():
+            table.add_row(f"  {escape(outcome)}", str(count))
+        for digest in told.missing_rows:
+            table.add_row(f"  [bold red]no row in the ledger:[/] {digest}", "1")
+        for digest in told.missing_files:
+            table.add_row(f"  [bold red]no such file in the spool, or changed:[/] {digest}", "1")
+        out.print(table)
+        out.print("[green]balanced[/]" if told.balanced else "[bold red]NOT balanced[/]")
+    if not told.balanced:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -51,7 +51,7 @@ def node() -> Iterator[tuple[str, Keeper]]:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    names = "init check run intake engine deliver triton echo send phantom studies study retry metrics demo"
+    names = "init check run intake engine deliver triton echo send phantom studies study retry accounting metrics demo"
     for command in names.split():
         assert command in text
     assert run("--version").stdout.startswith("scanside ")
@@ -74,6 +74,10 @@ def test_init_then_studies(tmp_path: Path) -> None:
     assert [(one["study"], one["state"], one["instances"]) for one in listed] == [(1, "receiving", 3)]
     assert json.loads(run("--config", config, "study", "1", "--json").stdout)["study_instance_uid"] == "1.2.3"
     assert "1.2.3" in run("--config", config, "study", "1.2.3").stdout
+    lost = run("--config", config, "accounting")  # rows without files
+    assert (lost.exit_code, "NOT balanced" in lost.stdout) == (1, True)
+    assert run("--config", config, "accounting", "--day", "2020-01-01").exit_code == 0
+    assert run("--config", config, "accounting", "--day", "yesterday").exit_code == 2
     ledger.close()
 
 

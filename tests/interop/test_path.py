@@ -263,6 +263,9 @@ def test_the_command_tells_what_happened(box: Box, tmp_path: Path) -> None:
     for word in ("Timeline", "Admission", "positive", "Deliveries", "acknowledged"):
         assert word in table
     assert "BLEED" not in table
+    day = json.loads(box.command("accounting", "--verify", "--json").stdout)
+    assert day["balanced"]
+    assert day["outcomes"]["analysed"] >= len(files)
     missing = box.command("study", "9.9.9")
     assert (missing.returncode, "no such study" in missing.stderr) == (1, True)
     assert 'scanside_events_total{event="verdict.issued"}' in box.command("metrics").stdout
