@@ -134,10 +134,10 @@ class AssociationClosed:
 
 
 class Handlers(Protocol):
-    """What the owner of the server does. All three may be called from several threads at once.
+    """What the owner of the server does. All four may be called from several threads at once.
 
-    For each association: ``opened`` once, then ``stored`` one after another, then ``closed`` once. An association
-    for which ``opened`` raised is aborted and has no ``closed``.
+    For each association: ``opened`` once, then ``stored`` or ``refused`` one after another, then ``closed`` once.
+    An association for which ``opened`` raised is aborted and has no ``closed``.
     """
 
     def opened(self, association: int, calling_ae: str, called_ae: str, address: str) -> None:
@@ -145,6 +145,9 @@ class Handlers(Protocol):
 
     def stored(self, received: Received) -> int:
         """Keep an instance, and say so by the DIMSE status that is returned and sent (0x0000 is Success)."""
+
+    def refused(self, association: int, status: int, reason: str, size: int) -> None:
+        """An instance of so many bytes was answered with that failure status, without or in spite of ``stored``."""
 
     def closed(self, closed: AssociationClosed) -> None:
         """An association has ended; no ``stored`` of it is running or will come."""
@@ -303,10 +306,12 @@ class StorageServer:
         sop_class_uid = str(event.request.AffectedSOPClassUID)
         sop_instance_uid = str(event.request.AffectedSOPInstanceUID)
         transfer_syntax_uid = str(event.context.transfer_syntax)
+        size = len(event.request.DataSet.getbuffer()) if event.request.DataSet else 0
         if sop_class_uid != event.context.abstract_syntax:
-            return CLASS_NOT_SUPPORTED
+            reason = "the command names another SOP class than its presentation context"
+            return self._refuse(session, CLASS_NOT_SUPPORTED, reason, size)
         if not is_uid(sop_instance_uid):
-            return INVALID_INSTANCE
+            return self._refuse(session, INVALID_INSTANCE, "Affected SOP Instance UID is no UID", size)
         received = Received(
             sop_class_uid=sop_class_uid,
             sop_instance_uid=sop_instance_uid,
@@ -319,9 +324,16 @@ class StorageServer:
         )
         try:
             return self._handlers.stored(received)
-        except Exception:
+        except Exception as error:
             logger.exception("an instance of association %d was not stored", session.number)
-            return PROCESSING_FAILURE
+            return self._refuse(session, PROCESSING_FAILURE, f"{type(error).__name__}: {error}", size)
+
+    def _refuse(self, session: _Session, status: int, reason: str, size: int) -> int:
+        try:
+            self._handlers.refused(session.number, status, reason, size)
+        except Exception:
+            logger.exception("a refusal of association %d could not be recorded", session.number)
+        return status
 
 
 def start_server(

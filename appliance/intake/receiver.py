@@ -84,6 +84,10 @@ class Receiver:
             self._ring()
         return SUCCESS
 
+    def refused(self, association: int, status: int, reason: str, size: int) -> None:
+        """Write down what the protocol layer refused by itself."""
+        self._refuse(self._associations[association], status, reason, size)
+
     def closed(self, closed: AssociationClosed) -> None:
         """Write down how the association ended."""
         with self._lock:

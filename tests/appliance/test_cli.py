@@ -37,6 +37,9 @@ class Keeper:
         self.received.append(received)
         return self.status
 
+    def refused(self, association: int, status: int, reason: str, size: int) -> None:
+        pass
+
     def closed(self, closed: AssociationClosed) -> None:
         pass
 

@@ -129,6 +129,7 @@ class Recorder:
         self.status = status
         self.opened_calls: list[tuple[int, str, str, str]] = []
         self.received: list[Received] = []
+        self.refused_calls: list[tuple[int, int]] = []
         self.closed_calls: list[AssociationClosed] = []
         self._changed = threading.Condition()
 
@@ -142,6 +143,12 @@ class Recorder:
             self.received.append(received)
             self._changed.notify_all()
         return self.status
+
+    def refused(self, association: int, status: int, reason: str, size: int) -> None:
+        assert reason
+        with self._changed:
+            self.refused_calls.append((status, size))
+            self._changed.notify_all()
 
     def closed(self, closed: AssociationClosed) -> None:
         with self._changed:

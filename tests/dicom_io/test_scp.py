@@ -252,6 +252,7 @@ def test_a_handler_that_fails_fails_the_instance_only(slices: list[Path], caplog
         with _Peer(server.port) as peer:
             assert store(peer, slices[3]) == 0x0000
         recorder.wait(closed=2)
+    assert [status for status, _ in recorder.refused_calls] == [0xC000]
     assert "disk full" in caplog.text and "cannot say so" in caplog.text
 
 
@@ -281,6 +282,8 @@ def test_a_command_that_belies_its_context_or_names_no_uid(slices: list[Path]) -
         ):
             assert low_level_store(peer, class_uid, instance_uid, data_set_of(slices[0])) == expected
     assert [r.sop_instance_uid for r in recorder.received] == ["1.2.3"]
+    size = len(data_set_of(slices[0]))
+    assert recorder.refused_calls == [(0x0122, size), (0x0117, size)]
 
 
 def data_set_of(path: Path) -> bytes:

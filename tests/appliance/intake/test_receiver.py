@@ -111,6 +111,11 @@ def test_what_cannot_be_read_is_refused_and_written_down(bench: Bench) -> None:
     assert bench.rings == 0
 
 
+def test_what_the_protocol_layer_refuses_is_written_down(bench: Bench) -> None:
+    bench.receiver.refused(1, 0x0117, "no UID", 10)
+    assert bench.events()["instance.refused"] == 1
+
+
 def test_a_command_that_lies_about_the_data_set_is_refused(bench: Bench, slice_: bytes) -> None:
     sop_class = read_header(slice_).sop_class_uid
     assert bench.store(slice_, sop_class, "1.2.3.4") == DOES_NOT_MATCH_SOP_CLASS
