@@ -174,8 +174,14 @@ def _inspect_jpeg_2000(frame: bytes, rows: int, columns: int) -> _Stream:
 
 
 def _decode_rle(frame: bytes, rows: int, columns: int) -> NDArray[Any]:
-    # reshape refuses any other length: the codec itself does not know how long the segments must be.
-    return np.frombuffer(imagecodecs.dicomrle_decode(frame, "<u2"), "<u2").reshape(rows, columns)
+    # Each half by itself: of two segments of wrong lengths that make up the right sum the whole would be a wrong image.
+    first, second = struct.unpack_from("<2I", frame, 4)
+    halves = [imagecodecs.packbits_decode(part) for part in (frame[first:second], frame[second:])]
+    if any(len(half) != rows * columns for half in halves):
+        raise ValueError("a segment has another length than the image")
+    high, low = (np.frombuffer(half, np.uint8).astype(np.uint16) for half in halves)
+    values: NDArray[Any] = ((high << 8) | low).reshape(rows, columns)
+    return values
 
 
 def _decode_jpeg_lossless(frame: bytes, rows: int, columns: int) -> NDArray[Any]:
@@ -205,7 +211,7 @@ _CODECS: dict[str, tuple[Callable[[bytes, int, int], _Stream], Callable[[bytes, 
     HTJ2KLosslessRPCL: (_inspect_jpeg_2000, _decode_jpeg_2000),
 }
 _NAMES: dict[str, str] = {
-    RLELossless: "imagecodecs.dicomrle",
+    RLELossless: "imagecodecs.packbits",
     JPEGLossless: "imagecodecs.jpeg8",
     JPEGLosslessSV1: "imagecodecs.jpeg8",
     JPEGLSLossless: "imagecodecs.jpegls",

@@ -145,7 +145,7 @@ def _format(elements: Elements) -> _Format:
     representation = elements.short("PixelRepresentation")
     if representation not in (0, 1):
         raise DecodeError(f"PixelRepresentation is {representation}, not 0 or 1")
-    frames = elements.integer("NumberOfFrames") if "NumberOfFrames" in elements else 1
+    frames = elements.integer("NumberOfFrames") if elements.text("NumberOfFrames") else 1
     rows, columns = elements.short("Rows") or 0, elements.short("Columns") or 0
     form = _Format(frames or 0, rows, columns, bits_stored, representation == 1, _overlay_mask(elements, bits_stored))
     if frames is None or frames < 1 or not rows or not columns:

@@ -245,7 +245,13 @@ def _associated(peer: Peer, calling_ae: str, contexts: Set[tuple[str, str]], tim
     for class_uid, syntax in contexts:
         ae.add_requested_context(class_uid, syntax)
     connected: list[Any] = []
+
+    def limit(event: Any) -> None:
+        # pynetdicom leaves a requestor's socket without a timeout: a peer that stops reading would hold it for ever.
+        event.assoc.dul.socket.socket.settimeout(timeout)
+
     handlers = [
+        (evt.EVT_CONN_OPEN, limit),
         (evt.EVT_CONN_OPEN, connected.append),
         (evt.EVT_CONN_OPEN, send_at_once),
         (evt.EVT_PDU_SENT, acknowledge_at_once),

@@ -7,12 +7,19 @@ from pathlib import Path
 from appliance.delivery.outbox import Result
 from dicom_io.scu import Peer, send
 
+DUPLICATE = 0x0111
+"""Duplicate SOP Instance (PS3.7 C.5.6). Our UIDs are derived from what they name: the peer holds this very object, from
+a try whose answer was lost."""
+PASSING = (0x0110, 0x0213)
+"""Processing failure and Resource limitation (PS3.7 C.5.12, C.5.15)."""
+
 
 def store(path: Path, peer: Peer, calling_ae: str) -> Result:
-    """C-STORE one file (PS3.4 Annex B). Success and warnings count as stored.
+    """C-STORE one file (PS3.4 Annex B). Success and warnings count as stored, and so does "I have it already".
 
-    A refusal for lack of resources (0xA7xx), and no answer at all, are worth another try; another failure status
-    is the peer's verdict on the object and stays so.
+    A refusal for lack of resources (0xA7xx, 0x0213), a processing failure (0x0110, what many answer while their
+    database is away), and no answer at all are worth another try; another failure status is the peer's verdict on
+    the object and stays so.
 
     Raises:
         PeerError: no association.
@@ -20,5 +27,7 @@ def store(path: Path, peer: Peer, calling_ae: str) -> Result:
     (result,) = send([path], peer, calling_ae)
     if not result.error:
         return "acknowledge", "" if result.status == 0 else f"warning 0x{result.status:04X}"
-    retry = result.status is None or result.status & 0xFF00 == 0xA700
+    if result.status == DUPLICATE:
+        return "acknowledge", "it was stored before (0x0111)"
+    retry = result.status is None or result.status & 0xFF00 == 0xA700 or result.status in PASSING
     return ("retry" if retry else "reject"), result.error

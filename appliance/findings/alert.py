@@ -12,11 +12,11 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Literal
 
 from pydicom.dataset import Dataset
-from pydicom.valuerep import PersonName
+from pydicom.multival import MultiValue
 
 from appliance.findings import wording
 from appliance.ledger.records import Verdict
@@ -86,7 +86,7 @@ def render_alert(
         _segment("PID", {1: "1", 3: _patient_id(source), 5: _names(source), 7: _birth(source), 8: _sex(source)}),
         _segment("PV1", {1: "1", 2: "U", 19: _text(_value(source, "AdmissionID"))}),
         *_order(source, sent),
-        *_notes(verdict, kind, revision),
+        *_notes(verdict, kind, revision, source),
         *_observations(verdict, kind, revision, _acquired(source), sent),
     ]
     return "".join(segment + "\r" for segment in segments)
@@ -101,7 +101,9 @@ def _order(source: Dataset, sent: str) -> list[str]:
     )
     accession = _value(source, "AccessionNumber") or _value(request, "AccessionNumber")
     issuer = _first_item(source, "IssuerOfAccessionNumberSequence")
-    filler = _components(_text(accession), *(_authority(issuer) if accession else ()))
+    # OBR-3 is required; without an accession the study's UID is the one number that everybody has.
+    number = accession or _value(source, "StudyInstanceUID")
+    filler = _components(_text(number), *(_authority(issuer) if accession else ()))
     service = (
         *(codes.CT_HEAD_LOINC.value, codes.CT_HEAD_LOINC.meaning, codes.CT_HEAD_LOINC.scheme),
         *(codes.CT_HEAD.value, codes.CT_HEAD.meaning, codes.CT_HEAD.scheme),
@@ -120,12 +122,14 @@ def _order(source: Dataset, sent: str) -> list[str]:
     return [_segment("ORC", {1: "RE", 2: _text(placer), 3: filler}), _segment("OBR", fields)]
 
 
-def _notes(verdict: Verdict, kind: Kind, revision: int) -> list[str]:
+def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list[str]:
     lines = [wording.TRIAGE_ONLY, verdict.notice]
     if kind == "correction":
         lines.insert(0, f"CORRECTION: revision {revision} of this verdict replaces the earlier alert.")
     if kind == "withdrawal":
         lines.insert(0, f"WITHDRAWAL: revision {revision} of this verdict takes the earlier alert back.")
+    if not _value(source, "PatientID"):
+        lines.insert(0, "The images carry NO patient ID: identify the patient by name, accession and study UID.")
     lines += [f"Limitation: {limitation}" for limitation in verdict.limitations]
     return [
         _segment("NTE", {1: str(number), 2: "L", 3: _long_text(line)}) for number, line in enumerate(lines, start=1)
@@ -183,8 +187,7 @@ def _patient_id(source: Dataset) -> str:
 
 def _names(source: Dataset) -> str:
     """PID-5: each component group of the person name (PS3.5 6.2.1) as a repetition of XPN."""
-    name = source.get("PatientName")
-    groups = str(name).split("=") if isinstance(name, PersonName | str) else []
+    groups = _value(source, "PatientName").split("=")
     repetitions = []
     for group, representation in zip(groups, _SUBTYPES_OF_NAMES, strict=False):
         family, given, middle, prefix, suffix = (*(part.strip() for part in group.split("^")), *[""] * 5)[:5]
@@ -196,8 +199,16 @@ def _names(source: Dataset) -> str:
 
 
 def _birth(source: Dataset) -> str:
-    digits = re.sub(r"[^0-9]", "", _value(source, "PatientBirthDate"))
-    return digits if len(digits) == 8 else ""
+    return _day(_value(source, "PatientBirthDate"))
+
+
+def _day(text: str) -> str:
+    """A day as HL7 has it; '' if there is no such day: a receiver that checks would reject the whole alert."""
+    digits = re.sub(r"[^0-9]", "", text)
+    try:
+        return date.fromisoformat(digits).strftime("%Y%m%d") if len(digits) == 8 else ""
+    except ValueError:
+        return ""
 
 
 def _sex(source: Dataset) -> str:
@@ -206,15 +217,22 @@ def _sex(source: Dataset) -> str:
 
 
 def _acquired(source: Dataset) -> str:
-    """OBR-7: when the images were acquired, by the scanner's clock; '' if the source does not say."""
-    for date_of, time_of in (("AcquisitionDate", "AcquisitionTime"), ("StudyDate", "StudyTime")):
-        date = re.sub(r"[^0-9]", "", _value(source, date_of))
-        time = re.match(r"[0-9]{2}([0-9]{2}([0-9]{2})?)?", _value(source, time_of).replace(":", ""))
-        if len(date) == 8:
-            minutes = time[0] if time and len(time[0]) >= 4 else ""
-            offset = _value(source, "TimezoneOffsetFromUTC") if minutes else ""
-            return date + minutes + (offset if re.fullmatch(r"[+-][0-9]{4}", offset) else "")
-    return ""
+    """OBR-7: when the images were acquired, by the scanner's clock; '' if the source does not say.
+
+    The first of acquisition and study that has a time, else the first that has a day.
+    """
+    whole = _value(source, "AcquisitionDateTime")
+    pairs = [(whole[:8], whole[8:])]
+    pairs += [(_value(source, f"{name}Date"), _value(source, f"{name}Time")) for name in ("Acquisition", "Study")]
+    days = ""
+    for day_of, time_of in pairs:
+        day = _day(day_of)
+        time = re.match(r"([01][0-9]|2[0-3])[0-5][0-9]([0-5][0-9])?", time_of.replace(":", ""))
+        if day and time:
+            offset = _value(source, "TimezoneOffsetFromUTC")
+            return day + time[0] + (offset if re.fullmatch(r"[+-](0[0-9]|1[0-4])[0-5][0-9]", offset) else "")
+        days = days or day
+    return days
 
 
 def _authority(item: Dataset | None) -> tuple[str, str, str]:
@@ -231,6 +249,8 @@ def _first_item(source: Dataset, keyword: str) -> Dataset | None:
 
 def _value(source: Dataset | None, keyword: str) -> str:
     value = source.get(keyword) if source is not None else None
+    if isinstance(value, MultiValue):  # a backslash, or a yen sign of ISO_IR 13, within a single value
+        value = "\\".join(map(str, value))
     return "" if value is None else str(value).strip()
 
 

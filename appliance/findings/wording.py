@@ -26,7 +26,7 @@ def judged_by(verdict: Verdict) -> str:
     """Who says so: package, version, probability and threshold."""
     return (
         f"{verdict.package} {verdict.package_version}: "
-        f"probability {verdict.probability:.2f}, threshold {verdict.threshold:.2f}"
+        f"probability {verdict.probability:.3f}, threshold {verdict.threshold:.3f}"
     )
 
 
@@ -45,7 +45,7 @@ def banner(verdict: Verdict, slab: SlabResult) -> tuple[str, ...]:
     return (
         f"Haemorrhage suspected: {kinds(slab.probabilities)}",
         f"{judged_by(verdict)}, volume {verdict.volume_ml:.1f} mL",
-        f"Slab {slab.index + 1} of {len(verdict.slabs)}: probability {slab.probabilities['any']:.2f}",
+        f"Slab {slab.index + 1} of {len(verdict.slabs)}: probability {slab.probabilities['any']:.3f}",
         TRIAGE_ONLY,
         verdict.notice,
     )

@@ -46,7 +46,7 @@ def decode_volume(volume: Volume, files: Mapping[str, tuple[Path, str]]) -> Deco
     """
     uids = list(dict.fromkeys(plane.sop_instance_uid for plane in volume.planes))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        decoded = dict(zip(uids, pool.map(lambda uid: _decode(*files[uid]), uids), strict=True))
+        decoded = dict(zip(uids, pool.map(lambda uid: decode_verified(*files[uid]), uids), strict=True))
     planes = []
     for plane in volume.planes:
         frames = decoded[plane.sop_instance_uid].hu
@@ -60,8 +60,22 @@ def decode_volume(volume: Volume, files: Mapping[str, tuple[Path, str]]) -> Deco
     return DecodedVolume(tuple(planes), tuple(sorted({one.codec for one in decoded.values()})))
 
 
-def _decode(path: Path, digest: str) -> Decoded:
+def decode_verified(path: Path, digest: str) -> Decoded:
+    """Decode a file of the spool that is still what was received.
+
+    Raises:
+        DecodeError: its SHA-256 is not that digest, or its pixels cannot be trusted.
+    """
+    return decode(verified(path, digest))
+
+
+def verified(path: Path, digest: str) -> Path:
+    """The path, if the file's SHA-256 is that digest.
+
+    Raises:
+        DecodeError: it is not.
+    """
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise DecodeError("the file changed since it was received", str(path), "check the disk; send it again")
-    return decode(path)
+    return path

@@ -20,6 +20,8 @@ from .slabs import SlabPlan
 from .triton import Output
 
 KEY_SLABS = 3
+EVALUATION = "Evaluation only, no basis for care."
+"""Stands before the notice of every package that is not in clinical mode, wherever its verdict is shown."""
 FINE_MM = 0.5
 """Pixel of the enlarged lesion map that outlines and areas are taken from."""
 SPECK_MM2 = 4.0
@@ -84,7 +86,7 @@ def aggregate(
         series_instance_uid=series_uid,
         package=package.name,
         package_version=package.version,
-        notice=package.notice,
+        notice=package.notice if package.mode == "clinical" else f"{EVALUATION} {package.notice}",
         positive=highest[ANY] >= threshold,
         probability=highest[ANY],
         threshold=threshold,

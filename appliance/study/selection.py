@@ -21,6 +21,9 @@ CT_IMAGES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTIm
 MAXIMUM_TILT_DEGREES = 35.0
 """Gantries tilt to about 30°; a series further off the axial plane is a reformat or a scout."""
 
+UPRIGHT = 0.8
+"""Least cosine between the image's axes and the patient's: a head turned by more than 37° in the image is not read."""
+
 MINIMUM_SLICES = 5
 """Fewer are a scout, a bolus monitor or a fragment."""
 
@@ -162,6 +165,10 @@ def _candidate(series: Series) -> _Candidate | str:
     off_axis = math.degrees(math.acos(min(1.0, abs(volume.normal[2]))))
     if off_axis > MAXIMUM_TILT_DEGREES:
         return f"not axial: {off_axis:.0f}° off"
+    row, column = volume.planes[0].geometry.orientation[:3], volume.planes[0].geometry.orientation[3:]
+    if abs(row[0]) < UPRIGHT or column[1] < UPRIGHT:
+        # Models are trained on faces that look up; a mirrored head is the same to them, a turned one is not.
+        return "the head is turned in the image (prone, or on its side)"
     if body_region(first) == "elsewhere":
         return "not of the head"
     kernel = kernel_class(first)

@@ -269,7 +269,7 @@ def _characters(made: Dataset, keyword: str) -> str:
 
 
 def _local(made: Dataset, created: datetime) -> datetime:
-    offset = re.fullmatch(r"([+-])(\d\d)(\d\d)", _characters(made, "TimezoneOffsetFromUTC"))
+    offset = re.fullmatch(r"([+-])(0[0-9]|1[0-4])([0-5][0-9])", _characters(made, "TimezoneOffsetFromUTC"))
     if offset is None:
         return created
     minutes = int(offset[2]) * 60 + int(offset[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ DCMTK = {
     "explicit": (["dcmconv", "+te"], "raw"),
     "big endian": (["dcmconv", "+tb"], "raw"),
     "deflated": (["dcmconv", "+td"], "deflate"),
-    "rle": (["dcmcrle"], "imagecodecs.dicomrle"),
+    "rle": (["dcmcrle"], "imagecodecs.packbits"),
     "jpeg lossless sv1": (["dcmcjpeg", "+e1"], "imagecodecs.jpeg8"),
     **{f"jpeg lossless predictor {n}": (["dcmcjpeg", "+el", "+sv", str(n)], "imagecodecs.jpeg8") for n in range(1, 8)},
     "jpeg-ls": (["dcmcjpls", "+el"], "imagecodecs.jpegls"),
@@ -418,5 +419,31 @@ def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_malformed_files_are_refused(malformed: Path) -> None:
     """The corpus has no rescale, so none of it is CT that could be used."""
     for path in sorted(malformed.rglob("*.dcm")):
+        with pytest.raises(DecodeError):
+            decode(path)
+
+
+@pytest.mark.parametrize(("shift", "good"), [(0, True), (8, False), (-8, False)])
+def test_rle_segments_of_wrong_lengths_that_make_up_the_right_sum_are_refused(
+    tmp_path: Path, shift: int, good: bool
+) -> None:
+    def literal(count: int) -> bytes:  # PackBits (PS3.5 G.3.1): runs of up to 128 bytes as they are
+        content = bytes(n % 7 for n in range(count))
+        runs = [content[n : n + 128] for n in range(0, count, 128)]
+        coded = b"".join(bytes([len(run) - 1]) + run for run in runs)
+        return coded + bytes(len(coded) % 2)
+
+    count = ROWS * COLUMNS
+    high, low = literal(count + shift), literal(count - shift)
+    frame = struct.pack("<16I", 2, 64, 64 + len(high), *[0] * 13) + high + low
+    dataset = ct(head(12, False), 12)
+    dataset.PixelData = encapsulate([frame])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = RLELossless
+    path = save(dataset, tmp_path / "rle.dcm")
+    if good:
+        expected = np.array([n % 7 * 257 for n in range(count)]).reshape(ROWS, COLUMNS)
+        assert np.array_equal(decode(path).stored[0], expected)
+    else:
         with pytest.raises(DecodeError):
             decode(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -342,3 +343,29 @@ def test_small_messages_do_not_wait_for_delayed_acknowledgements(tmp_path: Path)
         started = time.monotonic()
         assert set(outcomes(send([small] * 50, peer, "SENDER"))) == {(0, "")}
         assert time.monotonic() - started < 1.9  # over 2 s if each waits its 40 ms
+
+
+def test_a_peer_that_stops_reading_does_not_hold_the_sender_for_ever(tmp_path: Path) -> None:
+    large = ct(head(12, False), 12)
+    large.PixelData = bytes(24 << 20)
+    path = save(large, tmp_path / "large.dcm")
+    done: list[list[SendResult]] = []
+
+    def turn_deaf(event: Any) -> None:
+        event.assoc.dul._is_transport_event = lambda: False
+
+    ae = AE()
+    ae.supported_contexts = AllStoragePresentationContexts
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_ESTABLISHED, turn_deaf)])
+    try:
+        peer = Peer("DEAF", "127.0.0.1", server.server_address[1])
+        sender = threading.Thread(target=lambda: done.append(send([path], peer, "SENDER", timeout=1.0)), daemon=True)
+        sender.start()
+        sender.join(30)
+        assert not sender.is_alive()
+    finally:
+        for association in server.active_associations:
+            association.dul.socket.close()
+        server.shutdown()
+    (results,) = done
+    assert results[0].error

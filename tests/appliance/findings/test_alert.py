@@ -175,6 +175,50 @@ def test_a_source_with_little_identity_still_alerts(tmp_path: Path) -> None:
     assert field(message.segment("OBR"), 7) == ""
 
 
+def test_images_without_a_patient_id_say_so_first_and_carry_the_study_uid_as_order_number(tmp_path: Path) -> None:
+    series = ct_series(tmp_path, drop=("PatientID", "AccessionNumber"), count=3)
+    header = series.header()
+    header.PatientID = ""
+    message = hl7.parse(alert(verdict_on(series), header))
+    assert "NO patient ID" in field(message.segments("NTE")[0], 3)
+    assert field(message.segment("OBR"), 3) == header.StudyInstanceUID
+    header.PatientID = "P1"
+    assert "NO patient ID" not in alert(verdict_on(series), header)
+
+
+@pytest.mark.parametrize(("keyword", "segment", "number"), [("PatientID", "PID", 3), ("AccessionNumber", "OBR", 18)])
+def test_a_backslash_in_an_identifier_arrives_as_one(tmp_path: Path, keyword: str, segment: str, number: int) -> None:
+    series = ct_series(tmp_path, count=3)
+    header = series.header()
+    setattr(header, keyword, ["12", "34"])  # how pydicom reads 12, backslash, 34
+    message = valid(alert(verdict_on(series), header))
+    assert field(message.segment(segment), number).split("^")[0] == "12\\E\\34"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"AcquisitionDate": "00000000", "AcquisitionTime": "101112"}, "20260304041500"),
+        ({"AcquisitionDate": "20260304", "AcquisitionTime": "996199"}, "20260304041500"),
+        ({"AcquisitionDate": "20260304", "AcquisitionTime": ""}, "20260304041500"),
+        ({"AcquisitionDateTime": "20260305031500.25"}, "20260305031500"),
+        (
+            {"AcquisitionDate": "20260304", "AcquisitionTime": "101112", "TimezoneOffsetFromUTC": "+9900"},
+            "20260304101112",
+        ),
+    ],
+)
+def test_an_impossible_time_is_not_sent(tmp_path: Path, changes: dict[str, str], expected: str) -> None:
+    series = ct_series(tmp_path, count=3)
+    header = series.header()
+    header.StudyDate, header.StudyTime, header.PatientBirthDate = "20260304", "041500", "00000000"
+    for keyword, value in changes.items():
+        setattr(header, keyword, value)
+    message = valid(alert(verdict_on(series), header))
+    assert field(message.segment("OBR"), 7) == expected
+    assert field(message.segment("PID"), 7) == ""
+
+
 def test_a_correction_replaces_and_a_withdrawal_takes_back(series: Series) -> None:
     correction = valid(alert(verdict_on(series), series.header(), kind="correction", revision=2))
     assert field(correction.segments("NTE")[0], 3).startswith("CORRECTION: revision 2")

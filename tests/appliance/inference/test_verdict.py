@@ -80,7 +80,11 @@ def test_the_study_is_as_suspicious_as_its_most_suspicious_slab(package: Package
     assert said.subtypes["epidural"] == pytest.approx(0.07)
     assert said.subtypes["subdural"] == pytest.approx(0.014)
     assert said.codecs == ("imagecodecs.rle", "raw")
-    assert (said.package, said.package_version, said.notice) == (package.name, package.version, package.notice)
+    assert (said.package, said.package_version, said.notice) == (
+        package.name,
+        package.version,
+        f"Evaluation only, no basis for care. {package.notice}",
+    )
     assert [(slab.sop_instance_uid, slab.frame) for slab in said.slabs] == [("1.2.0", 0), ("1.2.1", 1), ("1.2.2", 0)]
     assert Verdict.from_json(said.to_json()) == said
 

@@ -11,7 +11,7 @@ from appliance.study.grouping import group
 from appliance.study.selection import Selection, kernel_class, select
 from dicom_io.errors import HeaderError
 from dicom_io.header import FramePlane, Header, read_header
-from tests.builders import SECONDARY_CAPTURE, head_series, header
+from tests.builders import SECONDARY_CAPTURE, head_series, header, plane
 
 
 def choose(*series: list[Header]) -> tuple[str | None, dict[str, str]]:
@@ -89,6 +89,24 @@ def test_scouts_and_reformats_are_not_axial() -> None:
     chosen, reasons = choose(series)
     assert chosen is None
     assert "not axial" in reasons["1.2.3.1"]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "read"),
+    [
+        ((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), True),
+        ((-1.0, 0.0, 0.0, 0.0, 1.0, 0.0), True),  # mirrored, as some feet-first series are
+        ((0.906, 0.423, 0.0, -0.423, 0.906, 0.0), True),  # 25° on the head-rest
+        ((0.0, 1.0, 0.0, -1.0, 0.0, 0.0), False),
+        ((0.0, -1.0, 0.0, 1.0, 0.0, 0.0), False),
+        ((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0), False),
+    ],
+)
+def test_a_head_that_is_turned_in_the_image_is_not_read(orientation: tuple[float, ...], read: bool) -> None:
+    series = [header(n, frames=(plane(5.0 * n, orientation=orientation),)) for n in range(1, 31)]
+    chosen, reasons = choose(series)
+    assert (chosen is not None) == read
+    assert ("turned" in reasons["1.2.3.1"]) != read
 
 
 def test_a_fragment_is_not_chosen() -> None:
