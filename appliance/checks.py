@@ -8,7 +8,7 @@ from datetime import date
 
 from appliance.delivery.hl7 import MllpClient
 from appliance.governance.indication import CRITERIA
-from appliance.governance.package import Package, load_all
+from appliance.governance.package import Package, load_configured
 from appliance.inference.triton import TritonClient
 from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
@@ -51,8 +51,11 @@ def run_checks(settings: Settings) -> list[Check]:
         return str(settings.ledger_path)
 
     def models() -> str:
-        packages.extend(load_all(settings.model_repository, settings.models.packages))
-        return ", ".join(f"{one.name} {one.version} ({one.notice})" for one in packages)
+        packages.extend(load_configured(settings))
+        return ", ".join(
+            f"{one.name} {one.version} ({one.notice}; {f'signed by {one.signed_by}' if one.signed_by else 'unsigned'})"
+            for one in packages
+        )
 
     def intake() -> str:
         host = "127.0.0.1" if settings.intake.host in ("0.0.0.0", "") else settings.intake.host

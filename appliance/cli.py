@@ -6,24 +6,22 @@ the configuration is wrong.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from appliance import __version__, init
-from appliance.settings import Settings, SettingsError, find_settings, load_settings
+from appliance import __version__, bench_cli, init, models_cli
+from appliance.console import Json, State, emit, err, guard, out, read_settings
+from appliance.settings import Settings
 from dicom_io.errors import ScansideError
 
 if TYPE_CHECKING:
@@ -35,11 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-P = ParamSpec("P")
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+app.add_typer(models_cli.app, name="models")
+app.add_typer(bench_cli.app, name="bench")
 
 
 class Bleed(StrEnum):
@@ -52,39 +47,11 @@ class Bleed(StrEnum):
     SUBDURAL = "subdural"
 
 
-class _State:
-    config: Path | None = None
-    json_log: bool = False
-
-
-def _guard(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn our errors into one clear line and an exit code."""
-
-    @wraps(command)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except ScansideError as error:
-            err.print(f"[bold red]scanside:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-            raise typer.Exit(2 if isinstance(error, SettingsError) else 1) from error
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            err.print(f"[bold red]scanside:[/] {escape(where)}{escape(error.strerror or str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from error
-
-    return guarded
-
-
-def _settings() -> tuple[Settings, Path]:
-    path = find_settings(_State.config)
-    return load_settings(path), path
-
-
 @contextmanager
 def _ledger() -> Iterator[Ledger]:
     from appliance.ledger.store import Ledger
 
-    settings, _ = _settings()
+    settings, _ = read_settings()
     if not settings.ledger_path.exists():
         raise ScansideError("there is no ledger yet", str(settings.ledger_path), "start scanside first")
     ledger = Ledger(settings.ledger_path)
@@ -104,10 +71,6 @@ def _peer(text: str) -> Peer:
     return Peer(title, host, int(port))
 
 
-def _emit(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         out.print(f"scanside {__version__}", highlight=False)
@@ -125,15 +88,15 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    _State.config = config
-    _State.json_log = json_log
+    State.config = config
+    State.json_log = json_log
 
 
 # --- setting up -----------------------------------------------------------------------------------------
 
 
 @app.command("init")
-@_guard
+@guard
 def init_(
     directory: Annotated[Path, typer.Argument(help="Folder for the configuration and all data.")],
     pacs: Annotated[str | None, typer.Option(help="PACS that receives findings, as AE@host:port.")] = None,
@@ -161,15 +124,15 @@ def init_(
 
 
 @app.command()
-@_guard
+@guard
 def check(as_json: Json = False) -> None:
     """Validate the configuration, reach every destination, ask Triton whether the models are ready."""
     from appliance.checks import run_checks
 
-    settings, path = _settings()
+    settings, path = read_settings()
     results = run_checks(settings)
     if as_json:
-        _emit({"config": str(path), "checks": [{"check": r.check, "ok": r.ok, "detail": r.detail} for r in results]})
+        emit({"config": str(path), "checks": [{"check": r.check, "ok": r.ok, "detail": r.detail} for r in results]})
     else:
         table = Table("check", "", "detail", box=None)
         for result in results:
@@ -186,23 +149,23 @@ def check(as_json: Json = False) -> None:
 def _serve(service: Callable[[Settings], None]) -> None:
     from appliance.services import log_as
 
-    settings, _ = _settings()
-    log_as(settings.box.log_level, machine=_State.json_log)
+    settings, _ = read_settings()
+    log_as(settings.box.log_level, machine=State.json_log)
     service(settings)
 
 
 @app.command()
-@_guard
+@guard
 def run() -> None:
     """Run every service in the foreground, for one machine."""
     from appliance.supervisor import run_all
 
-    settings, path = _settings()
-    _serve(lambda _: run_all(settings, path, json_log=_State.json_log))
+    settings, path = read_settings()
+    _serve(lambda _: run_all(settings, path, json_log=State.json_log))
 
 
 @app.command()
-@_guard
+@guard
 def intake() -> None:
     """Run the DICOM intake."""
     from appliance.services import run_intake
@@ -211,7 +174,7 @@ def intake() -> None:
 
 
 @app.command()
-@_guard
+@guard
 def engine() -> None:
     """Run the engine: completeness, admission, inference, findings."""
     from appliance.services import run_engine
@@ -220,7 +183,7 @@ def engine() -> None:
 
 
 @app.command()
-@_guard
+@guard
 def deliver() -> None:
     """Run the delivery of alerts and findings."""
     from appliance.services import run_delivery
@@ -229,7 +192,7 @@ def deliver() -> None:
 
 
 @app.command()
-@_guard
+@guard
 def triton() -> None:
     """Run the Triton server with the configured model packages."""
     from appliance.supervisor import run_triton
@@ -241,7 +204,7 @@ def triton() -> None:
 
 
 @app.command()
-@_guard
+@guard
 def echo(
     to: Annotated[str, typer.Argument(help="AE@host:port.")],
     calling: Annotated[str, typer.Option(help="AE title to call with.")] = "SCANSIDE",
@@ -254,7 +217,7 @@ def echo(
 
 
 @app.command()
-@_guard
+@guard
 def send(
     directory: Annotated[Path, typer.Argument(exists=True, help="Folder of DICOM files, searched below too.")],
     to: Annotated[str, typer.Option(help="AE@host:port.")],
@@ -276,7 +239,7 @@ def send(
         results = store(files, peer, calling, on_sent=lambda _: progress.advance(task))
     failed = [result for result in results if result.error]
     if as_json:
-        _emit(
+        emit(
             {
                 "sent": len(results) - len(failed),
                 "failed": [{"path": str(r.path), "status": r.status, "error": r.error} for r in failed],
@@ -293,7 +256,7 @@ def send(
 
 
 @app.command()
-@_guard
+@guard
 def phantom(
     out_: Annotated[Path, typer.Option("--out", help="Folder to write the study to.")],
     bleed: Annotated[Bleed | None, typer.Option(help="Subtype of haemorrhage; none if omitted.")] = None,
@@ -308,7 +271,7 @@ def phantom(
         made = simulate(seed, bleed=bleed.value if bleed else None, thickness_mm=thickness)
         files = write_study(made, out_)
     if as_json:
-        _emit({"directory": str(out_), "instances": len(files), "volume_ml": made.volume_ml})
+        emit({"directory": str(out_), "instances": len(files), "volume_ml": made.volume_ml})
     else:
         truth = ", ".join(f"{name} {volume:.1f} mL" for name, volume in made.volume_ml.items() if volume) or "no bleed"
         out.print(f"wrote {len(files)} instances to {escape(str(out_))} ({truth})", highlight=False, soft_wrap=True)
@@ -318,7 +281,7 @@ def phantom(
 
 
 @app.command()
-@_guard
+@guard
 def studies(
     limit: Annotated[int, typer.Option(min=1, help="At most this many, the newest first.")] = 50,
     as_json: Json = False,
@@ -327,18 +290,18 @@ def studies(
     from appliance import show
     from appliance.ledger import views
 
-    budget = _settings()[0].budget_seconds
+    budget = read_settings()[0].budget_seconds
     with _ledger() as ledger:
         reports = views.studies(ledger, limit)
         troubles = views.troubles(ledger)
     if as_json:
-        _emit([show.summary(report, budget) for report in reports])
+        emit([show.summary(report, budget) for report in reports])
     else:
         out.print(show.studies_table(reports, troubles, budget))
 
 
 @app.command()
-@_guard
+@guard
 def study(
     uid: Annotated[str, typer.Argument(help="Study Instance UID, or the number that `scanside studies` shows.")],
     as_json: Json = False,
@@ -353,13 +316,13 @@ def study(
             raise ScansideError("there is no such study", uid, "`scanside studies` lists them")
         report = views.study_report(ledger, key)
     if as_json:
-        _emit({**report, "timeline": views.timeline(report)})
+        emit({**report, "timeline": views.timeline(report)})
     else:
         out.print(show.study_view(report))
 
 
 @app.command()
-@_guard
+@guard
 def retry(
     delivery: Annotated[int | None, typer.Argument(help="Number of a dead or rejected delivery.")] = None,
     study_number: Annotated[
@@ -372,7 +335,7 @@ def retry(
 
     if (delivery is None) == (study_number is None):
         raise typer.BadParameter("name a delivery, or a study with --study")
-    settings, _ = _settings()
+    settings, _ = read_settings()
     with _ledger() as ledger:
         if study_number is not None:
             key = find_study(ledger, study_number)
@@ -388,7 +351,7 @@ def retry(
 
 
 @app.command()
-@_guard
+@guard
 def accounting(
     day: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Day in UTC; today if omitted.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Also compare every file with its digest.")] = False,
@@ -399,7 +362,7 @@ def accounting(
 
     from appliance.accounting import account
 
-    settings, _ = _settings()
+    settings, _ = read_settings()
     wanted = (day or datetime.now(UTC)).date()
     with _ledger() as ledger, Progress(console=err, transient=True) as progress:
         task = progress.add_task("looking at files")
@@ -411,7 +374,7 @@ def accounting(
             on_file=lambda done, of: progress.update(task, completed=done, total=of),
         )
     if as_json:
-        _emit({**asdict(told), "day": told.day.isoformat(), "balanced": told.balanced})
+        emit({**asdict(told), "day": told.day.isoformat(), "balanced": told.balanced})
     else:
         table = Table("", "", box=None, show_header=False)
         table.add_row(f"received on {told.day} (UTC)", str(told.received))
@@ -432,7 +395,7 @@ def accounting(
 
 
 @app.command()
-@_guard
+@guard
 def metrics() -> None:
     """Print the counters and gauges of this box (Prometheus text format)."""
     from appliance.operations.health import metrics_text
@@ -442,7 +405,7 @@ def metrics() -> None:
 
 
 @app.command()
-@_guard
+@guard
 def demo(
     study_folder: Annotated[
         Path | None, typer.Option("--study", exists=True, help="Your own DICOM folder instead of two phantoms.")

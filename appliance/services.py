@@ -29,9 +29,9 @@ from appliance.events import Event
 from appliance.findings.alert import Kind, message_control_id, render_alert
 from appliance.findings.render import object_uid, objects_for, package_device, render
 from appliance.governance.indication import Admission, Criterion, admit, admit_pixels
-from appliance.governance.package import Package, load_all
+from appliance.governance.package import Package, load_configured
 from appliance.inference.brain import brain_volume_ml
-from appliance.inference.decode import decode_volume
+from appliance.inference.decode import decode_verified, decode_volume, verified
 from appliance.inference.slabs import plan_slabs
 from appliance.inference.stream import analyse
 from appliance.inference.triton import TritonClient
@@ -47,7 +47,6 @@ from appliance.study.grouping import group
 from appliance.study.selection import Considered, Selection, considered, select
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
-from dicom_io.pixels import decode
 from dicom_io.scp import start_server
 from dicom_io.scu import Peer
 from dicom_io.volume import assemble, planes_of
@@ -183,7 +182,7 @@ def run_engine(settings: Settings) -> None:
     Raises:
         ScansideError: a model package is not what it says, or the ledger cannot be used.
     """
-    packages = load_all(settings.model_repository, settings.models.packages)
+    packages = load_configured(settings)
     with _service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
         settings.findings_directory.mkdir(parents=True, exist_ok=True)
         bell = Doorbell(settings.run_directory, "engine")
@@ -195,6 +194,9 @@ def run_engine(settings: Settings) -> None:
         engine = Engine(settings, ledger, packages, client)
         parked = ledger.park_analyses(settings.models.attempts)
         log.info("engine: runs %s (%d analyses taken up again)", ", ".join(settings.models.packages), parked)
+        for package in packages:
+            if not package.signed_by:
+                log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
         while not stopping.is_set():
             try:
                 wait = engine.step()
@@ -407,7 +409,8 @@ class Engine:
                 kind=kind,
                 revision=revision,
                 issued_at=datetime.fromisoformat(issued_at),
-                processing_id=destination.processing_id,
+                # What is only evaluated must not look like the real thing to an interface engine.
+                processing_id=destination.processing_id if self._packages[verdict.package].mode == "clinical" else "T",
                 sending_application=self._settings.box.name,
                 sending_facility=destination.sending_facility,
                 receiving_application=destination.receiving_application,
@@ -464,8 +467,8 @@ class Engine:
             verdict,
             revision=row["revision"],
             issued_at=datetime.fromisoformat(row["issued_at"]),
-            sources=lambda uid: self._spooled(instances[uid]),
-            hu_of=lambda uid, frame: decode(self._spooled(instances[uid])).hu[frame],
+            sources=lambda uid: verified(self._spooled(instances[uid]), instances[uid].digest),
+            hu_of=lambda uid, frame: decode_verified(self._spooled(instances[uid]), instances[uid].digest).hu[frame],
             analysed=tuple(instances),
             uid_root=self._settings.box.uid_root,
             device=package_device(

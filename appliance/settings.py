@@ -112,6 +112,14 @@ class Models(_Section):
     repository: Path | None = Field(
         None, description="Folder of model packages; unset: the packages that scanside ships."
     )
+    trusted_keys: list[Path] | None = Field(
+        None,
+        description="Public keys (Ed25519, PEM files) whose packages run; unset: the one key that scanside ships.",
+    )
+    allow_unsigned: bool = Field(
+        False,
+        description="For development, never for patients: also run packages that nobody signed.",
+    )
     packages: list[str] = Field(
         default_factory=lambda: ["ich_reference"], min_length=1, description="Names of the packages to run."
     )
@@ -252,6 +260,15 @@ class Settings(BaseSettings):
 
         return self.models.repository or Path(triton_models.__file__).parent
 
+    @property
+    def trusted_keys(self) -> tuple[Path, ...]:
+        """The files of the keys whose model packages run."""
+        import triton_models
+
+        if self.models.trusted_keys is None:
+            return (Path(triton_models.__file__).parent / "keys" / "scanside.pem",)
+        return tuple(self.models.trusted_keys)
+
 
 def find_settings(path: Path | None) -> Path:
     """The configuration file to use: the one asked for, SCANSIDE_CONFIG, or the first of `SEARCH_PATH`.
@@ -291,7 +308,11 @@ def load_settings(path: Path) -> Settings:
             "box": settings.box.model_copy(update={"state_directory": base / settings.box.state_directory}),
             "triton": settings.triton.model_copy(update={"environment": base / settings.triton.environment}),
             "models": settings.models.model_copy(
-                update={"repository": settings.models.repository and base / settings.models.repository}
+                update={
+                    "repository": settings.models.repository and base / settings.models.repository,
+                    "trusted_keys": settings.models.trusted_keys
+                    and [base / path for path in settings.models.trusted_keys],
+                }
             ),
         }
     )

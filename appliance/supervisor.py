@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from appliance.governance.package import load_all
+from appliance.governance.package import load_configured
 from appliance.inference.server import prepare
 from appliance.services import only_one, stop_signal
 from appliance.settings import Settings
@@ -65,7 +65,7 @@ def run_triton(settings: Settings) -> None:
     Raises:
         ScansideError: the environment or a model package is not what it must be.
     """
-    packages = load_all(settings.model_repository, settings.models.packages)
+    packages = load_configured(settings)
     launch = prepare(
         settings.triton.environment,
         settings.triton_directory,

@@ -88,7 +88,13 @@ def free_port() -> int:
 
 
 def configuration(
-    folder: Path, ae_title: str, http_port: int, dicom_port: int, modalities: Mapping[str, Peer]
+    folder: Path,
+    ae_title: str,
+    http_port: int,
+    dicom_port: int,
+    modalities: Mapping[str, Peer],
+    *,
+    synced: bool = False,
 ) -> dict[str, Any]:
     """Orthanc's configuration for a PACS that only this machine can use.
 
@@ -98,6 +104,7 @@ def configuration(
 
     Args:
         modalities: name → peer that may send to this PACS and that `Orthanc.store_to` can send to.
+        synced: whether each file is synced to disk before its sender is answered; Orthanc's own default is yes.
     """
     plugin = next((path for path in DICOMWEB if path.is_file()), None)
     return {
@@ -123,7 +130,7 @@ def configuration(
         "UnknownSopClassAccepted": True,
         "StableAge": 1,
         "SaveJobs": False,
-        "SyncStorageArea": False,
+        "SyncStorageArea": synced,
         "CheckRevisions": False,
         # Stopping waits for idle HTTP connections.
         "KeepAlive": False,
@@ -158,6 +165,14 @@ class Orthanc:
     @property
     def running(self) -> bool:
         return self._process.running
+
+    @property
+    def process(self) -> Leashed:
+        return self._process
+
+    def instance_uids(self) -> set[str]:
+        """SOPInstanceUID of everything it keeps."""
+        return {str(one["MainDicomTags"]["SOPInstanceUID"]) for one in self._ask("/instances?expand")}
 
     def studies(self) -> list[str]:
         """StudyInstanceUID of every study, sorted."""
@@ -281,11 +296,15 @@ def start_orthanc(
     ae_title: str = "ORTHANC",
     port: int = 0,
     http_port: int = 0,
+    synced: bool = False,
+    no_delay: bool = False,
 ) -> Orthanc:
     """Start Orthanc with its storage and log in ``folder`` and wait until it answers.
 
     Args:
         port: DICOM port, http_port: REST port; 0 takes a free one.
+        synced: see `configuration`.
+        no_delay: switch Nagle's algorithm off in its DICOM server, as far as DCMTK's TCP_NODELAY does.
 
     Raises:
         PeerError: it does not start, or not within 20 s.
@@ -297,10 +316,10 @@ def start_orthanc(
     while True:
         attempts -= 1
         chosen_http, chosen_dicom = http_port or free_port(), port or free_port()
-        settings.write_text(
-            json.dumps(configuration(folder, ae_title, chosen_http, chosen_dicom, modalities), indent=2) + "\n"
-        )
-        process = Leashed([program, settings], log=folder / "orthanc.log", grace=STOP_GRACE)
+        chosen = configuration(folder, ae_title, chosen_http, chosen_dicom, modalities, synced=synced)
+        settings.write_text(json.dumps(chosen, indent=2) + "\n")
+        prefix = ["env", "TCP_NODELAY=1"] if no_delay else []
+        process = Leashed([*prefix, program, settings], log=folder / "orthanc.log", grace=STOP_GRACE)
         orthanc = Orthanc(process, ae_title, chosen_dicom, chosen_http)
         try:
             orthanc.wait_until_ready(START_TIMEOUT)

@@ -29,7 +29,7 @@ from rich.table import Table
 from appliance import init
 from appliance.demo.hospital import SCANNER_AE, Hospital, start_hospital
 from appliance.demo.orthanc import LOOPBACK, free_ports
-from appliance.governance.package import load_all
+from appliance.governance.package import load_configured
 from appliance.inference.triton import TritonClient
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import STEPS, find_study, study_report, timeline
@@ -243,7 +243,7 @@ def _own(folder: Path, console: Console) -> Scan:
 
 
 def _wait_until_ready(settings: Settings, box: Leashed) -> None:
-    packages = load_all(settings.model_repository, settings.models.packages)
+    packages = load_configured(settings)
     client = TritonClient(f"{settings.triton.host}:{settings.triton.grpc_port}", timeout=5.0)
     deadline = time.monotonic() + START_SECONDS
     waiting = "the appliance"

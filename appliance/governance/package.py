@@ -1,24 +1,32 @@
 """Model packages: a folder with a model's files and ``package.toml``, which says what the model is and may be used on.
 
-A package is only ever handed on after the digests of its files were compared with the ones it states.
+A package is only ever handed on after its signature was checked and the digests of its files were compared with the
+ones that the signed ``package.toml`` states.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from appliance.governance.signature import SIGNATURE, Keyring, SignatureError, check, read_keyring, sign
+from appliance.settings import Settings, SettingsError
 from dicom_io.errors import ScansideError
 
 MANIFEST = "package.toml"
+UNLISTED = frozenset({MANIFEST, SIGNATURE, "README.md", "metrics.json"})
+"""What may lie at the top of a package without a digest; nothing that runs reads the last two."""
 ANY = "any"
 """The label whose probability is the study's."""
 
@@ -129,6 +137,7 @@ class Package:
         labels: what the entries of ``probabilities`` stand for; holds "any".
         files: path within the package → "sha256:…" of its content.
         folder: where the package lies; not part of package.toml.
+        signed_by: id of the trusted key that signed it, empty if it is unsigned; not part of package.toml.
     """
 
     name: Name
@@ -146,6 +155,7 @@ class Package:
     operating_point: OperatingPoint
     files: Annotated[dict[str, Digest], Field(min_length=1)]
     folder: Annotated[Path, Field(strict=False)] = field(default=Path(), compare=False)
+    signed_by: str = field(default="", compare=False)
 
     @model_validator(mode="after")
     def _agrees(self) -> Package:
@@ -161,41 +171,112 @@ class Package:
         for path in self.files:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(f"files.{path!r} lies outside the package")
+            if str(PurePosixPath(path)) != path or path in (MANIFEST, SIGNATURE):
+                raise ValueError(f"files.{path!r} cannot be listed under that name")
         return self
 
 
 _SCHEMA = TypeAdapter(Package)
 
 
-def load(folder: Path) -> Package:
-    """Read a package and check every file it lists against its digest.
+def load(folder: Path, *, trusted: Keyring = MappingProxyType({}), allow_unsigned: bool = False) -> Package:
+    """Read a package after checking its signature, and check every file it lists against its digest.
 
     Args:
-        folder: holds package.toml and the files.
+        folder: holds package.toml, its signature and the files.
+        trusted: whose signatures count; by default nobody's.
+        allow_unsigned: take a package without package.sig too. A signature that is there must be right all the same.
 
     Raises:
-        PackageError: naming the file and the key that is wrong, or the file whose content is not the stated one.
+        SignatureError: naming the signature file that is absent, wrong, or by a key that is not trusted.
+        PackageError: naming the file and the key that is wrong, the file whose content is not the stated one, or the
+            file that package.toml does not list.
     """
+    content = _manifest(folder)
+    # Before a byte of it is interpreted; and these bytes, not the file again, are what is read then.
+    return _read(content, folder, _signer(content, folder / SIGNATURE, trusted, allow_unsigned))
+
+
+def seal(folder: Path, key: Ed25519PrivateKey) -> Package:
+    """Sign a package, in place of the signature it may have. It must be what its package.toml says.
+
+    Raises:
+        PackageError: as `load`; nothing is signed then.
+    """
+    content = _manifest(folder)
+    signature = sign(content, key)
+    package = _read(content, folder, signature.key)
+    (folder / SIGNATURE).write_bytes(signature.encode())
+    return package
+
+
+def _manifest(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise PackageError(
             error.strerror or str(error), str(path), "put a model package there, or correct its name in the settings"
         ) from error
+
+
+def _read(content: bytes, folder: Path, signed_by: str) -> Package:
+    """The package that these bytes state, after comparing the folder with them."""
+    path = folder / MANIFEST
+    try:
+        data = tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PackageError(f"this is not TOML: {error}", str(path), "restore the file as it was published") from error
-    if "folder" in data:
-        raise PackageError("folder: there is no such key", str(path), "remove it")
+    for key in ("folder", "signed_by"):
+        if key in data:
+            raise PackageError(f"{key}: there is no such key", str(path), "remove it")
+    found = {**data, "folder": str(folder), "signed_by": signed_by}
     try:
         # By way of JSON, because strict mode takes JSON's arrays for tuples, but nothing else for something else.
-        package = _SCHEMA.validate_json(json.dumps({**data, "folder": str(folder)}, default=str))
+        package = _SCHEMA.validate_json(json.dumps(found, default=str))
     except ValidationError as error:
         lines = "; ".join(_sentence(entry) for entry in error.errors())
         raise PackageError(lines, str(path), "restore the file as it was published") from error
+    for name in _contents(folder):
+        if name not in package.files and name not in UNLISTED:
+            raise PackageError(
+                f"{MANIFEST} does not list it", str(folder / name), "remove it, or have it listed and signed"
+            )
     for name in package.files:
         verify(package, name)
     return package
+
+
+def _signer(content: bytes, path: Path, trusted: Keyring, allow_unsigned: bool) -> str:
+    """The id of the key that signed the package, or an empty text for an unsigned one that is allowed."""
+    try:
+        return check(content, path, trusted)
+    except FileNotFoundError as error:
+        if allow_unsigned:
+            return ""
+        raise SignatureError(
+            "the package is not signed",
+            str(path),
+            "get the signed package, or sign it with `scanside models sign` and trust that key",
+        ) from error
+
+
+def _contents(folder: Path) -> Iterator[str]:
+    """Every file below a folder, as package.toml would list it; a link to a folder counts as a file.
+
+    Raises:
+        PackageError: a folder in it cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise PackageError(
+            error.strerror or str(error), str(error.filename), "make it readable for this user"
+        ) from error
+
+    for here, folders, files in os.walk(folder, onerror=refuse):
+        linked = [name for name in folders if Path(here, name).is_symlink()]
+        for name in sorted([*files, *linked]):
+            yield Path(here, name).relative_to(folder).as_posix()
 
 
 def verify(package: Package, name: str) -> bytes:
@@ -221,15 +302,18 @@ def verify(package: Package, name: str) -> bytes:
     return content
 
 
-def load_all(repository: Path, names: Sequence[str]) -> tuple[Package, ...]:
-    """The named packages of a folder of packages, in that order.
+def load_all(
+    repository: Path, names: Sequence[str], *, trusted: Keyring = MappingProxyType({}), allow_unsigned: bool = False
+) -> tuple[Package, ...]:
+    """The named packages of a folder of packages, in that order; `load` says what the other arguments mean.
 
     Raises:
+        SignatureError: one is not signed as it must be.
         PackageError: one cannot be loaded, calls itself something else, or two serve one Triton model.
     """
     packages: list[Package] = []
     for name in names:
-        package = load(repository / name)
+        package = load(repository / name, trusted=trusted, allow_unsigned=allow_unsigned)
         where = str(repository / name / MANIFEST)
         if package.name != name:
             raise PackageError(f"name: it is {package.name!r} in a folder {name!r}", where, "make them the same")
@@ -241,6 +325,40 @@ def load_all(repository: Path, names: Sequence[str]) -> tuple[Package, ...]:
             )
         packages.append(package)
     return tuple(packages)
+
+
+def load_configured(settings: Settings, names: Sequence[str] | None = None) -> tuple[Package, ...]:
+    """The packages that the settings name, or those of these names, under the keys that the settings trust.
+
+    Raises:
+        SettingsError: a key that is to be trusted cannot be read.
+        SignatureError: a package is not signed as it must be.
+        PackageError: a package cannot be loaded.
+    """
+    return load_all(
+        settings.model_repository,
+        settings.models.packages if names is None else names,
+        trusted=trusted_keys(settings),
+        allow_unsigned=settings.models.allow_unsigned,
+    )
+
+
+def trusted_keys(settings: Settings) -> Keyring:
+    """The keys that the settings trust.
+
+    Raises:
+        SettingsError: naming the file that is no public Ed25519 key.
+    """
+    try:
+        return read_keyring(settings.trusted_keys)
+    except SignatureError as error:
+        raise SettingsError(f"models.trusted_keys: {error.what}", error.where, error.remedy) from error
+
+
+def as_json(package: Package) -> dict[str, Any]:
+    """The package as its package.toml states it, with ``folder`` and ``signed_by``, JSON-ready."""
+    stated: dict[str, Any] = _SCHEMA.dump_python(package, mode="json")
+    return stated
 
 
 def _sentence(error: Any) -> str:

@@ -45,6 +45,11 @@ class Leashed:
             )
 
     @property
+    def keeper_pid(self) -> int:
+        """The process of the keeper; the command is its only child."""
+        return self._keeper.pid
+
+    @property
     def running(self) -> bool:
         """Whether the command still runs."""
         return self._keeper.poll() is None

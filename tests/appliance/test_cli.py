@@ -54,7 +54,8 @@ def node() -> Iterator[tuple[str, Keeper]]:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    names = "init check run intake engine deliver triton echo send phantom studies study retry accounting metrics demo"
+    names = "init check run intake engine deliver triton echo"
+    names += " send phantom studies study retry accounting models metrics demo"
     for command in names.split():
         assert command in text
     assert run("--version").stdout.startswith("scanside ")

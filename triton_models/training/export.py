@@ -90,7 +90,7 @@ def export(
     threshold: float,
     lesion_threshold: float,
 ) -> float:
-    """Write ``model.onnx`` and ``package.toml`` into a folder.
+    """Write ``model.onnx`` and ``package.toml`` into a folder; the package is unsigned until somebody signs it.
 
     Args:
         network: the trained network; left in evaluation mode.
@@ -124,6 +124,8 @@ def export(
     if difference > PARITY:
         staged.unlink()
         raise RuntimeError(f"ONNX Runtime differs from PyTorch by {difference:.2g}")
+    # A signature of what lay here before would say nothing about the new package.
+    (folder / "package.sig").unlink(missing_ok=True)
     staged.replace(folder / "model.onnx")
     text = _TOML.format(
         name=NAME,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import triton_models
 from appliance.governance.indication import CRITERIA, admit, admit_pixels, age_in_years, body_region
-from appliance.governance.package import Package, load
-from appliance.settings import IndicationException
+from appliance.governance.package import Package, load_configured
+from appliance.settings import IndicationException, Settings
 from dicom_io.header import Header
 from dicom_io.volume import assemble, planes_of
 from tests.builders import CT, SECONDARY_CAPTURE, head_series, header
 
-PACKAGE: Package = load(Path(triton_models.__file__).parent / "ich_reference")
+PACKAGE: Package = load_configured(Settings())[0]
 DAY = date(2026, 6, 1)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import triton_models
-from appliance.governance.package import Package, load
+from appliance.governance.package import Package, load_configured
 from appliance.inference.server import Launch, prepare
 from appliance.inference.triton import TritonClient
+from appliance.settings import Settings
 
 REFERENCE = Path(triton_models.__file__).parent / "ich_reference"
 
@@ -70,7 +71,7 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="session")
 def reference() -> Package:
     """The package that scanside ships."""
-    return load(REFERENCE)
+    return load_configured(Settings())[0]
 
 
 @pytest.fixture(scope="session")
