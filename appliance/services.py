@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import pydicom
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from appliance import __version__
 from appliance.delivery.dicom import store
@@ -280,8 +280,14 @@ class Engine:
             rule = "an axial original head CT series"
             admission = Admission((Criterion("series", "series of the study", reasons, rule, "violated"),))
         else:
-            slabs = plan_slabs(selection.volume, package.preprocessing.slab_mm)
-            admission = admit(package, selection.series.headers, selection.volume, len(slabs), self._settings.exception)
+            try:
+                slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
+                admission = admit(package, selection.series.headers, selection.volume, slabs, self._settings.exception)
+            except Exception as error:
+                # What nobody can judge is refused, where everybody sees it, and not tried for ever.
+                log.exception("study %d: the gate failed in a way nobody foresaw", study_id)
+                said = f"it failed: {type(error).__name__}: {error}"
+                admission = Admission((Criterion("gate", "the gate itself", said, "a decision", "unknown"),))
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
             inputs = [[uid, digests[uid]] for uid in uids]
         standing = self._ledger.standing_verdict(study_id, package.name)
@@ -322,8 +328,8 @@ class Engine:
         attempt = row["attempts"] + 1
         try:
             self._analyse(row, package)
-        except (OSError, SQLAlchemyError) as error:
-            # The disk's fault, not the study's: it loses no try by it.
+        except (OSError, OperationalError) as error:
+            # The disk's fault, not the study's (OperationalError: the ledger is full or locked): it loses no try by it.
             log.exception("study %d: the disk or the ledger failed; it is tried again", row["study_id"])
             self._ledger.park_analysis(row["id"], str(error).splitlines()[0], _pause(attempt))
         except ScansideError as error:
@@ -365,6 +371,8 @@ class Engine:
         if not admission.admitted:
             self._ledger.withhold(row["id"], admission.reason, admission.to_json())
             log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
+            if any(one["positive"] for one in self._ledger.verdicts(row["id"])[-1:]):
+                log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
             return
         first = next(iter(instances.values()))
         verdict = analyse(

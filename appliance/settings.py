@@ -160,7 +160,9 @@ class Hl7Destination(_Section):
     receiving_application: str = Field("", description="MSH-5.")
     receiving_facility: str = Field("", description="MSH-6.")
     sending_facility: str = Field("", description="MSH-4.")
-    processing_id: Literal["P", "T", "D"] = Field("P", description="MSH-11: production, training or debugging.")
+    processing_id: Literal["P", "T", "D"] = Field(
+        "P", description="MSH-11: production, training, debugging. Always T for a package not in clinical mode."
+    )
     acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the acknowledgement.")
 
 

@@ -73,9 +73,14 @@ def verified(path: Path, digest: str) -> Path:
     """The path, if the file's SHA-256 is that digest.
 
     Raises:
-        DecodeError: it is not.
+        DecodeError: it is not, or there is no such file.
     """
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise DecodeError("the file changed since it was received", str(path), "check the disk; send it again")
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        # Unlike a disk that cannot be read for a moment, this does not pass.
+        raise DecodeError("the file is gone", str(path), "restore the spool, or send it again") from error
+    if found != digest:
+        raise DecodeError("the file changed since it was received", str(path), "check the disk; send it again")
     return path

@@ -141,8 +141,12 @@ def test_the_whole_phantom_arrives(tmp_path: Path, philips_phantom: Path) -> Non
 
 
 def test_echo() -> None:
-    with serving(Recorder()) as server:
+    recorder = Recorder()
+    with serving(recorder) as server:
         echo(ours(server.port), "SENDER")
+        recorder.wait(closed=1)
+    assert [(closed.calling_ae, closed.outcome) for closed in recorder.closed_calls] == [("SENDER", "released")]
+    assert recorder.received == []
 
 
 def test_what_is_no_instance_is_skipped_with_its_reason(tmp_path: Path, slices: list[Path]) -> None:

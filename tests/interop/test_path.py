@@ -209,6 +209,9 @@ def test_a_file_that_changed_on_disk_is_not_analysed(box: Box, tmp_path: Path) -
     assert "changed since it was received" in wait_for(failed, 60.0, lambda: f"not failed: {box.report(uid)}")
     assert len((box.report(uid) or {})["verdicts"]) == 1
     assert "set aside" in box.command("studies").stdout
+    stored.unlink()
+    assert box.command("retry", "--study", uid).returncode == 0
+    assert "the file is gone" in wait_for(failed, 60.0, lambda: f"not failed: {box.report(uid)}")
     content[-1000] ^= 1
     stored.write_bytes(content)
     assert box.command("retry", "--study", uid).returncode == 0

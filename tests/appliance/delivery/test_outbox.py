@@ -117,7 +117,9 @@ def test_a_ledger_that_stumbles_does_not_end_the_worker(ledger: Ledger, monkeypa
         return real(*arguments)
 
     monkeypatch.setattr(ledger, "take_delivery", take)
-    run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
+    row = run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
+    assert row["attempts"] == 1
+    assert next(stumbles, None) is None
 
 
 def test_a_hanging_destination_delays_nobody_else(ledger: Ledger) -> None:
