@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def test_a_lost_or_changed_file_is_found(day: Day) -> None:
     quick = account(day.ledger, day.directory, TODAY)
     assert (quick.missing_files, quick.balanced) == ((lost,), False)
     assert set(account(day.ledger, day.directory, TODAY, verify=True).missing_files) == {lost, changed}
+
+
+def test_a_lost_row_is_found(day: Day, tmp_path: Path) -> None:
+    day.store(1)
+    lost = day.store(2)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as raw:
+        raw.execute("delete from instance where digest = ?", (lost,))
+    told = account(day.ledger, day.directory, TODAY)
+    assert (told.missing_rows, told.balanced) == ((lost,), False)
+    assert sum(told.outcomes.values()) == told.kept - 1
 
 
 def test_another_day_is_another_account(day: Day) -> None:

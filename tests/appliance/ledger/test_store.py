@@ -237,6 +237,21 @@ def test_deliveries_wait_for_their_file_and_go_by_urgency(ledger: Ledger) -> Non
     assert states == {"alert.er": "acknowledged", "report": "pending"}
 
 
+def test_the_most_urgent_goes_first_and_equals_in_order(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    row = ledger.take_analysis(["pkg"])
+    assert row is not None
+    findings = [
+        NewFinding(name, f"2.25.{number}", f"{name}.dcm", ("pacs",), urgency)
+        for number, (name, urgency) in enumerate([("capture.1", 20), ("report", 10), ("capture.2", 20), ("first", 0)])
+    ]
+    ledger.issue_verdict(row["id"], 1, verdict(), now(), findings, admission=[], late=False)
+    taken = [ledger.take_delivery("pacs") for _ in findings]
+    assert [one["object"] for one in taken if one] == ["first", "report", "capture.1", "capture.2"]
+
+
 def test_what_was_on_its_way_is_sent_again_under_its_old_name(ledger: Ledger) -> None:
     study = arrive(ledger)
     complete(ledger, study)
