@@ -11,7 +11,7 @@ TRAINING_VENV = .venv-training
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint lock lock-training model clean
+.PHONY: help setup demo test quick lint conformance lock lock-training model clean
 
 help: ## Show the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+conformance: $(VENV)/.test ## Write the tables of docs/conformance.md from the code's own
+	$(VENV)/bin/python -m appliance.conformance docs/conformance.md
 
 lock: ## Renew the hashed requirement files (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml requirements/build.in -o requirements/appliance.txt

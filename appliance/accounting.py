@@ -16,6 +16,8 @@ from appliance.intake.spool import path_of
 from appliance.ledger import schema as t
 from appliance.ledger.store import Ledger
 
+_REMOVED = "removed by retention before its study came again without it"
+
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -27,7 +29,8 @@ class Account:
         duplicates: how many were there already, with the same bytes.
         kept: how many different instances the others are, by their digests.
         missing_rows: digests of those without a row in the ledger.
-        missing_files: digests of those whose file is gone from the spool, or is no longer what was received.
+        removed: how many of those retention has removed since; their rows, and so their outcomes, stay.
+        missing_files: digests of the others whose file is gone from the spool, or is no longer what was received.
         outcomes: outcome → how many of them have it; each has exactly one.
     """
 
@@ -37,12 +40,13 @@ class Account:
     duplicates: int
     kept: int
     missing_rows: tuple[str, ...]
+    removed: int
     missing_files: tuple[str, ...]
     outcomes: dict[str, int]
 
     @property
     def balanced(self) -> bool:
-        """Every instance has its row, with its outcome, and its file."""
+        """Every instance has its row, with its outcome, and its file unless retention removed it."""
         return not self.missing_rows and not self.missing_files
 
 
@@ -63,9 +67,11 @@ def account(
         events = connection.execute(query).all()
     kept = sorted({row.detail["digest"] for row in events if row.name in names[:2]})
     states = _outcomes(ledger, kept)
+    # A digest that another row still names has its file.
+    removed = set(ledger.unnamed_digests(states))
     missing = []
     for number, digest in enumerate(kept, 1):
-        if digest in states and not _is_there(path_of(spool, digest), digest, verify=verify):
+        if digest in states and digest not in removed and not _is_there(path_of(spool, digest), digest, verify=verify):
             missing.append(digest)
         if on_file is not None:
             on_file(number, len(kept))
@@ -77,6 +83,7 @@ def account(
         duplicates=sum(row.name == Event.INSTANCE_DUPLICATE for row in events),
         kept=len(kept),
         missing_rows=tuple(digest for digest in kept if digest not in states),
+        removed=len(removed),
         missing_files=tuple(missing),
         outcomes=dict(Counter(states.values()).most_common()),
     )
@@ -98,7 +105,9 @@ def _outcomes(ledger: Ledger, digests: list[str]) -> dict[str, str]:
     with ledger.read() as connection:
         wanted = set(digests)
         rows = connection.execute(
-            sa.select(i.digest, i.study_id, i.series_instance_uid, i.is_current, t.study.c.state).join(t.study)
+            sa.select(i.digest, i.study_id, i.series_instance_uid, i.is_current, i.removed_at, t.study.c.state).join(
+                t.study
+            )
         )
         instances = [row for row in rows if row.digest in wanted]
         studies = {row.study_id for row in instances}
@@ -113,10 +122,14 @@ def _outcomes(ledger: Ledger, digests: list[str]) -> dict[str, str]:
             found[row.digest] = "analysed"
         elif not row.is_current:
             found[row.digest] = "superseded by other bytes under the same UID"
+        elif row.removed_at is not None and row.state != "complete":
+            found[row.digest] = _REMOVED
         elif row.state != "complete" or not mine:
             found[row.digest] = "waiting: its study is not complete"
         else:
-            found[row.digest] = min(_outcome(one, row.series_instance_uid, row.digest) for one in mine)
+            outcome = min(_outcome(one, row.series_instance_uid, row.digest) for one in mine)
+            # Nobody waits for what was removed: its study came again without it.
+            found[row.digest] = _REMOVED if row.removed_at is not None and outcome.startswith("waiting") else outcome
     return found
 
 

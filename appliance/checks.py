@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
+from functools import partial
 
 from appliance.delivery.hl7 import MllpClient
 from appliance.governance.indication import CRITERIA
@@ -13,9 +15,10 @@ from appliance.inference.triton import TritonClient
 from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import waiting_destinations
-from appliance.settings import DicomDestination, Hl7Destination, Settings
+from appliance.settings import DicomDestination, Hl7Destination, Settings, Tls
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer, echo
+from dicom_io.tls import ServerCertificates
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,9 @@ def run_checks(settings: Settings) -> list[Check]:
             for one in packages
         )
 
+    host = "127.0.0.1" if settings.intake.host in ("0.0.0.0", "") else settings.intake.host
+
     def intake() -> str:
-        host = "127.0.0.1" if settings.intake.host in ("0.0.0.0", "") else settings.intake.host
         peer = Peer(title, host, settings.intake.port)
         echo(peer, title)
         return f"{peer} answers"
@@ -80,7 +84,8 @@ def run_checks(settings: Settings) -> list[Check]:
         _check("folders", folders),
         _check("ledger", ledger),
         _check("models", models),
-        _check("intake", intake),
+        *([_check("intake", intake)] if settings.intake.plain else []),
+        *([_check("intake TLS", partial(_tls, settings.intake.tls, host))] if settings.intake.tls is not None else []),
         _check("triton", triton),
     ]
     for destination in settings.destination:
@@ -104,6 +109,20 @@ def run_checks(settings: Settings) -> list[Check]:
     checks.append(_check("alerts", lambda: _alerts(settings)))
     checks.append(_check("outbox", lambda: _outbox(settings)))
     return checks
+
+
+def _tls(section: Tls, host: str) -> str:
+    """The certificate can be used and has not expired, and somebody listens; no client certificate is at hand here."""
+    certificates = ServerCertificates(section.certificate, section.key, section.client_authorities, section.profile)
+    until = certificates.expires_at
+    if until <= datetime.now(UTC):
+        raise ScansideError(f"the certificate expired on {until.date()}", str(section.certificate), "renew it")
+    try:
+        socket.create_connection((host, section.port), timeout=5.0).close()
+    except OSError as error:
+        where = f"{host}:{section.port}"
+        raise ScansideError(error.strerror or str(error), where, "start it: `scanside intake`") from error
+    return f"{host}:{section.port} takes connections; the certificate is good until {until.date()}"
 
 
 def _exceptions(settings: Settings) -> str:

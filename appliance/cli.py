@@ -382,6 +382,8 @@ def accounting(
             table.add_row(f"  refused: {escape(reason)}", str(count))
         table.add_row("  there already, the same bytes", str(told.duplicates))
         table.add_row("kept, different instances", str(told.kept))
+        if told.removed:
+            table.add_row("  of them removed since by retention", str(told.removed))
         for outcome, count in told.outcomes.items():
             table.add_row(f"  {escape(outcome)}", str(count))
         for digest in told.missing_rows:
@@ -392,6 +394,50 @@ def accounting(
         out.print("[green]balanced[/]" if told.balanced else "[bold red]NOT balanced[/]")
     if not told.balanced:
         raise typer.Exit(1)
+
+
+@app.command()
+@guard
+def retention(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Remove nothing; show what would go, and why not.")
+    ] = False,
+    release: Annotated[
+        str | None, typer.Option(help="A study (UID or number) whose failures need not hold its files any longer.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove the files of finished studies as the running intake does by itself, and say what holds the others."""
+    from dataclasses import asdict
+
+    from appliance import show
+    from appliance.intake.retention import Retention
+    from appliance.ledger.views import find_study
+    from appliance.services import only_one
+
+    settings, _ = read_settings()
+    with _ledger() as ledger:
+        if release is not None:
+            key = find_study(ledger, release)
+            if key is None:
+                raise ScansideError("there is no such study", release, "`scanside studies` lists them")
+            ledger.release_study(key)
+            if not as_json:
+                out.print(f"study {key} is held by its failures no longer", highlight=False)
+        keeper = Retention(ledger, settings)
+        plan = keeper.plan()
+        removed = 0
+        if not dry_run and release is None:
+            # Two of them, or one beside an intake that knows nothing of it, could delete what just comes again.
+            with only_one(settings, "intake"):
+                keeper.resume()
+                removed = keeper.step()
+    if as_json:
+        emit({**asdict(plan), "dry_run": dry_run or release is not None, "removed": removed})
+    else:
+        out.print(show.retention_view(plan.low, plan.room.free, plan.goes, plan.may_go, plan.held))
+        if not dry_run and release is None:
+            out.print(f"{removed} studies removed", highlight=False)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -17,6 +17,7 @@ from appliance.settings import (
     Settings,
     SettingsError,
     load_settings,
+    section_of,
 )
 
 _HEAD = """\
@@ -50,6 +51,11 @@ def write(
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             parts.append(f"[{name}]\n" + _keys(kind, wanted.get(name, {})))
+            parts += [
+                _optional(f"{name}.{key}", section, inner.description or "", wanted.get(name, {}).get(key))
+                for key, inner in kind.model_fields.items()
+                if (section := _optional_section(inner.annotation)) is not None
+            ]
     kinds: dict[str, type[BaseModel]] = {"dicom": DicomDestination, "hl7": Hl7Destination}
     for one in destinations:
         parts.append("[[destination]]\n" + _keys(kinds[one["kind"]], one))
@@ -74,10 +80,27 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
+def _optional_section(kind: Any) -> type[BaseModel] | None:
+    """The section that a key may hold or lack."""
+    return section_of(kind) if type(None) in get_args(kind) else None
+
+
+def _optional(name: str, section: type[BaseModel], description: str, values: Mapping[str, Any] | None) -> str:
+    """A section that may be absent: behind "#", its heading too, unless there are values for it."""
+    if values is not None:
+        return f"# {description}\n[{name}]\n" + _keys(section, values)
+    lines = [line.replace("# ", "#", 1) if _is_key(line) else line for line in _keys(section, {}).splitlines()]
+    return f'# {description} Remove the "#" of the heading, too.\n' + "\n".join([f"#[{name}]", *lines]) + "\n"
+
+
+def _is_key(line: str) -> bool:
+    return " =" in line and line.split(" =")[0].removeprefix("# ").isidentifier()
+
+
 def _keys(model: type[BaseModel], values: Mapping[str, Any], only: Sequence[str] | None = None) -> str:
     lines = []
     for name, field in model.model_fields.items():
-        if only is not None and name not in only:
+        if (only is not None and name not in only) or _optional_section(field.annotation) is not None:
             continue
         if field.description:
             lines.append(f"# {field.description}")

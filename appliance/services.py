@@ -35,20 +35,24 @@ from appliance.inference.decode import decode_verified, decode_volume, verified
 from appliance.inference.slabs import plan_slabs
 from appliance.inference.stream import analyse
 from appliance.inference.triton import TritonClient
+from appliance.intake.commitment import CommitmentProvider, Reporter
 from appliance.intake.receiver import Receiver
+from appliance.intake.retention import Retention
 from appliance.intake.spool import Spool, path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import LONGEST_PAUSE, Inputs, Ledger, NewFinding, StoredInstance
-from appliance.settings import DicomDestination, Hl7Destination, Settings, SettingsError
+from appliance.settings import DicomDestination, Hl7Destination, Intake, Settings, SettingsError
 from appliance.study.completeness import weigh
 from appliance.study.grouping import group
 from appliance.study.selection import Considered, Selection, considered, select
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
-from dicom_io.scp import start_server
+from dicom_io.scp import Listener, ServerOptions, start_server
 from dicom_io.scu import Peer
+from dicom_io.sop_classes import storage_classes
+from dicom_io.tls import ServerCertificates
 from dicom_io.volume import assemble, planes_of
 
 log = logging.getLogger(__name__)
@@ -143,34 +147,71 @@ def run_intake(settings: Settings) -> None:
         except OSError as error:
             where = f"box.state_directory ({settings.spool_directory})"
             raise ScansideError(error.strerror or str(error), where, "make the folder writable") from error
-        receiver = Receiver(
+        shortage = partial(spool.shortage, settings.intake.reserve_percent, settings.intake.reserve_bytes)
+        if reason := shortage():
+            log.error("intake: %s; every instance is refused until there is room", reason)
+        peers = {one.ae_title: Peer(one.ae_title, one.host, one.port) for one in settings.commitment_peer}
+        reporters: list[Reporter] = []
+
+        def wake_reporters() -> None:
+            for reporter in reporters:
+                reporter.wake()
+
+        commitments = CommitmentProvider(
             ledger,
-            spool,
-            partial(ring, settings.run_directory, "engine"),
-            reserve_percent=settings.intake.reserve_percent,
-            reserve_bytes=settings.intake.reserve_bytes,
+            settings.spool_directory,
+            peers,
+            attempts=settings.delivery.attempts,
+            first_retry_seconds=settings.delivery.first_retry_seconds,
+            longest_retry_seconds=settings.delivery.longest_retry_seconds,
+            shortage=shortage,
+            due=wake_reporters,
         )
-        if shortage := spool.shortage(settings.intake.reserve_percent, settings.intake.reserve_bytes):
-            log.error("intake: %s; every instance is refused until there is room", shortage)
-        server = start_server(
-            settings.intake.ae_title,
-            settings.intake.host,
-            settings.intake.port,
-            receiver,
-            maximum_associations=settings.intake.maximum_associations,
-            accepted_calling=settings.intake.accepted_calling_ae_titles,
-            require_called=settings.intake.require_called_ae_title,
-        )
+        ledger.park_commitments(peers)
+        receiver = Receiver(ledger, spool, partial(ring, settings.run_directory, "engine"), commitments, shortage)
+        server = start_server(_server_options(settings.intake), _listeners(settings.intake), receiver)
+        reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
+        for reporter in reporters:
+            reporter.start()
+        retention = Retention(ledger, settings, receiver.committer.paused)
+        threading.Thread(target=retention.run, args=(stopping,), name="retention", daemon=True).start()
         log.info(
-            "intake: %s listens on %s:%d (%d associations lost, %d unacknowledged files removed since the last run)",
+            "intake: %s listens on %s:%s (%d associations lost, %d unacknowledged files removed since the last run)",
             settings.intake.ae_title,
             settings.intake.host,
-            server.port,
+            " and ".join(map(str, server.ports)),
             lost,
             swept,
         )
         stopping.wait()
+        for reporter in reporters:
+            reporter.stop()
         server.stop(STOP_SECONDS / 2)
+
+
+def _server_options(intake: Intake) -> ServerOptions:
+    return ServerOptions(
+        ae_title=intake.ae_title,
+        storage_classes=storage_classes(intake.storage_classes),
+        accepted_calling=tuple(intake.accepted_calling_ae_titles),
+        accepted_addresses=tuple(intake.accepted_addresses),
+        require_called=intake.require_called_ae_title,
+        maximum_associations=intake.maximum_associations,
+        maximum_associations_per_address=intake.maximum_associations_per_address,
+        artim_seconds=intake.request_seconds,
+        idle_seconds=intake.idle_seconds,
+        minimum_bytes_per_second=intake.minimum_bytes_per_second,
+        maximum_instance_bytes=intake.maximum_instance_bytes,
+    )
+
+
+def _listeners(intake: Intake) -> list[Listener]:
+    listeners = [Listener(intake.host, intake.port)] if intake.plain else []
+    if intake.tls is not None:
+        tls = intake.tls
+        certificates = ServerCertificates(tls.certificate, tls.key, tls.client_authorities, tls.profile)
+        listeners.append(Listener(intake.host, tls.port, certificates))
+    return listeners
 
 
 # --- engine ---------------------------------------------------------------------------------------------
@@ -185,6 +226,7 @@ def run_engine(settings: Settings) -> None:
     packages = load_configured(settings)
     with _service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
         settings.findings_directory.mkdir(parents=True, exist_ok=True)
+        Spool(settings.spool_directory).recover(ledger.digests())  # intake does so as well, but may start later
         bell = Doorbell(settings.run_directory, "engine")
         stack.callback(bell.close)
         client = TritonClient(
@@ -275,7 +317,11 @@ class Engine:
         digests = {one.sop_instance_uid: one.digest for one in instances}
         selection = self._select(study_id)
         inputs: list[list[str]] = []
-        if selection.series is None or selection.volume is None:
+        if gone := self._ledger.removed_instances(study_id):
+            said = f"{gone} instances were removed by retention"
+            criterion = Criterion("files", "instances of the study", said, "all of them, sent again", "violated")
+            admission = Admission((criterion,))
+        elif selection.series is None or selection.volume is None:
             reasons = "; ".join(f"series {_number(one)}: {one.reason}" for one in selection.considered)
             rule = "an axial original head CT series"
             admission = Admission((Criterion("series", "series of the study", reasons, rule, "violated"),))

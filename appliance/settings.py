@@ -6,9 +6,9 @@ import os
 import tomllib
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -16,7 +16,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from dicom_io import tls
 from dicom_io.errors import ScansideError
+from dicom_io.sop_classes import storage_classes
 
 AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[!-\[\]-~]([ -\[\]-~]*[!-\[\]-~])?$")]
 """PS3.5 6.2: at most 16 characters of the default repertoire, no backslash, no blank at either end."""
@@ -54,13 +56,49 @@ class Box(_Section):
     )
 
 
+class Tls(_Section):
+    """Intake over TLS, by the secure transport connection profiles of PS3.15 annex B."""
+
+    port: Port = Field(tls.DEFAULT_PORT, description="DICOM port to listen on with TLS.")
+    certificate: Path = Field(
+        description="PEM file of our certificate, then its chain; read again when it changes. "
+        "A relative path starts at this file."
+    )
+    key: Path = Field(description="PEM file of its private key, without a passphrase.")
+    client_authorities: Path | None = Field(
+        None, description="PEM file of the authorities that sign our senders' certificates; unset: none is asked for."
+    )
+    profile: tls.Profile = Field(
+        "bcp195-rfc8996-9325", description="Profile of PS3.15 B.12, or of B.13 (modified-bcp195-rfc8996-9325)."
+    )
+
+
 class Intake(_Section):
     """How instances come in."""
 
     ae_title: AeTitle = Field("SCANSIDE", description="Our application entity title.")
     host: str = Field("0.0.0.0", description="Address to listen on.")
     port: Port = Field(11112, description="DICOM port to listen on.")
-    maximum_associations: int = Field(32, ge=1, le=1000, description="More are refused for the moment.")
+    plain: bool = Field(True, description="Listen on that port, without encryption; false: only [intake.tls] listens.")
+    storage_classes: list[str] = Field(
+        default_factory=list,
+        description="SOP classes taken beside those of a CT study: keywords such as MRImageStorage, UIDs, or all.",
+    )
+    maximum_associations: int = Field(64, ge=1, le=1000, description="More are refused for the moment.")
+    maximum_associations_per_address: int = Field(
+        32, ge=1, le=1000, description="So many of them from one address: a peer that hangs cannot shut out the others."
+    )
+    idle_seconds: float = Field(60.0, gt=0, le=3600, description="An association that is silent for so long is ended.")
+    request_seconds: float = Field(
+        10.0, gt=0, le=600, description="From a connection to its association request, or it is closed (ARTIM)."
+    )
+    minimum_bytes_per_second: int = Field(
+        1000, ge=0, description="A message that takes longer than half a minute and is slower than this is aborted."
+    )
+    maximum_instance_bytes: int = Field(4 << 30, ge=1 << 20, description="A longer instance is aborted.")
+    accepted_addresses: list[IPvAnyNetwork] = Field(
+        default_factory=list, description="Networks that may connect, such as 10.1.0.0/16; empty: every one."
+    )
     accepted_calling_ae_titles: list[AeTitle] = Field(
         default_factory=list, description="Who may send; empty: everybody."
     )
@@ -73,6 +111,22 @@ class Intake(_Section):
     reserve_bytes: int = Field(
         2_000_000_000, ge=0, description="Below this much free disk new instances are refused, whatever its share."
     )
+    tls: Tls | None = Field(None, description="Listen with TLS, too.")
+
+    @field_validator("storage_classes")
+    @classmethod
+    def _are_classes(cls, value: list[str]) -> list[str]:
+        try:
+            storage_classes(value)
+        except ScansideError as error:
+            raise ValueError(f"{error.what}; {error.remedy}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _something_listens(self) -> Intake:
+        if not self.plain and self.tls is None:
+            raise ValueError("plain is false and there is no [intake.tls]: nothing would listen")
+        return self
 
 
 class Study(_Section):
@@ -90,6 +144,36 @@ class Study(_Section):
         le=60,
         description="After the last association is released, wait this long for a further one.",
     )
+
+
+class Retention(_Section):
+    """When the files of finished studies go. What is not finished, or went wrong, stays; see docs/operations.md."""
+
+    start_percent: float = Field(
+        15.0, ge=0, le=90, description="Below this share of free disk (or inodes) the oldest finished studies go …"
+    )
+    stop_percent: float = Field(20.0, ge=0, le=95, description="… until this share is free.")
+    keep_hours: float = Field(
+        72.0, ge=0, description="No study goes sooner after its completion, however full the disk is."
+    )
+    keep_days: float | None = Field(
+        None, gt=0, description="A finished study goes after so many days even if there is room; unset: it stays."
+    )
+    troubled_days: float | None = Field(
+        None,
+        gt=0,
+        description="A study with a dead or rejected delivery, or a failed analysis, counts as finished after so many "
+        "days; unset: only once somebody retried or released it.",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Retention:
+        if self.stop_percent < self.start_percent:
+            raise ValueError("stop_percent is below start_percent")
+        for name, days in (("keep_days", self.keep_days), ("troubled_days", self.troubled_days)):
+            if days is not None and days * 24 < self.keep_hours:
+                raise ValueError(f"{name} is shorter than keep_hours")
+        return self
 
 
 class Triton(_Section):
@@ -169,6 +253,14 @@ class Hl7Destination(_Section):
 Destination = Annotated[DicomDestination | Hl7Destination, Field(discriminator="kind")]
 
 
+class CommitmentPeer(_Section):
+    """A device that asks for storage commitment and takes the answer on an association that we open to it."""
+
+    ae_title: AeTitle = Field(description="The application entity title that it calls us with, and listens under.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+
+
 class Delivery(_Section):
     """How stubborn delivery is."""
 
@@ -185,6 +277,7 @@ class Settings(BaseSettings):
     box: Box = Box()
     intake: Intake = Intake()
     study: Study = Study()
+    retention: Retention = Retention()
     triton: Triton = Triton()
     models: Models = Models()
     delivery: Delivery = Delivery()
@@ -193,6 +286,11 @@ class Settings(BaseSettings):
     )
     destination: list[Destination] = Field(
         default_factory=list, description="Where findings go; [[destination]] once for each."
+    )
+    commitment_peer: list[CommitmentPeer] = Field(
+        default_factory=list,
+        description="Where answers to requests for storage commitment go; [[commitment_peer]] once for each device. "
+        "A device that is not named gets its answer on the association that it asked on, or not at all.",
     )
     exception: list[IndicationException] = Field(
         default_factory=list, description="Signed exceptions to unknown criteria of an indication."
@@ -219,9 +317,20 @@ class Settings(BaseSettings):
             raise ValueError(f"two destinations are named {sorted(twice)[0]!r}")
         return value
 
+    @field_validator("commitment_peer")
+    @classmethod
+    def _titles_differ(cls, value: list[CommitmentPeer]) -> list[CommitmentPeer]:
+        titles = [peer.ae_title for peer in value]
+        twice = {title for title in titles if titles.count(title) > 1}
+        if twice:
+            raise ValueError(f"two devices have the AE title {sorted(twice)[0]!r}")
+        return value
+
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:
-        ports = {"intake.port": self.intake.port}
+        ports = {"intake.port": self.intake.port} if self.intake.plain else {}
+        if self.intake.tls is not None:
+            ports["intake.tls.port"] = self.intake.tls.port
         if self.triton.managed:
             ports |= {f"triton.{key}": getattr(self.triton, key) for key in ("grpc_port", "http_port", "metrics_port")}
         for key, port in ports.items():
@@ -308,6 +417,7 @@ def load_settings(path: Path) -> Settings:
     return settings.model_copy(
         update={
             "box": settings.box.model_copy(update={"state_directory": base / settings.box.state_directory}),
+            "intake": settings.intake.model_copy(update={"tls": _located(settings.intake.tls, base)}),
             "triton": settings.triton.model_copy(update={"environment": base / settings.triton.environment}),
             "models": settings.models.model_copy(
                 update={
@@ -318,6 +428,28 @@ def load_settings(path: Path) -> Settings:
             ),
         }
     )
+
+
+def _located(section: Tls | None, base: Path) -> Tls | None:
+    """The section with its paths starting at that folder."""
+    if section is None:
+        return None
+    authorities = section.client_authorities
+    return section.model_copy(
+        update={
+            "certificate": base / section.certificate,
+            "key": base / section.key,
+            "client_authorities": authorities and base / authorities,
+        }
+    )
+
+
+def section_of(kind: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be absent; None for a plain key."""
+    for one in (kind, *get_args(kind)):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
+    return None
 
 
 def _sentence(error: Any) -> str:
@@ -333,8 +465,8 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
     """Every key as (name, default, description), for the generated file and the manual."""
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        kind = None if name in ("destination", "exception", "commitment_peer") else section_of(field.annotation)
+        if kind is not None:
             rows += document(kind, f"{prefix}{name}.")
         else:
             default = "" if field.is_required() else field.get_default(call_default_factory=True)

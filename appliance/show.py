@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from appliance.ledger.retention import KeptStudy
 from appliance.ledger.views import is_late, timeline
 
 
@@ -72,6 +74,26 @@ def studies_table(
             failed.add_row(str(one["study_id"]), one["package"], escape(one["reason"]))
         parts += ["", failed]
     return Group(*parts)
+
+
+def retention_view(
+    low: bool, free: int, goes: Sequence[KeptStudy], may_go: Sequence[KeptStudy], held: Sequence[KeptStudy]
+) -> RenderableType:
+    """Every study that has files on the disk, and whether and why they go or stay."""
+    heading = f"{free / 1e9:.1f} GB free" + (": the disk is [bold red]low[/]" if low else "")
+    if not (goes or may_go or held):
+        return f"{heading}; no study has files"
+    table = Table("study", "completed (UTC)", "images", "MB", "files", box=None)
+    for said, studies in (("[yellow]go now[/]", goes), ("may go; there is room", may_go), ("", held)):
+        for one in studies:
+            table.add_row(
+                str(one.study_id),
+                (one.completed_at or "–")[:19].replace("T", " "),
+                str(one.instances),
+                f"{one.size / 1e6:.1f}",
+                said or escape("; ".join(one.holds)),
+            )
+    return Group(heading, table)
 
 
 def study_view(report: dict[str, Any]) -> RenderableType:

@@ -8,8 +8,8 @@ IMPLEMENTATION_CLASS_UID = "2.25.120320609197329295374534060474213462367"
 IMPLEMENTATION_VERSION_NAME = "SCANSIDE_0_1"
 
 
-def part10(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, data_set: bytes | memoryview) -> bytes:
-    """A Part 10 file: preamble, File Meta Information, and the data set as it is.
+def part10_head(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
+    """What stands before the data set in a Part 10 file: preamble and File Meta Information.
 
     Nothing in the File Meta Information depends on sender or time.
     """
@@ -24,7 +24,7 @@ def part10(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, 
         )
     )
     length = struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements))
-    return b"".join((bytes(128), b"DICM", length, elements, data_set))
+    return b"".join((bytes(128), b"DICM", length, elements))
 
 
 def _short(element: int, vr: bytes, value: str, padding: bytes) -> bytes:

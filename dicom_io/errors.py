@@ -27,6 +27,10 @@ class HeaderError(ScansideError):
     """Bytes that are no DICOM instance, or one without the UIDs that identify it."""
 
 
+class HeaderCutOff(HeaderError):
+    """Bytes that end before the header does; with more of the instance it might be read."""
+
+
 class DecodeError(ScansideError):
     """Pixel data that cannot be turned into trustworthy Hounsfield units."""
 

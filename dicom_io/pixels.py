@@ -55,7 +55,7 @@ _KEYWORDS = (
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence",
     "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelValueTransformationSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 )  # fmt: skip
 _OVERLAY_BITS_ALLOCATED, _OVERLAY_BIT_POSITION = 0x60000100, 0x60000102
@@ -174,7 +174,7 @@ def _whole(file: BinaryIO, stream: BinaryIO, form: _Format) -> BinaryIO:
         return stream
     file.seek(0)
     parse_meta(file)
-    whole = BytesIO(inflate(file, end))
+    whole = BytesIO(inflate(file.read(), end))
     whole.seek(start)
     return whole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def echo(peer: Peer, calling_ae: str, *, timeout: float = 10.0) -> None:
     Raises:
         PeerError: no association, no answer, or an answer other than Success.
     """
-    with _associated(peer, calling_ae, {(Verification, ImplicitVRLittleEndian)}, timeout) as association:
+    with association_with(peer, calling_ae, {(Verification, ImplicitVRLittleEndian)}, timeout) as association:
         status = association.send_c_echo().get("Status")
         if status is None:
             raise PeerError(f"it did not answer C-ECHO within {timeout:g} s", str(peer), "see its log")
@@ -136,7 +136,7 @@ def send(
     while waiting and failed < 2:
         try:
             proposed = _contexts(item for _, item in waiting)
-            with _associated(peer, calling_ae, proposed, timeout) as association:
+            with association_with(peer, calling_ae, proposed, timeout) as association:
                 associated = True
                 while waiting and proposed >= set(waiting[0][1].contexts):
                     index, item = waiting[0]
@@ -235,8 +235,19 @@ def _store(association: Any, item: _Item) -> tuple[int | None, str]:
 
 
 @contextmanager
-def _associated(peer: Peer, calling_ae: str, contexts: Set[tuple[str, str]], timeout: float) -> Iterator[Any]:
-    """An association, released at the end. Raises PeerError with the reason if there is none."""
+def association_with(
+    peer: Peer, calling_ae: str, contexts: Set[tuple[str, str]], timeout: float, *, roles: Sequence[Any] = ()
+) -> Iterator[Any]:
+    """An association, released at the end.
+
+    Args:
+        contexts: (abstract syntax, transfer syntax) of each presentation context to propose.
+        timeout: seconds for each step.
+        roles: SCP/SCU role selection items to propose (PS3.7 D.3.3.4).
+
+    Raises:
+        PeerError: there is none, with the reason.
+    """
     ae = AE(ae_title=calling_ae)
     ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
@@ -257,10 +268,15 @@ def _associated(peer: Peer, calling_ae: str, contexts: Set[tuple[str, str]], tim
         (evt.EVT_PDU_SENT, acknowledge_at_once),
     ]
     try:
-        association = ae.associate(peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=handlers)
+        association = ae.associate(
+            peer.host, peer.port, ae_title=peer.ae_title, ext_neg=list(roles), evt_handlers=handlers
+        )
     except (OSError, TypeError, ValueError) as error:
         raise PeerError(f"no association ({error})", str(peer), "check host, port and AE titles") from error
     if not association.is_established:
+        # `associate` returns once the transport has ended, perhaps before its thread has noted why.
+        if association.is_alive():
+            association.join(timeout)
         raise PeerError(*_no_association(association, bool(connected), peer))
     # Its reactor thread looks for requests even while an answer is awaited, and would drop one that it takes.
     association._serve_request = lambda message, context: association.dimse.msg_queue.put((context, message))

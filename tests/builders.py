@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from appliance.intake.spool import Spool
 from dicom_io.header import FramePlane, Header
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -64,3 +65,14 @@ def head_series(count: int = 30, **changes: Any) -> list[Header]:
     """A contiguous series of that many slices."""
     step = changes.pop("step", 5.0)
     return [header(n, z=step * n, **changes) for n in range(1, count + 1)]
+
+
+def spooled(spool: Spool, content: bytes) -> str:
+    """Put bytes into a spool as intake does; returns their digest."""
+    lane = spool.take_lane()
+    incoming = spool.open(lane)
+    incoming.write(memoryview(content))
+    incoming.sync()
+    spool.publish(incoming)
+    spool.give_back(lane)
+    return incoming.digest

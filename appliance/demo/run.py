@@ -37,8 +37,8 @@ from appliance.operations.leash import Leashed
 from appliance.settings import Settings, load_settings
 from dicom_io.errors import PeerError, ScansideError
 from dicom_io.header import read_header
-from dicom_io.scp import STORAGE_CLASSES
 from dicom_io.scu import Peer, echo, instances_in, send
+from dicom_io.sop_classes import STORAGE_CLASSES
 from triton_models.training.phantom import simulate, write_study
 
 BOX_AE = "SCANSIDE"

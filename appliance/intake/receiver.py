@@ -6,19 +6,23 @@ import errno
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from appliance.intake.spool import Spool
-from appliance.ledger.store import Ledger
-from dicom_io.errors import HeaderError
-from dicom_io.header import read_header
-from dicom_io.scp import AssociationClosed, Received
+from appliance.events import Event
+from appliance.intake.commitment import CommitmentProvider
+from appliance.intake.committer import Committer
+from appliance.intake.spool import Incoming, Spool
+from appliance.ledger.store import Ledger, NewInstance
+from dicom_io.commitment import CommitmentReport, CommitmentRequest
+from dicom_io.errors import HeaderCutOff, HeaderError
+from dicom_io.handlers import Answer, Outcome, Refusal, Session, StoreRequest
+from dicom_io.header import Header, read_header
 
 log = logging.getLogger(__name__)
 
 # PS3.4 B.2.3, table B.2-1.
-SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH_SOP_CLASS = 0xA900
 CANNOT_UNDERSTAND = 0xC000
@@ -28,8 +32,8 @@ class Receiver:
     """The storage provider's handlers. Their methods are called from many association threads at once.
 
     Args:
-        ring: wakes the stage behind; called after each instance and each closed association.
-        reserve_percent, reserve_bytes: what is left free on the disk, see `Spool.shortage`.
+        ring: wakes the stage behind; called after each transaction and each closed association.
+        shortage: why the disk should take no more, see `Spool.shortage`; '' if it may.
     """
 
     def __init__(
@@ -37,70 +41,126 @@ class Receiver:
         ledger: Ledger,
         spool: Spool,
         ring: Callable[[], None],
-        *,
-        reserve_percent: float = 0.0,
-        reserve_bytes: int = 0,
+        commitments: CommitmentProvider,
+        shortage: Callable[[], str] = lambda: "",
     ) -> None:
         self._ledger = ledger
         self._spool = spool
         self._ring = ring
-        self._reserve = (reserve_percent, reserve_bytes)
-        self._associations: dict[int, int] = {}
+        self._commitments = commitments
+        self._shortage = shortage
+        self.committer = Committer(ledger, spool, ring)
+        self._associations: dict[int, tuple[int, Path]] = {}  # number in the ledger, and lane in the spool
         self._lock = threading.Lock()
 
-    def opened(self, association: int, calling_ae: str, called_ae: str, address: str) -> None:
+    def opened(self, session: Session) -> None:
         """Write the association down, as evidence for completeness."""
-        key = self._ledger.open_association(calling_ae, called_ae, address)
+        lane = self._spool.take_lane()
+        try:
+            key = self._ledger.open_association(session.calling_ae, session.called_ae, session.address)
+        except BaseException:
+            self._spool.give_back(lane)
+            raise
         with self._lock:
-            self._associations[association] = key
+            self._associations[session.number] = key, lane
 
-    def stored(self, received: Received) -> int:
-        """Make one instance durable; the DIMSE status to answer with.
+    def rejected(self, address: str, calling_ae: str, reason: str) -> None:
+        """Write down who was turned away."""
+        self._ledger.log(Event.ASSOCIATION_REJECTED, address=address, calling_ae=calling_ae, reason=reason)
 
-        0x0000 is returned only after the file, its folder and the ledger's row are synced to disk.
-        """
-        association = self._associations[received.association]
-        size = len(received.part10)
+    def receive(self, session: Session, request: StoreRequest) -> _Instance | Answer:
+        """A file for the instance, unless the disk is full."""
         try:
-            header = read_header(received.part10)
-        except HeaderError as error:
-            return self._refuse(association, CANNOT_UNDERSTAND, str(error), size)
-        if (header.sop_class_uid, header.sop_instance_uid) != (
-            received.sop_class_uid,
-            received.sop_instance_uid,
-        ):
-            reason = "the command names another SOP class or instance than the data set"
-            return self._refuse(association, DOES_NOT_MATCH_SOP_CLASS, reason, size)
-        try:
-            if shortage := self._spool.shortage(*self._reserve):
-                return self._refuse(association, OUT_OF_RESOURCES, shortage, size)
-            digest = self._spool.put(received.part10)
-            outcome = self._ledger.record_instance(header, digest, size, association)
-        except (OSError, SQLAlchemyError) as error:
-            code = getattr(error, "errno", None)
-            reason = "the disk is full" if code in (errno.ENOSPC, errno.EDQUOT) else f"cannot store: {error}"
-            return self._refuse(association, OUT_OF_RESOURCES, reason.splitlines()[0], size)
-        if outcome != "duplicate":
-            self._ring()
-        return SUCCESS
+            if shortage := self._shortage():
+                return Answer(OUT_OF_RESOURCES, shortage)
+            key, lane = self._associations[session.number]
+            return _Instance(self.committer, self._spool.open(lane), request, key)
+        except OSError as error:
+            return _cannot_store(error).answer
 
-    def refused(self, association: int, status: int, reason: str, size: int) -> None:
-        """Write down what the protocol layer refused by itself."""
-        self._refuse(self._associations[association], status, reason, size)
+    def refused(self, session: Session, answer: Answer, size: int) -> None:
+        """Write down an instance that was not taken."""
+        log.warning("instance refused with 0x%04X: %s", answer.status, answer.comment)
+        self._ledger.record_refusal(self._associations[session.number][0], answer.status, answer.comment, size)
 
-    def closed(self, closed: AssociationClosed) -> None:
+    def commitment(self, session: Session, request: CommitmentRequest) -> int:
+        """Write a request for storage commitment down; the DIMSE status to answer with."""
+        return self._commitments.commitment(session, request)
+
+    def report(self, session: Session) -> CommitmentReport | None:
+        """The next answer to such a request that this peer can have now."""
+        return self._commitments.report(session)
+
+    def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
+        """Write down what became of that answer."""
+        self._commitments.reported(session, transaction_uid, status)
+
+    def closed(self, session: Session, outcome: Outcome) -> None:
         """Write down how the association ended."""
+        self._commitments.closed(session)
         with self._lock:
-            key = self._associations.pop(closed.association, None)
-        if key is not None:
-            self._ledger.close_association(key, closed.outcome)
-            self._ring()
+            key, lane = self._associations.pop(session.number)
+        self._spool.give_back(lane)
+        self._ledger.close_association(key, outcome)
+        self._ring()
 
-    def _refuse(self, association: int, status: int, reason: str, size: int) -> int:
-        log.warning("instance refused with 0x%04X: %s", status, reason)
+
+class _Instance:
+    """The sink of one instance."""
+
+    def __init__(self, committer: Committer, incoming: Incoming, request: StoreRequest, association: int) -> None:
+        self._committer = committer
+        self._incoming = incoming
+        self._request = request
+        self._association = association
+        self._header: Header | None = None
+
+    def write(self, data: memoryview) -> None:
+        """Append to the file, unless the header, which mostly ends in the first piece, is a reason to refuse it."""
+        if not self._incoming.size:
+            try:
+                self._check(read_header(data, complete=False))
+            except HeaderCutOff:
+                log.debug("a header goes on after %d bytes", len(data))
+            except HeaderError as error:
+                raise Refusal(CANNOT_UNDERSTAND, str(error)) from error
         try:
-            self._ledger.record_refusal(association, status, reason, size)
-        except SQLAlchemyError:
-            # The sender still gets its status; a ledger that cannot be written is loud by itself.
-            log.exception("the refusal could not be written to the ledger")
-        return status
+            self._incoming.write(data)
+        except OSError as error:
+            raise _cannot_store(error) from error
+
+    def commit(self) -> None:
+        """Make it durable: file, folder and the ledger's row are synced to disk on return."""
+        try:
+            digest = self._incoming.sync()
+            if self._header is None:
+                self._check(read_header(self._incoming.path))
+            assert self._header is not None
+            row = NewInstance(self._header, digest, self._incoming.size, self._association)
+            self._committer.commit(self._incoming, row)
+        except HeaderError as error:
+            self.discard()
+            raise Refusal(CANNOT_UNDERSTAND, str(error)) from error
+        except Refusal:
+            self.discard()
+            raise
+        except (OSError, SQLAlchemyError) as error:
+            self.discard()
+            raise _cannot_store(error) from error
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._incoming.discard()
+
+    def _check(self, header: Header) -> None:
+        asked = (self._request.sop_class_uid, self._request.sop_instance_uid)
+        if (header.sop_class_uid, header.sop_instance_uid) != asked:
+            reason = "the command names another SOP class or instance than the data set"
+            raise Refusal(DOES_NOT_MATCH_SOP_CLASS, reason)
+        self._header = header
+
+
+def _cannot_store(error: Exception) -> Refusal:
+    code = getattr(error, "errno", None)
+    reason = "the disk is full" if code in (errno.ENOSPC, errno.EDQUOT) else f"cannot store: {error}"
+    return Refusal(OUT_OF_RESOURCES, reason.splitlines()[0])

@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import itertools
 import os
-import threading
-from collections.abc import Iterable
+import queue
+from collections.abc import Container, Iterable
 from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
+
+NAME = "instance"
+"""What a file is called in its lane."""
+
+
+class Incoming:
+    """A file on its way into the spool: in its lane, where nothing reads it, until `Spool.publish`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self.digest = ""
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        rest = data
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        # The disk works while the digest is computed. A failure shows in `sync`.
+        _LIBC.sync_file_range(self._file, ctypes.c_int64(self.size), ctypes.c_int64(len(data)), _START_WRITING)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def sync(self) -> str:
+        """Make content and name durable; returns the digest (64 hexadecimal digits). The file is closed then.
+
+        Raises:
+            OSError: as `write`; the content may be lost.
+        """
+        try:
+            os.fdatasync(self._file)
+        finally:
+            self._close()
+        sync_folder(self.path.parent)
+        self.digest = self._hash.hexdigest()
+        return self.digest
+
+    def discard(self) -> None:
+        """Remove it; for whatever will not be published."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 class Spool:
     """A content-addressed folder; a file in it is whole, synced, and never changed.
+
+    A file is made durable in its lane, a folder that no other association touches, so that syncing the folder waits
+    for nobody. The move to its own name is not synced: where a power cut takes it back, `recover` does it again.
+    That needs a file system on which a rename is atomic (ext4, XFS, btrfs).
 
     Args:
         directory: made if absent.
@@ -20,31 +81,64 @@ class Spool:
         self._directory = directory
         self._incoming = directory / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
+        self._lanes = itertools.count()
+        self._free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for number in range(256):
+            (directory / f"{number:02x}").mkdir(exist_ok=True)
+        for folder in (directory, directory.parent, self._incoming):
+            sync_folder(folder)
 
-    def put(self, content: bytes) -> str:
-        """Write a file, sync it and its folder, and return its digest (64 hexadecimal digits).
-
-        Until it is whole it lies in ``incoming/`` under a name that nothing else reads.
+    def take_lane(self) -> Path:
+        """A lane for an association, to be given back.
 
         Raises:
-            OSError: the disk is full or broken; nothing is left behind under the digest's name.
+            OSError: the disk is full or broken.
         """
-        digest = hashlib.sha256(content).hexdigest()
-        final = path_of(self._directory, digest)
-        part = self._incoming / f"{digest}.{os.getpid()}.{threading.get_ident()}"
-        final.parent.mkdir(exist_ok=True)
         try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fdatasync(file.fileno())
-            part.replace(final)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-        _sync_directory(final.parent)
-        _sync_directory(self._directory)
-        return digest
+            return self._free.get_nowait()
+        except queue.Empty:
+            lane = self._incoming / f"{next(self._lanes):03d}"
+            lane.mkdir(exist_ok=True)
+            sync_folder(self._incoming)
+            return lane
+
+    def give_back(self, lane: Path) -> None:
+        """An association has ended."""
+        self._free.put(lane)
+
+    def open(self, lane: Path) -> Incoming:
+        """A new file to receive an instance; one at a time in a lane.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        return Incoming(lane / NAME)
+
+    def publish(self, incoming: Incoming) -> None:
+        """Give a synced file the name of its digest.
+
+        Raises:
+            OSError: the disk is broken.
+        """
+        incoming.path.replace(path_of(self._directory, incoming.digest))
+
+    def recover(self, known: Container[str]) -> int:
+        """Name again what a power cut took the name from; returns how many files.
+
+        For the start of every service that reads the spool: what has a row and still lies in its lane is of an
+        earlier run, because a file is named before its row is written.
+        """
+        named = 0
+        for path in self._incoming.glob(f"*/{NAME}"):
+            try:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest in known and not path_of(self._directory, digest).exists():
+                    path.replace(path_of(self._directory, digest))
+                    named += 1
+            except FileNotFoundError:
+                continue  # another service, or an association, was faster
+        return named
 
     def shortage(self, reserve_percent: float, reserve_bytes: int) -> str:
         """Why the disk should take no more, in a sentence without its full stop; '' if it may.
@@ -66,12 +160,13 @@ class Spool:
         return ""
 
     def sweep(self, known: Iterable[str]) -> int:
-        """Delete what was never acknowledged: half-written files, and whole ones that no row speaks of.
+        """After `recover`, delete what was never acknowledged: half-written files, and whole ones without a row.
 
         For the start of intake, before it listens. Returns how many files went.
         """
         keep = set(known)
-        gone = [path for path in self._incoming.iterdir() if path.is_file()]
+        self.recover(keep)
+        gone = [path for path in self._incoming.rglob("*") if path.is_file()]
         gone += [path for path in self._directory.glob("??/*.dcm") if path.stem not in keep]
         for path in gone:
             path.unlink()
@@ -83,7 +178,8 @@ def path_of(directory: Path, digest: str) -> Path:
     return directory / digest[:2] / f"{digest}.dcm"
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_folder(directory: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

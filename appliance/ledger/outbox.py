@@ -23,7 +23,7 @@ class Outbox(Database):
         query = (
             sa.select(*columns)
             .select_from(t.finding.join(t.verdict).join(t.analysis))
-            .where(f.path.is_(None), f.attempts < attempts)
+            .where(f.path.is_(None), f.removed_at.is_(None), f.attempts < attempts)
             .order_by(f.id)
         )
         with self.read() as connection:
@@ -233,11 +233,11 @@ class Outbox(Database):
             destinations: those that are configured.
 
         Raises:
-            LedgerError: there is no such delivery, it is not dead or rejected, its destination is not configured, or
-                a newer revision of the same object went there since, which it would overtake.
+            LedgerError: there is no such delivery, it is not dead or rejected, its destination is not configured,
+                retention removed its object, or a newer revision of it went there since, which it would overtake.
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
-        columns = (d.state, d.destination, d.finding_id, f.object, v.revision, v.analysis_id, a.study_id)
+        columns = (d.state, d.destination, d.finding_id, f.object, f.removed_at, v.revision, v.analysis_id, a.study_id)
         joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis)
         with self._write() as connection:
             row = connection.execute(sa.select(*columns).select_from(joined).where(d.id == delivery_id)).first()
@@ -248,6 +248,10 @@ class Outbox(Database):
                 raise LedgerError(f"it is {row.state}, not dead or rejected", where, "there is nothing to send again")
             if row.destination not in destinations:
                 raise LedgerError(f"{row.destination} is not configured", where, "configure it again under that name")
+            if row.removed_at is not None:
+                raise LedgerError(
+                    f"retention removed its object on {row.removed_at[:10]}", where, "send the whole study again"
+                )
             newer = sa.select(d.id).select_from(joined)
             newer = newer.where(
                 d.destination == row.destination,
@@ -261,6 +265,8 @@ class Outbox(Database):
                 )
             self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())
             connection.execute(t.finding.update().where(t.finding.c.id == row.finding_id).values(attempts=0))
+            # If it fails again somebody has to see it again.
+            connection.execute(t.study.update().where(t.study.c.id == row.study_id).values(released_at=None))
             self._append(
                 connection,
                 Event.DELIVERY_REQUEUED,

@@ -51,6 +51,10 @@ study = Table(
     Column("last_instance_at", String, nullable=False),
     Column("completed_at", String),
     Column("evidence", JSON),
+    Column("released_at", String),  # when somebody said that its troubles need not hold its files
+    Column("removed_at", String),  # when retention removed its files; null again once an instance came since
+    # The studies whose files lie on the disk.
+    Index("ix_study_kept", "completed_at", sqlite_where=sa.text("removed_at IS NULL")),
 )
 
 instance = Table(
@@ -67,6 +71,7 @@ instance = Table(
     # False once the same SOP Instance UID arrived with other bytes: both stay, the newest counts.
     Column("is_current", Boolean, nullable=False, default=True),
     Column("received_at", String, nullable=False),
+    Column("removed_at", String),  # when retention removed the file; the header is {} from then on
     UniqueConstraint("sop_instance_uid", "digest"),
     Index(None, "study_id", "is_current"),
     Index(None, "association_id"),
@@ -118,6 +123,7 @@ finding = Table(
     Column("path", String),  # below the findings folder; null until it has been rendered
     Column("attempts", Integer, nullable=False, default=0),
     Column("reason", String, nullable=False, default=""),
+    Column("removed_at", String),  # when retention removed the file
     UniqueConstraint("verdict_id", "object"),
     Index("ix_finding_unrendered", "id", sqlite_where=sa.text("path IS NULL")),
 )
@@ -137,6 +143,26 @@ delivery = Table(
     Column("reason", String, nullable=False, default=""),
     UniqueConstraint("finding_id", "destination"),
     Index(None, "destination", "state", "urgency"),
+)
+
+commitment = Table(
+    "commitment",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("transaction_uid", String, nullable=False),
+    Column("calling_ae", String, nullable=False),
+    Column("called_ae", String, nullable=False),  # what the peer knows us by
+    Column("address", String, nullable=False),
+    Column("request", JSON, nullable=False),  # [[SOP Class UID, SOP Instance UID], …] in the order that was asked
+    Column("requested_at", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("due_at", String, nullable=False),
+    Column("acknowledged_at", String),
+    Column("failed", JSON),  # [[SOP Instance UID, Failure Reason], …] of the report that was acknowledged
+    Column("reason", String, nullable=False, default=""),
+    UniqueConstraint("calling_ae", "transaction_uid"),
+    Index(None, "calling_ae", "state", "due_at"),
 )
 
 event = Table(

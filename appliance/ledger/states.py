@@ -1,4 +1,4 @@
-"""What may become of a study, an analysis and a delivery: explicit tables of (state, event) → state."""
+"""What may become of a study, an analysis, a delivery and a commitment: explicit tables of (state, event) → state."""
 
 from __future__ import annotations
 
@@ -49,6 +49,23 @@ DELIVERY: Final = {
     ("sending", "give_up"): "dead",
     ("dead", "requeue"): "pending",
     ("rejected", "requeue"): "pending",
+}
+
+COMMITMENT: Final = {
+    ("", "request"): "requested",
+    # The same transaction asked for again is the same request. One that was settled is answered once more: whoever
+    # asks again has not got, or not kept, the answer.
+    ("requested", "request"): "requested",
+    ("reporting", "request"): "reporting",
+    ("acknowledged", "request"): "requested",
+    ("dead", "request"): "requested",
+    ("requested", "take"): "reporting",
+    # Its association ended and there is no address for another one.
+    ("requested", "give_up"): "dead",
+    ("reporting", "acknowledge"): "acknowledged",
+    ("reporting", "retry"): "requested",
+    ("reporting", "park"): "requested",
+    ("reporting", "give_up"): "dead",
 }
 
 

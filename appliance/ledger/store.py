@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +13,11 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import Row, later, now
+from appliance.ledger.commitments import Commitments
+from appliance.ledger.database import Row, Statement, later, now
 from appliance.ledger.outbox import Outbox
 from appliance.ledger.records import Verdict
+from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.states import ANALYSIS, DELIVERY, STUDY, step
 from dicom_io.header import Header
 
@@ -69,7 +73,56 @@ class NewFinding:
     urgency: int
 
 
-class Ledger(Outbox):
+@dataclass(frozen=True, slots=True)
+class NewInstance:
+    """An instance whose file is safe in the spool: ``size`` bytes under its ``digest``."""
+
+    header: Header
+    digest: str
+    size: int
+    association_id: int
+
+
+Stored = Literal["stored", "duplicate", "conflict"]
+
+# What an instance costs before its sender is answered: compiled once.
+_i = t.instance.c
+_STUDY = Statement(
+    sa.select(t.study.c.id, t.study.c.state).where(t.study.c.study_instance_uid == sa.bindparam("study_instance_uid"))
+)
+_INSERT_STUDY = Statement(
+    sa.insert(t.study).values(
+        study_instance_uid=sa.bindparam("study_instance_uid"),
+        state=sa.bindparam("state"),
+        completions=sa.bindparam("completions"),
+        first_instance_at=sa.bindparam("at"),
+        last_instance_at=sa.bindparam("at"),
+    )
+)
+# By the UID alone: with the study beside it SQLite may choose the study's index, and read all of it for each instance.
+_EARLIER = Statement(
+    sa.select(_i.id, _i.study_id, _i.digest, _i.is_current & _i.removed_at.is_(None)).where(
+        _i.sop_instance_uid == sa.bindparam("sop_instance_uid")
+    )
+)
+_SUPERSEDE = Statement(sa.update(t.instance).where(_i.id == sa.bindparam("row")).values(is_current=sa.false()))
+_WRITTEN = ("association_id", "series_instance_uid", "header", "size", "is_current", "received_at", "removed_at")
+_INSERT_INSTANCE = Statement(
+    sa.insert(t.instance).values(
+        {name: sa.bindparam(name) for name in ("study_id", "sop_instance_uid", "digest", *_WRITTEN)}
+    )
+)
+_RESTORE = Statement(
+    sa.update(t.instance).where(_i.id == sa.bindparam("row")).values({name: sa.bindparam(name) for name in _WRITTEN})
+)
+_UPDATE_STUDY = Statement(
+    sa.update(t.study)
+    .where(t.study.c.id == sa.bindparam("id"))
+    .values(state=sa.bindparam("state"), last_instance_at=sa.bindparam("last_instance_at"), removed_at=sa.null())
+)
+
+
+class Ledger(Outbox, Commitments, Retention):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -107,69 +160,58 @@ class Ledger(Outbox):
                 self._close_association(connection, key, "lost")
             return len(keys)
 
-    def record_instance(
-        self, header: Header, digest: str, size: int, association_id: int
-    ) -> Literal["stored", "duplicate", "conflict"]:
-        """Record one instance whose file is already safe on disk; committed and synced on return.
+    def record_instances(self, arrived: Sequence[NewInstance]) -> list[Stored]:
+        """Record instances whose files are already safe on disk; committed and synced on return, all or none.
 
-        The same SOP Instance UID with the same bytes changes nothing. With other bytes, both stay and the
-        newest counts. A study that was complete is reopened.
+        The same SOP Instance UID with the same bytes changes nothing. With other bytes, both stay and the newest
+        counts. A study that was complete is reopened.
         """
-        with self._write() as connection:
-            study_id, state = self._study_for(connection, header)
-            c = t.instance.c
-            # Within the study: a UID that another study uses too must not take the image from that one.
-            same_uid = (c.sop_instance_uid == header.sop_instance_uid) & (c.study_id == study_id)
-            earlier = connection.execute(sa.select(c.digest, c.is_current).where(same_uid)).all()
-            if any(row.digest == digest and row.is_current for row in earlier):
-                self._append(connection, Event.INSTANCE_DUPLICATE, study_id, association=association_id, digest=digest)
-                return "duplicate"
-            connection.execute(t.instance.update().where(same_uid).values(is_current=False))
-            values = {
-                "study_id": study_id,
-                "association_id": association_id,
-                "series_instance_uid": header.series_instance_uid,
-                "header": header.to_json(),
-                "size": size,
-                "is_current": True,
-                "received_at": now(),
-            }
-            if any(row.digest == digest for row in earlier):
-                connection.execute(t.instance.update().where(same_uid, c.digest == digest).values(**values))
-            else:
-                connection.execute(
-                    t.instance.insert().values(sop_instance_uid=header.sop_instance_uid, digest=digest, **values)
-                )
-            following = step(STUDY, state, "arrive")
-            connection.execute(
-                t.study.update()
-                .where(t.study.c.id == study_id)
-                .values(state=following, last_instance_at=values["received_at"])
-            )
-            name = Event.INSTANCE_CONFLICT if earlier else Event.INSTANCE_STORED
-            self._append(connection, name, study_id, association=association_id, digest=digest)
-            if following == "reopened" and state == "complete":
-                self._append(connection, Event.STUDY_REOPENED, study_id, by="an instance after completion")
-            return "conflict" if earlier else "stored"
+        with self._write_fast() as connection:
+            return [self._record_instance(connection, new) for new in arrived]
 
-    def _study_for(self, connection: sa.Connection, header: Header) -> tuple[int, str]:
-        uid = header.study_instance_uid
-        row = connection.execute(
-            sa.select(t.study.c.id, t.study.c.state).where(t.study.c.study_instance_uid == uid)
-        ).first()
-        if row:
-            return row.id, row.state
+    def _record_instance(self, connection: sqlite3.Connection, new: NewInstance) -> Stored:
+        study_id, state = self._study_for(connection, new.header.study_instance_uid)
+        uid = new.header.sop_instance_uid
+        # Within the study: a UID that another study uses too must not take the image from that one.
+        earlier = [row for row in _EARLIER.all(connection, sop_instance_uid=uid) if row[1] == study_id]
+        detail = {"association": new.association_id, "digest": new.digest}
+        same = [(row, counts) for row, _, digest, counts in earlier if digest == new.digest]
+        if any(counts for _, counts in same):
+            self._append(connection, Event.INSTANCE_DUPLICATE, study_id, **detail)
+            return "duplicate"
         at = now()
-        result = connection.execute(
-            t.study.insert().values(
-                study_instance_uid=uid,
-                state=step(STUDY, "", "arrive"),
-                completions=0,
-                first_instance_at=at,
-                last_instance_at=at,
-            )
-        )
-        return int(result.inserted_primary_key[0]), "receiving"  # type: ignore[index]
+        values = {
+            "study_id": study_id,
+            "association_id": new.association_id,
+            "series_instance_uid": new.header.series_instance_uid,
+            "header": json.dumps(new.header.to_json()),
+            "size": new.size,
+            "is_current": True,
+            "received_at": at,
+            "removed_at": None,
+            "sop_instance_uid": uid,
+            "digest": new.digest,
+        }
+        for row, *_ in earlier:
+            _SUPERSEDE.run(connection, row=row)
+        if same:
+            _RESTORE.run(connection, row=same[0][0], **values)
+        else:
+            _INSERT_INSTANCE.run(connection, **values)
+        following = step(STUDY, state, "arrive")
+        _UPDATE_STUDY.run(connection, id=study_id, state=following, last_instance_at=at)
+        outcome: Stored = "conflict" if any(row not in [one for one, _ in same] for row, *_ in earlier) else "stored"
+        name = Event.INSTANCE_CONFLICT if outcome == "conflict" else Event.INSTANCE_STORED
+        self._append(connection, name, study_id, **detail)
+        if following == "reopened" and state == "complete":
+            self._append(connection, Event.STUDY_REOPENED, study_id, by="an instance after completion")
+        return outcome
+
+    def _study_for(self, connection: sqlite3.Connection, uid: str) -> tuple[int, str]:
+        for key, state in _STUDY.all(connection, study_instance_uid=uid):
+            return key, state
+        state = step(STUDY, "", "arrive")
+        return _INSERT_STUDY.run(connection, study_instance_uid=uid, state=state, completions=0, at=now()), state
 
     def record_refusal(self, association_id: int, status: int, reason: str, size: int) -> None:
         """Record an instance that was not taken, with the DIMSE status that its sender got."""
@@ -185,9 +227,9 @@ class Ledger(Outbox):
             )
 
     def digests(self) -> set[str]:
-        """The digest of every instance, current or not."""
+        """The digest of every instance, current or not, but not of those that retention removed."""
         with self.read() as connection:
-            return set(connection.scalars(sa.select(t.instance.c.digest)))
+            return set(connection.scalars(sa.select(t.instance.c.digest).where(t.instance.c.removed_at.is_(None))))
 
     # --- study ------------------------------------------------------------------------------------------
 
@@ -213,12 +255,12 @@ class Ledger(Outbox):
         return found
 
     def instances(self, study_id: int) -> list[StoredInstance]:
-        """The current instances of a study, in the order in which they came."""
+        """The current instances of a study that have their files, in the order in which they came."""
         c = t.instance.c
         return self._stored(c.study_id == study_id, c.is_current)
 
     def inputs(self, study_id: int, inputs: Inputs) -> list[StoredInstance]:
-        """The instances that an analysis was admitted on, in that order, current or not."""
+        """The instances that an analysis was admitted on and that have their files, in that order, current or not."""
         c = t.instance.c
         wanted = {digest: place for place, (_, digest) in enumerate(inputs)}
         found = [one for one in self._stored(c.study_id == study_id) if one.digest in wanted]
@@ -226,7 +268,8 @@ class Ledger(Outbox):
 
     def _stored(self, *conditions: sa.ColumnElement[bool]) -> list[StoredInstance]:
         c = t.instance.c
-        query = sa.select(c.sop_instance_uid, c.digest, c.header).where(*conditions).order_by(c.id)
+        query = sa.select(c.sop_instance_uid, c.digest, c.header).where(*conditions, c.removed_at.is_(None))
+        query = query.order_by(c.id)
         with self.read() as connection:
             rows = connection.execute(query).all()
         return [StoredInstance(row.sop_instance_uid, row.digest, Header.from_json(row.header)) for row in rows]
@@ -435,9 +478,14 @@ class Ledger(Outbox):
             return final
 
     def requeue_analyses(self, study_id: int) -> int:
-        """Try the failed analyses of a study again, because somebody asked for it. Returns how many."""
+        """Try the failed analyses of a study again, because somebody asked for it. Returns how many.
+
+        Raises:
+            LedgerError: retention removed files of it.
+        """
         c = t.analysis.c
         with self._write() as connection:
+            require_files(connection, study_id)
             keys = connection.scalars(sa.select(c.id).where(c.study_id == study_id, c.state == "failed")).all()
             for key in keys:
                 row = self._move_analysis(connection, key, "requeue", attempts=0, due_at=now())

@@ -88,15 +88,23 @@ def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:
 
 
 def troubles(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
-    """What needs somebody: ``deliveries`` that are dead or rejected, ``analyses`` that were set aside."""
+    """What needs somebody: ``deliveries`` that are dead or rejected, ``analyses`` that were set aside.
+
+    What retention has removed needs nobody.
+    """
     d, f, a = t.delivery.c, t.finding.c, t.analysis.c
     deliveries = (
         sa.select(d.id, a.study_id, f.object, d.destination, d.state, d.reason)
         .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-        .where(d.state.in_(("dead", "rejected")))
+        .where(d.state.in_(("dead", "rejected")), f.removed_at.is_(None))
         .order_by(d.id)
     )
-    analyses = sa.select(a.study_id, a.package, a.reason).where(a.state == "failed").order_by(a.id)
+    analyses = (
+        sa.select(a.study_id, a.package, a.reason)
+        .join(t.study)
+        .where(a.state == "failed", t.study.c.removed_at.is_(None))
+        .order_by(a.id)
+    )
     with ledger.read() as connection:
         return {
             "deliveries": [dict(row) for row in connection.execute(deliveries).mappings()],
@@ -123,14 +131,14 @@ def event_counts(ledger: Ledger) -> dict[str, int]:
 
 
 def state_counts(ledger: Ledger) -> dict[str, dict[str, int]]:
-    """How many studies, analyses and deliveries are in each state."""
+    """How many studies, analyses, deliveries and commitments are in each state."""
     with ledger.read() as connection:
         return {
             table.name: {
                 row[0]: int(row[1])
                 for row in connection.execute(sa.select(table.c.state, sa.func.count()).group_by(table.c.state))
             }
-            for table in (t.study, t.analysis, t.delivery)
+            for table in (t.study, t.analysis, t.delivery, t.commitment)
         }
 
 

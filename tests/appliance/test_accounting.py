@@ -12,8 +12,8 @@ from appliance.accounting import account
 from appliance.intake.spool import Spool, path_of
 from appliance.ledger.database import now
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Ledger
-from tests.builders import header
+from appliance.ledger.store import Ledger, NewInstance
+from tests.builders import header, spooled
 
 TODAY = datetime.now(UTC).date()
 
@@ -29,8 +29,8 @@ class Day:
 
     def store(self, number: int, *, series: str = "1.2.3.1", content: str = "") -> str:
         one = header(number, series=series)
-        digest = self.spool.put((content or one.sop_instance_uid).encode())
-        self.ledger.record_instance(one, digest, 1, self.association)
+        digest = spooled(self.spool, (content or one.sop_instance_uid).encode())
+        self.ledger.record_instances([NewInstance(one, digest, 1, self.association)])[0]
         return digest
 
     def decide(self, inputs: list[list[str]], *, admitted: bool = True, reason: str = "") -> None:

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from appliance.cli import app
 from appliance.demo.orthanc import free_port
-from appliance.ledger.store import Ledger
-from dicom_io.scp import AssociationClosed, Received, StorageServer, start_server
+from appliance.ledger.store import Ledger, NewInstance
 from tests.builders import head_series
+from tests.dicom_io.support import Recorder, serving
 
 RUNNER = CliRunner()
 
@@ -23,33 +23,11 @@ def run(*arguments: str | Path) -> Result:
     return RUNNER.invoke(app, [str(one) for one in arguments])
 
 
-class Keeper:
-    """A storage provider that keeps what it gets, or refuses it."""
-
-    def __init__(self) -> None:
-        self.received: list[Received] = []
-        self.status = 0x0000
-
-    def opened(self, association: int, calling_ae: str, called_ae: str, address: str) -> None:
-        pass
-
-    def stored(self, received: Received) -> int:
-        self.received.append(received)
-        return self.status
-
-    def refused(self, association: int, status: int, reason: str, size: int) -> None:
-        pass
-
-    def closed(self, closed: AssociationClosed) -> None:
-        pass
-
-
 @pytest.fixture
-def node() -> Iterator[tuple[str, Keeper]]:
-    keeper = Keeper()
-    server: StorageServer = start_server("NODE", "127.0.0.1", 0, keeper)
-    yield f"NODE@127.0.0.1:{server.port}", keeper
-    server.stop(1.0)
+def node() -> Iterator[tuple[str, Recorder]]:
+    recorder = Recorder()
+    with serving(recorder) as server:
+        yield f"NODE@127.0.0.1:{server.port}", recorder
 
 
 def test_help_names_every_command() -> None:
@@ -73,7 +51,7 @@ def test_init_then_studies(tmp_path: Path) -> None:
     assert run("--config", config, "studies").stdout.strip() == "no study yet"
     association = ledger.open_association("S", "B", "127.0.0.1")
     for one in head_series(3):
-        ledger.record_instance(one, one.sop_instance_uid, 1, association)
+        ledger.record_instances([NewInstance(one, one.sop_instance_uid, 1, association)])
     listed = json.loads(run("--config", config, "studies", "--json").stdout)
     assert [(one["study"], one["state"], one["instances"]) for one in listed] == [(1, "receiving", 3)]
     assert json.loads(run("--config", config, "study", "1", "--json").stdout)["study_instance_uid"] == "1.2.3"
@@ -106,15 +84,15 @@ def test_a_mistake_is_a_sentence(
     assert "Traceback" not in result.output
 
 
-def test_echo(node: tuple[str, Keeper]) -> None:
+def test_echo(node: tuple[str, Recorder]) -> None:
     assert run("echo", node[0]).exit_code == 0
     nobody = run("echo", f"NODE@127.0.0.1:{free_port()}")
     assert nobody.exit_code == 1
     assert "127.0.0.1" in nobody.stderr
 
 
-def test_a_phantom_is_written_and_sent(tmp_path: Path, node: tuple[str, Keeper]) -> None:
-    target, keeper = node
+def test_a_phantom_is_written_and_sent(tmp_path: Path, node: tuple[str, Recorder]) -> None:
+    target, recorder = node
     made = run("phantom", "--out", tmp_path, "--bleed", "subdural", "--seed", "3", "--thickness", "8", "--json")
     assert made.exit_code == 0
     told = json.loads(made.stdout)
@@ -123,11 +101,11 @@ def test_a_phantom_is_written_and_sent(tmp_path: Path, node: tuple[str, Keeper])
     sent = run("send", tmp_path, "--to", target, "--json")
     assert sent.exit_code == 0
     answer = json.loads(sent.stdout)
-    assert answer["sent"] == told["instances"] == len(keeper.received)
+    assert answer["sent"] == told["instances"] == len(recorder.received)
     assert any(one["path"].endswith("readme.txt") for one in answer["skipped"])
-    dataset = pydicom.dcmread(pydicom.filebase.DicomBytesIO(keeper.received[0].part10))
+    dataset = pydicom.dcmread(pydicom.filebase.DicomBytesIO(recorder.received[0].part10))
     assert dataset.Modality == "CT"
-    keeper.status = 0xA700
+    recorder.status = 0xA700
     refused = run("send", tmp_path, "--to", target)
     assert refused.exit_code == 1
     assert "0 stored" in refused.stdout

@@ -9,6 +9,8 @@ import pytest
 from appliance import init
 from appliance.settings import SettingsError, find_settings, load_settings
 
+PAIR = '\ncertificate = "c.pem"\nkey = "k.pem"\n'
+
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "scanside.toml"
@@ -28,7 +30,12 @@ def written(folder: Path, text: str) -> Path:
         ('[[destination]]\nkind = "dicom"\nname = "pacs"', "destination.0.ae_title: field required"),
         ('[[destination]]\nkind = "fax"\nname = "x"', "destination.0"),
         (2 * '[[destination]]\nkind="hl7"\nname="a"\nhost="h"\nport=1\n', "two destinations are named 'a'"),
+        (2 * '[[commitment_peer]]\nae_title="CT1"\nhost="h"\nport=1\n', "two devices have the AE title 'CT1'"),
         ("[triton]\ngrpc_port = 9000\nhttp_port = 9000", "both 9000"),
+        ("[intake]\nplain = false", "intake: plain is false and there is no [intake.tls]"),
+        ('[intake.tls]\nkey = "k"', "intake.tls.certificate: field required"),
+        (f'[intake.tls]\nport = 11112{PAIR}', "intake.tls.port are both 11112"),
+        (f'[intake.tls]\nprofile = "ssl3"{PAIR}', "intake.tls.profile: input should be 'bcp195-rfc8996-9325'"),
         ("[intake\n", "this is not TOML"),
     ],
 )  # fmt: skip
@@ -46,6 +53,33 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     settings = load_settings(written(tmp_path, '[box]\nstate_directory = "state"'))
     assert settings.ledger_path == tmp_path / "state" / "ledger.sqlite"
     assert settings.triton.environment == tmp_path / ".venv-triton"
+
+
+def test_tls_is_optional_and_may_be_all_that_listens(tmp_path: Path) -> None:
+    assert load_settings(written(tmp_path, "")).intake.tls is None
+    settings = load_settings(written(tmp_path, f"[intake]\nplain = false\n[intake.tls]\nport = 11112{PAIR}"))
+    assert settings.intake.tls is not None
+    assert (settings.intake.plain, settings.intake.tls.port) == (False, 11112)
+    assert settings.intake.tls.certificate == tmp_path / "c.pem"
+    assert settings.intake.tls.key == tmp_path / "k.pem"
+    assert settings.intake.tls.client_authorities is None
+    text = f'[intake.tls]\nclient_authorities = "ca/clients.pem"{PAIR}'
+    settings = load_settings(written(tmp_path, text))
+    assert settings.intake.tls is not None
+    assert (settings.intake.tls.port, settings.intake.tls.client_authorities) == (2762, tmp_path / "ca/clients.pem")
+
+
+def test_init_writes_tls_behind_a_hash_and_in_full_where_it_is_wanted(tmp_path: Path) -> None:
+    path = init.write(tmp_path / "a", {})
+    assert "#[intake.tls]\n" in path.read_text(encoding="utf-8")
+    uncommented = path.read_text(encoding="utf-8").replace("#[intake.tls]", "[intake.tls]").replace("#port", "port")
+    for key in ("certificate", "key"):
+        uncommented = uncommented.replace(f"#{key} =", f'{key} = "x.pem"')
+    assert load_settings(written(tmp_path / "a", uncommented)).intake.tls is not None
+    wanted = {"certificate": "c.pem", "key": "k.pem", "port": 2763}
+    section = load_settings(init.write(tmp_path / "b", {"intake": {"tls": wanted}})).intake.tls
+    assert section is not None
+    assert (section.port, section.key) == (2763, tmp_path / "b" / "k.pem")
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

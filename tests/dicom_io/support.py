@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from dicom_io.scp import AssociationClosed, Handlers, Received, StorageServer, start_server
+from dicom_io.commitment import CommitmentReport, CommitmentRequest
+from dicom_io.handlers import Answer, Handlers, Outcome, Refusal, Session, Sink, StoreRequest
+from dicom_io.scp import Listener, ServerOptions, StorageServer, start_server
 
 ROWS, COLUMNS = 48, 40  # not square, so that an exchange of the two shows
 
@@ -122,21 +125,78 @@ def save(dataset: Dataset, path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Received:
+    """One instance that came whole: its command, its association, and the Part 10 file."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    calling_ae: str
+    called_ae: str
+    address: str
+    association: int
+    part10: bytes
+
+
+@dataclass(frozen=True)
+class Closed:
+    association: int
+    outcome: Outcome
+
+
+class _Keeper:
+    """A sink that gathers one instance for a `Recorder`."""
+
+    def __init__(self, recorder: Recorder, session: Session, request: StoreRequest) -> None:
+        self._recorder, self._session, self._request = recorder, session, request
+        self._content = bytearray()
+
+    def write(self, data: memoryview) -> None:
+        self._content += data
+
+    def commit(self) -> None:
+        session, request = self._session, self._request
+        received = Received(
+            request.sop_class_uid, request.sop_instance_uid, request.transfer_syntax_uid,
+            session.calling_ae, session.called_ae, session.address, session.number, bytes(self._content),
+        )  # fmt: skip
+        status = self._recorder.stored(received)
+        if status:
+            raise Refusal(status, "as the test wants it")
+
+    def discard(self) -> None:
+        self._recorder.discarded += 1
+
+
 class Recorder:
     """Handlers that keep what they are told."""
 
     def __init__(self, status: int = 0x0000) -> None:
         self.status = status
-        self.opened_calls: list[tuple[int, str, str, str]] = []
+        self.opened_calls: list[Session] = []
+        self.rejected_calls: list[tuple[str, str, str]] = []
         self.received: list[Received] = []
         self.refused_calls: list[tuple[int, int]] = []
-        self.closed_calls: list[AssociationClosed] = []
+        self.closed_calls: list[Closed] = []
+        self.requests: list[CommitmentRequest] = []
+        self.reports: list[CommitmentReport] = []
+        self.reported_calls: list[tuple[str, int | None]] = []
+        self.discarded = 0
         self._changed = threading.Condition()
 
-    def opened(self, association: int, calling_ae: str, called_ae: str, address: str) -> None:
+    def opened(self, session: Session) -> None:
         with self._changed:
-            self.opened_calls.append((association, calling_ae, called_ae, address))
+            self.opened_calls.append(session)
             self._changed.notify_all()
+
+    def rejected(self, address: str, calling_ae: str, reason: str) -> None:
+        with self._changed:
+            self.rejected_calls.append((address, calling_ae, reason))
+            self._changed.notify_all()
+
+    def receive(self, session: Session, request: StoreRequest) -> Sink | Answer:
+        return _Keeper(self, session, request)
 
     def stored(self, received: Received) -> int:
         with self._changed:
@@ -144,15 +204,25 @@ class Recorder:
             self._changed.notify_all()
         return self.status
 
-    def refused(self, association: int, status: int, reason: str, size: int) -> None:
-        assert reason
+    def refused(self, session: Session, answer: Answer, size: int) -> None:
+        assert answer.comment
         with self._changed:
-            self.refused_calls.append((status, size))
+            self.refused_calls.append((answer.status, size))
             self._changed.notify_all()
 
-    def closed(self, closed: AssociationClosed) -> None:
+    def commitment(self, session: Session, request: CommitmentRequest) -> int:
+        self.requests.append(request)
+        return 0x0000
+
+    def report(self, session: Session) -> CommitmentReport | None:
+        return self.reports.pop(0) if self.reports else None
+
+    def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
+        self.reported_calls.append((transaction_uid, status))
+
+    def closed(self, session: Session, outcome: Outcome) -> None:
         with self._changed:
-            self.closed_calls.append(closed)
+            self.closed_calls.append(Closed(session.number, outcome))
             self._changed.notify_all()
 
     def wait(self, *, received: int = 0, closed: int = 0, opened: int = 0, seconds: float = 10) -> None:
@@ -169,8 +239,10 @@ class Recorder:
 
 
 @contextmanager
-def serving(handlers: Handlers, **options: Any) -> Iterator[StorageServer]:
-    server = start_server("SCANSIDE", "127.0.0.1", 0, handlers, **options)
+def serving(handlers: Handlers, certificates: Any = None, **options: Any) -> Iterator[StorageServer]:
+    server = start_server(
+        ServerOptions(ae_title="SCANSIDE", **options), [Listener("127.0.0.1", 0, certificates)], handlers
+    )
     try:
         yield server
     finally:

@@ -19,9 +19,8 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.association import Association
 
 from dicom_io.errors import PeerError
-from dicom_io.scp import Received
 from dicom_io.scu import Peer, SendResult, echo, instances_in, send
-from tests.dicom_io.support import Recorder, ct, data_set, head, run, save, serving
+from tests.dicom_io.support import Received, Recorder, ct, data_set, head, run, save, serving
 from tests.peers import program as tool
 
 interop = pytest.mark.interop
@@ -145,7 +144,8 @@ def test_echo() -> None:
     with serving(recorder) as server:
         echo(ours(server.port), "SENDER")
         recorder.wait(closed=1)
-    assert [(closed.calling_ae, closed.outcome) for closed in recorder.closed_calls] == [("SENDER", "released")]
+    assert [session.calling_ae for session in recorder.opened_calls] == ["SENDER"]
+    assert [closed.outcome for closed in recorder.closed_calls] == ["released"]
     assert recorder.received == []
 
 

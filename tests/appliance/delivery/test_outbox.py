@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from appliance.delivery.outbox import Result, Worker
 from appliance.ledger.database import Row, now
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Ledger, NewFinding
+from appliance.ledger.store import Ledger, NewFinding, NewInstance
 from appliance.ledger.views import study_report
 from dicom_io.errors import PeerError
 from tests.builders import header
@@ -23,7 +23,7 @@ from tests.builders import header
 def ledger(tmp_path: Path) -> Ledger:
     """A ledger with one positive verdict: an alert to "er" and a report to "pacs", both ready."""
     one = Ledger(tmp_path / "ledger.sqlite")
-    one.record_instance(header(), "d", 1, one.open_association("S", "B", "127.0.0.1"))
+    one.record_instances([NewInstance(header(), "d", 1, one.open_association("S", "B", "127.0.0.1"))])[0]
     (arriving,) = one.arriving_studies()
     one.complete_study(1, arriving.last_instance_at, {"by": "test", "confidence": "high"})
     one.decide(1, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])

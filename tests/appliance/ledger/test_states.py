@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.ledger.states import ANALYSIS, DELIVERY, STUDY, StateError, step
+from appliance.ledger.states import ANALYSIS, COMMITMENT, DELIVERY, STUDY, StateError, step
 
-TABLES = {"study": STUDY, "analysis": ANALYSIS, "delivery": DELIVERY}
+TABLES = {"study": STUDY, "analysis": ANALYSIS, "delivery": DELIVERY, "commitment": COMMITMENT}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from appliance.ledger.database import LedgerError, now
 from appliance.ledger.records import SlabResult, Verdict
 from appliance.ledger.schema import metadata
-from appliance.ledger.store import Ledger, NewFinding
+from appliance.ledger.store import Ledger, NewFinding, NewInstance
 from appliance.ledger.views import (
     event_counts,
     find_study,
@@ -37,7 +37,10 @@ def ledger(tmp_path: Path) -> Ledger:
 def arrive(ledger: Ledger, count: int = 3, **changes: object) -> int:
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     for one in head_series(count, **changes):
-        assert ledger.record_instance(one, f"digest-{one.sop_instance_uid}", 10, association) == "stored"
+        assert (
+            ledger.record_instances([NewInstance(one, f"digest-{one.sop_instance_uid}", 10, association)])[0]
+            == "stored"
+        )
     ledger.close_association(association, "released")
     key = find_study(ledger, "1.2.3")
     assert key is not None
@@ -110,7 +113,9 @@ def test_the_same_bytes_again_change_nothing(ledger: Ledger) -> None:
     complete(ledger, study)
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     one = header(1)
-    assert ledger.record_instance(one, f"digest-{one.sop_instance_uid}", 10, association) == "duplicate"
+    assert (
+        ledger.record_instances([NewInstance(one, f"digest-{one.sop_instance_uid}", 10, association)])[0] == "duplicate"
+    )
     report = study_report(ledger, study)
     assert report["state"] == "complete"
     assert report["instances"] == 2
@@ -121,11 +126,11 @@ def test_other_bytes_under_the_same_uid_count_and_the_old_are_kept(ledger: Ledge
     study = arrive(ledger, 2)
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     changed = replace(header(1), kvp=100.0)
-    assert ledger.record_instance(changed, "other", 11, association) == "conflict"
+    assert ledger.record_instances([NewInstance(changed, "other", 11, association)])[0] == "conflict"
     assert {one.digest for one in ledger.instances(study)} == {"other", "digest-1.2.3.1.2"}
     assert "digest-1.2.3.1.1" in ledger.digests()
     # and back again: the newest counts, and still nothing is lost
-    assert ledger.record_instance(header(1), "digest-1.2.3.1.1", 10, association) == "conflict"
+    assert ledger.record_instances([NewInstance(header(1), "digest-1.2.3.1.1", 10, association)])[0] == "conflict"
     assert {one.digest for one in ledger.instances(study)} == {"digest-1.2.3.1.1", "digest-1.2.3.1.2"}
 
 
@@ -134,7 +139,7 @@ def test_an_instance_after_completion_reopens_the_study(ledger: Ledger) -> None:
     complete(ledger, study)
     issue(ledger, study)
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
-    ledger.record_instance(header(9), "late", 10, association)
+    ledger.record_instances([NewInstance(header(9), "late", 10, association)])[0]
     assert study_report(ledger, study)["state"] == "reopened"
     assert ledger.undecided_studies({"pkg": "1"}) == []
     complete(ledger, study)
@@ -147,14 +152,14 @@ def test_an_instance_after_completion_reopens_the_study(ledger: Ledger) -> None:
 def test_a_study_is_not_complete_if_something_came_meanwhile(ledger: Ledger) -> None:
     study = arrive(ledger, 2)
     (row,) = ledger.arriving_studies()
-    ledger.record_instance(header(7), "new", 10, 1)
+    ledger.record_instances([NewInstance(header(7), "new", 10, 1)])[0]
     assert not ledger.complete_study(study, row.last_instance_at, {"by": "x", "confidence": "low"})
     assert study_report(ledger, study)["state"] == "receiving"
 
 
 def test_associations_are_evidence(ledger: Ledger) -> None:
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
-    ledger.record_instance(header(1), "d", 10, association)
+    ledger.record_instances([NewInstance(header(1), "d", 10, association)])[0]
     (row,) = ledger.arriving_studies()
     assert (row.open_associations, row.outcomes) == (1, ())
     assert ledger.abandon_associations() == 1
@@ -187,7 +192,7 @@ def test_an_analysis_that_keeps_failing_is_set_aside_behind_the_others(ledger: L
     assert first is not None
     assert not ledger.fail_analysis(first["id"], "broken", attempts=2, pause=0.0)
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
-    ledger.record_instance(header(1, study="1.2.4", series="1.2.4.1"), "d4", 10, association)
+    ledger.record_instances([NewInstance(header(1, study="1.2.4", series="1.2.4.1"), "d4", 10, association)])[0]
     other = find_study(ledger, "1.2.4")
     assert other is not None
     complete(ledger, other)
@@ -271,7 +276,7 @@ def test_a_correction_does_not_overtake_its_alert(ledger: Ledger) -> None:
     first = ledger.take_delivery("er")
     assert first is not None
     ledger.settle_delivery(first, "retry", "busy", wait_seconds=60)
-    ledger.record_instance(header(9), "late", 10, 1)
+    ledger.record_instances([NewInstance(header(9), "late", 10, 1)])[0]
     complete(ledger, study)
     issue(ledger, study, revision=2, positive=False)
     assert ledger.take_delivery("er") is None
@@ -343,7 +348,7 @@ def test_many_threads_and_a_second_process_lose_nothing(ledger: Ledger, tmp_path
     def store(which: Ledger, series: str) -> None:
         association = which.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
         for one in head_series(25, series=series):
-            which.record_instance(one, one.sop_instance_uid, 10, association)
+            which.record_instances([NewInstance(one, one.sop_instance_uid, 10, association)])[0]
 
     threads = [threading.Thread(target=store, args=((ledger, other)[n % 2], f"1.2.3.{n}")) for n in range(1, 5)]
     for thread in threads:
@@ -398,7 +403,7 @@ def test_an_old_alert_cannot_be_sent_after_its_withdrawal(ledger: Ledger) -> Non
     alert = ledger.take_delivery("er")
     assert alert is not None
     ledger.settle_delivery(alert, "reject", "AR")
-    ledger.record_instance(header(9), "late", 10, 1)
+    ledger.record_instances([NewInstance(header(9), "late", 10, 1)])[0]
     complete(ledger, study)
     issue(ledger, study, revision=2, positive=False)
     with pytest.raises(LedgerError, match="newer"):
@@ -409,7 +414,7 @@ def test_an_analysis_waits_while_its_study_is_open_again(ledger: Ledger) -> None
     study = arrive(ledger)
     complete(ledger, study)
     admit(ledger, study)
-    ledger.record_instance(header(9), "late", 10, 1)
+    ledger.record_instances([NewInstance(header(9), "late", 10, 1)])[0]
     assert ledger.take_analysis(["pkg"]) is None
     complete(ledger, study)
     assert ledger.take_analysis(["pkg"]) is None, "the gate has not seen the late instance"
@@ -430,7 +435,7 @@ def test_an_admission_of_another_version_is_asked_for_again(ledger: Ledger) -> N
 def test_the_inputs_of_an_analysis_are_found_even_when_superseded(ledger: Ledger) -> None:
     study = arrive(ledger, 3)
     inputs = [[one.sop_instance_uid, one.digest] for one in reversed(ledger.instances(study))]
-    ledger.record_instance(replace(header(1), kvp=80.0), "newer", 10, 1)
+    ledger.record_instances([NewInstance(replace(header(1), kvp=80.0), "newer", 10, 1)])[0]
     found = ledger.inputs(study, inputs)
     assert [[one.sop_instance_uid, one.digest] for one in found] == inputs
 
@@ -474,7 +479,7 @@ def test_a_uid_that_another_study_uses_too_takes_nothing_from_it(ledger: Ledger)
     study = arrive(ledger, 3)
     association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
     intruder = header(1, study="9.9.9")
-    assert ledger.record_instance(intruder, "other", 10, association) == "stored"
+    assert ledger.record_instances([NewInstance(intruder, "other", 10, association)])[0] == "stored"
     assert len(ledger.instances(study)) == 3
 
 
@@ -495,7 +500,7 @@ def test_a_verdict_stands_when_nothing_that_was_analysed_changed(ledger: Ledger)
     standing = ledger.standing_verdict(study, "pkg")
     assert standing is not None
     assert standing["inputs"] == [["1.2.3.1.1", "digest-1.2.3.1.1"]]
-    ledger.record_instance(header(1, series="1.2.3.7", modality="SR"), "dose", 10, 1)
+    ledger.record_instances([NewInstance(header(1, series="1.2.3.7", modality="SR"), "dose", 10, 1)])[0]
     complete(ledger, study)
     ledger.keep_verdict(study, "pkg", [])
     assert ledger.undecided_studies({"pkg": "1"}) == []

@@ -1,0 +1,90 @@
+"""Group commit: instances that several associations wait for become durable together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from appliance.intake.spool import Incoming, Spool
+from appliance.ledger.store import Ledger, NewInstance, Stored
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    incoming: Incoming
+    row: NewInstance
+    outcome: Stored | Exception | None = None
+
+
+class Committer:
+    """Names the files of instances and writes their rows, as many as wait in one transaction.
+
+    There is no thread of its own: whoever comes while nobody commits does it for all that have come so far. With one
+    association nobody waits for anybody; with many, one sync serves them all.
+
+    Args:
+        ring: called after each transaction that brought something new.
+    """
+
+    def __init__(self, ledger: Ledger, spool: Spool, ring: Callable[[], None]) -> None:
+        self._ledger = ledger
+        self._spool = spool
+        self._ring = ring
+        self._turn = threading.Lock()
+        self._queue: list[_Waiting] = []
+        self._queue_lock = threading.Lock()
+
+    def commit(self, incoming: Incoming, row: NewInstance) -> Stored:
+        """Make one synced file an instance; it is durable on return.
+
+        Raises:
+            OSError, SQLAlchemyError: it is not; its file may lie in the spool without a row.
+        """
+        waiting = _Waiting(incoming, row)
+        with self._queue_lock:
+            self._queue.append(waiting)
+        with self._turn:
+            if waiting.outcome is None:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        if isinstance(waiting.outcome, Exception):
+            raise waiting.outcome
+        assert waiting.outcome is not None
+        return waiting.outcome
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is committed meanwhile: for whoever removes files that an instance might bring again."""
+        with self._turn:
+            yield
+
+    def _commit(self, batch: list[_Waiting]) -> None:
+        named = []
+        for one in batch:
+            try:
+                self._spool.publish(one.incoming)
+            except OSError as error:
+                one.outcome = error
+            else:
+                named.append(one)
+        if named:
+            self._record(named)
+
+    def _record(self, batch: list[_Waiting]) -> None:
+        try:
+            outcomes = self._ledger.record_instances([one.row for one in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].outcome = error
+                return
+            # One that cannot be written must not take the others with it.
+            for one in batch:
+                self._record([one])
+            return
+        for one, outcome in zip(batch, outcomes, strict=True):
+            one.outcome = outcome
+        if any(outcome != "duplicate" for outcome in outcomes):
+            self._ring()

@@ -1,0 +1,59 @@
+"""What `scanside check` says of the certificate that intake shows."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from appliance import init
+from appliance.checks import Check, run_checks
+from appliance.demo.orthanc import free_ports
+from appliance.settings import load_settings
+from tests.dicom_io.certificates import Authority, Pair
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port where somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])
+
+
+def checked(folder: Path, pair: Pair, port: int) -> Check:
+    """The check of intake with TLS, on a box whose plain port is off."""
+    ports = free_ports(3)
+    tls = {"port": port, "certificate": str(pair.certificate), "key": str(pair.key)}
+    path = init.write(
+        folder / "box",
+        {
+            "intake": {"plain": False, "host": "127.0.0.1", "tls": tls},
+            "triton": dict(zip(("grpc_port", "http_port", "metrics_port"), ports, strict=True)),
+        },
+    )
+    found = {one.check: one for one in run_checks(load_settings(path))}
+    assert "intake" not in found
+    return found["intake TLS"]
+
+
+def test_a_good_certificate_is_shown_with_its_last_day(tmp_path: Path, port: int) -> None:
+    check = checked(tmp_path, Authority(tmp_path).issue("box"), port)
+    assert (check.ok, "good until" in check.detail) == (True, True)
+
+
+def test_an_expired_certificate_fails_the_check(tmp_path: Path, port: int) -> None:
+    check = checked(tmp_path, Authority(tmp_path).issue("box", lifetime=timedelta(days=-1)), port)
+    assert (check.ok, "expired on" in check.detail) == (False, True)
+
+
+def test_a_certificate_that_cannot_be_read_fails_the_check(tmp_path: Path, port: int) -> None:
+    check = checked(tmp_path, Pair(tmp_path / "absent.crt", tmp_path / "absent.key"), port)
+    assert (check.ok, "absent.crt" in check.detail) == (False, True)
+
+
+def test_nobody_listening_fails_the_check(tmp_path: Path) -> None:
+    check = checked(tmp_path, Authority(tmp_path).issue("box"), free_ports(1)[0])
+    assert (check.ok, "scanside intake" in check.detail) == (False, True)
