@@ -6,14 +6,13 @@ import errno
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.events import Event
 from appliance.intake.commitment import CommitmentProvider
 from appliance.intake.committer import Committer
-from appliance.intake.spool import Incoming, Spool
+from appliance.intake.spool import Incoming, Lane, Spool
 from appliance.ledger.store import Ledger, NewInstance
 from dicom_io.commitment import CommitmentReport, CommitmentRequest
 from dicom_io.errors import HeaderCutOff, HeaderError
@@ -50,7 +49,7 @@ class Receiver:
         self._commitments = commitments
         self._shortage = shortage
         self.committer = Committer(ledger, spool, ring)
-        self._associations: dict[int, tuple[int, Path]] = {}  # number in the ledger, and lane in the spool
+        self._associations: dict[int, tuple[int, Lane]] = {}  # number in the ledger, and lane in the spool
         self._lock = threading.Lock()
 
     def opened(self, session: Session) -> None:
@@ -100,8 +99,8 @@ class Receiver:
         self._commitments.closed(session)
         with self._lock:
             key, lane = self._associations.pop(session.number)
-        self._spool.give_back(lane)
         self._ledger.close_association(key, outcome)
+        self._spool.give_back(lane)
         self._ring()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -13,16 +14,26 @@ from pathlib import Path
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
 
-NAME = "instance"
-"""What a file is called in its lane."""
+SETTLE_AFTER = 32
+"""So many files of a lane may wait for the folders of their own names to be synced."""
+
+
+class Lane:
+    """A folder in which one association after another makes its files durable, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.numbers = itertools.count()
+        self.named: list[tuple[Path, Path]] = []  # each file that has its own name, and that name, not synced yet
 
 
 class Incoming:
     """A file on its way into the spool: in its lane, where nothing reads it, until `Spool.publish`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.path = lane.folder / f"{next(lane.numbers)}"
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
         self._hash = hashlib.sha256()
         self.size = 0
         self.digest = ""
@@ -70,8 +81,8 @@ class Spool:
     """A content-addressed folder; a file in it is whole, synced, and never changed.
 
     A file is made durable in its lane, a folder that no other association touches, so that syncing the folder waits
-    for nobody. The move to its own name is not synced: where a power cut takes it back, `recover` does it again.
-    That needs a file system on which a rename is atomic (ext4, XFS, btrfs).
+    for nobody. It gets its own name as a second one, which is not synced at once: where a power cut takes that back,
+    `recover` gives it again, and the name in the lane goes only once the other is durable.
 
     Args:
         directory: made if absent.
@@ -82,13 +93,13 @@ class Spool:
         self._incoming = directory / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
         self._lanes = itertools.count()
-        self._free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for number in range(256):
             (directory / f"{number:02x}").mkdir(exist_ok=True)
         for folder in (directory, directory.parent, self._incoming):
             sync_folder(folder)
 
-    def take_lane(self) -> Path:
+    def take_lane(self) -> Lane:
         """A lane for an association, to be given back.
 
         Raises:
@@ -97,22 +108,29 @@ class Spool:
         try:
             return self._free.get_nowait()
         except queue.Empty:
-            lane = self._incoming / f"{next(self._lanes):03d}"
-            lane.mkdir(exist_ok=True)
+            folder = self._incoming / f"{next(self._lanes):03d}"
+            folder.mkdir(exist_ok=True)
             sync_folder(self._incoming)
-            return lane
+            return Lane(folder)
 
-    def give_back(self, lane: Path) -> None:
-        """An association has ended."""
+    def give_back(self, lane: Lane) -> None:
+        """An association has ended.
+
+        Raises:
+            OSError: the disk is broken; the lane is not used again.
+        """
+        self._settle(lane)
         self._free.put(lane)
 
-    def open(self, lane: Path) -> Incoming:
+    def open(self, lane: Lane) -> Incoming:
         """A new file to receive an instance; one at a time in a lane.
 
         Raises:
             OSError: the disk is full or broken.
         """
-        return Incoming(lane / NAME)
+        if len(lane.named) >= SETTLE_AFTER:
+            self._settle(lane)
+        return Incoming(lane)
 
     def publish(self, incoming: Incoming) -> None:
         """Give a synced file the name of its digest.
@@ -120,24 +138,35 @@ class Spool:
         Raises:
             OSError: the disk is broken.
         """
-        incoming.path.replace(path_of(self._directory, incoming.digest))
+        name = path_of(self._directory, incoming.digest)
+        with contextlib.suppress(FileExistsError):  # the same bytes came before
+            os.link(incoming.path, name)
+        incoming.lane.named.append((incoming.path, name))
+
+    def _settle(self, lane: Lane) -> None:
+        """Make the names of a lane's files durable, and take them out of the lane."""
+        for folder in {name.parent for _, name in lane.named}:
+            sync_folder(folder)
+        for path, _ in lane.named:
+            path.unlink(missing_ok=True)
+        lane.named.clear()
 
     def recover(self, known: Container[str]) -> int:
         """Name again what a power cut took the name from; returns how many files.
 
-        For the start of every service that reads the spool: what has a row and still lies in its lane is of an
-        earlier run, because a file is named before its row is written.
+        For the start of every service that reads the spool. What has a row and no name of its own is of an earlier
+        run, because a file is named before its row is written.
         """
         named = 0
-        for path in self._incoming.glob(f"*/{NAME}"):
-            try:
+        for path in self._incoming.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # another, or an association, was faster
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest in known and not path_of(self._directory, digest).exists():
-                    path.replace(path_of(self._directory, digest))
+                name = path_of(self._directory, digest)
+                if digest in known and not name.exists():
+                    os.link(path, name)
+                    sync_folder(name.parent)
                     named += 1
-            except FileNotFoundError:
-                continue  # another service, or an association, was faster
         return named
 
     def shortage(self, reserve_percent: float, reserve_bytes: int) -> str:

@@ -99,18 +99,22 @@ class Retention(Database):
             if kept is None or _holds(connection, rules, study_id):
                 return None
             mine = (c.study_id == study_id) & c.removed_at.is_(None)
-            rows = connection.execute(sa.select(c.digest, c.size).where(mine).order_by(c.id)).all()
-            connection.execute(t.instance.update().where(mine).values(removed_at=at, header={}))
+            rows = connection.execute(sa.select(t.instance).where(mine).order_by(c.id)).mappings().all()
+            # An update would leave the rows where they are: SQLite gives a page back only when it becomes empty.
+            connection.execute(t.instance.delete().where(mine))
+            if rows:
+                emptied = {"removed_at": at, "header": {}}
+                connection.execute(t.instance.insert(), [{**row, **emptied} for row in rows])
             verdicts = sa.select(t.verdict.c.id).join(t.analysis).where(t.analysis.c.study_id == study_id)
             made = f.verdict_id.in_(verdicts) & f.removed_at.is_(None)
             paths = connection.scalars(sa.select(f.path).where(made, f.path.is_not(None)).order_by(f.id)).all()
             connection.execute(t.finding.update().where(made).values(removed_at=at))
             connection.execute(t.study.update().where(s.id == study_id).values(removed_at=at))
-            size = sum(row.size for row in rows)
+            size = sum(row["size"] for row in rows)
             self._append(
                 connection, Event.RETENTION_REMOVED, study_id, instances=len(rows), findings=len(paths), bytes=size
             )
-            digests = _unnamed(connection, dict.fromkeys(row.digest for row in rows))
+            digests = _unnamed(connection, dict.fromkeys(row["digest"] for row in rows))
         return Removal(study_id, tuple(digests), tuple(paths), size)
 
     def unnamed_digests(self, digests: Iterable[str]) -> list[str]:

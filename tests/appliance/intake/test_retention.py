@@ -235,9 +235,24 @@ def test_what_was_superseded_goes_with_its_study(box: Box) -> None:
     file.write(memoryview(b"other bytes"))
     file.sync()
     assert box.committer.commit(file, NewInstance(one, file.digest, file.size, box.association)) == "conflict"
+    box.spool.give_back(file.lane)
     box.finish(1)
     assert box.retention.step() == 1
     assert box.studies() == {"1.1": False}
+
+
+def test_the_ledger_gets_room_back(box: Box) -> None:
+    box.receive(1, images=100)
+    box.finish(1)
+
+    def pages(pragma: str) -> int:
+        with box.ledger.read() as connection:
+            return int(connection.exec_driver_sql(f"pragma {pragma}").scalar())
+
+    before = pages("freelist_count")
+    assert box.retention.step() == 1
+    freed = (pages("freelist_count") - before) * pages("page_size")
+    assert freed > 100 * 1000  # most of the headers, of 1.5 kB each
 
 
 def test_the_account_of_the_day_adds_up_afterwards(box: Box) -> None:
@@ -292,6 +307,7 @@ def test_an_instance_of_a_removed_study_with_other_bytes_is_a_conflict(box: Box)
     file.sync()
     new = NewInstance(replace(one, kvp=100.0), file.digest, file.size, box.association)
     assert box.committer.commit(file, new) == "conflict"
+    box.spool.give_back(file.lane)
     assert [stored.digest for stored in box.ledger.instances(1)] == [file.digest]
     assert (box.studies(), box.ledger.removed_instances(1)) == ({"1.1": True}, 0)
 

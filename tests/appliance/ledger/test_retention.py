@@ -277,12 +277,14 @@ def test_a_study_that_went_leaves_its_rows_and_nothing_to_read(ledger: Ledger) -
 
 
 def test_a_file_that_another_study_names_too_stays(ledger: Ledger) -> None:
-    write(ledger, [Told(), Told(age_hours=1)])
+    write(ledger, [Told(instances=3), Told(age_hours=1)])
     with ledger._write() as connection:
-        connection.execute(t.instance.update().where(t.instance.c.digest == "2-0").values(digest="1-0"))
+        for shared in ("0", "1"):  # one that counts, and one that was superseded
+            of_study_2 = t.instance.c.digest == f"2-{shared}"
+            connection.execute(t.instance.update().where(of_study_2).values(digest=f"1-{shared}"))
     removal = ledger.remove_study(1, RULES)
     assert removal is not None
-    assert removal.digests == ("1-1",)
+    assert removal.digests == ("1-2",)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ Row = tuple[str, str, bool]
 """SOP Instance UID, digest, whether it is the current one of its UID."""
 
 
-def violations(ledger_path: Path, spool: Path, answered: Sequence[Image], *, start: bool = True) -> list[str]:
+def violations(
+    ledger_path: Path, spool: Path, answered: Sequence[Image], *, start: bool = True, cut: bool = False
+) -> list[str]:
     """What does not hold.
 
     - The ledger opens, SQLite finds nothing wrong with it, and its chain of events is whole.
@@ -35,14 +37,20 @@ def violations(ledger_path: Path, spool: Path, answered: Sequence[Image], *, sta
 
     Args:
         start: then also does to the folder what a start of intake does before it listens, and looks again; nothing
-            may lie in the spool then that no row speaks of. False changes nothing in the spool.
+            may lie in the spool then that no row speaks of.
+        cut: first looks that no half file lies under a final name, then names again what a power cut took the name
+            from, as every service does at its start. Otherwise, and without ``start``, nothing is changed in the spool.
     """
     try:
         ledger = Ledger(ledger_path)
     except ScansideError as error:
         return [f"the ledger does not open: {error}"]
     try:
-        found = _held_against(ledger, spool, answered)
+        found = []
+        if cut:
+            found += [f"{path} lies under a final name and is not what it says" for path in _spooled(spool)[1]]
+            Spool(spool).recover(ledger.digests())
+        found += _held_against(ledger, spool, answered)
         if start and not found:
             ledger.abandon_associations()
             Spool(spool).sweep(ledger.digests())

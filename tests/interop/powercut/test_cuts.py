@@ -66,7 +66,7 @@ def found_by_cutting(recording: Recording, cuts: list[int], folder: Path, seed: 
             # Some in turn also start, which costs more than all the looking.
             start = mode == (MODES[number // 2 % len(MODES)] if number % 2 else None)
             lay_out(state, place, empty_folders=start)
-            for one in violations(place / LEDGER, place / SPOOL, answered, start=start):
+            for one in violations(place / LEDGER, place / SPOOL, answered, start=start, cut=True):
                 behind = recording.operations[number - 1] if number else None
                 yield f"cut {number} ({mode}) behind {behind and (behind.kind.name, behind.path)}: {one}"
             shutil.rmtree(place)
