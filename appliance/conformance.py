@@ -33,7 +33,9 @@ STATUSES: dict[int, tuple[str, str]] = {
     ),
     association.NO_SUCH_ACTION: ("No such action type", "N-ACTION with another Action Type ID than 1"),
     association.UNRECOGNIZED_OPERATION: ("Unrecognized operation", "any other request"),
-    association.MISTYPED_ARGUMENT: ("Mistyped argument", "N-ACTION: its data set is no request for commitment"),
+    association.NO_SUCH_INSTANCE: ("No such SOP Instance", "N-ACTION on another than the well-known instance"),
+    commitment.INVALID_ARGUMENT: ("Invalid argument value", "N-ACTION: its data set is no request for commitment"),
+    commitment.RESOURCE_LIMITATION: ("Resource limitation", "N-ACTION: more than one request may ask for"),
     receiver.OUT_OF_RESOURCES: (
         "Out of resources",
         "the disk is full or below its reserve (`intake.reserve_percent`, `intake.reserve_bytes`), or the ledger "
@@ -133,6 +135,7 @@ def security() -> str:
             (f"profile `{name}`", f"TLS 1.2 with {', '.join(ciphers)}; TLS 1.3")
             for name, ciphers in tls.CIPHERS.items()
         ),
+        ("", "the second is a part of PS3.15 B.13: OpenSSL lacks its Camellia suites, Python its CCM ones in TLS 1.3"),
         ("default profile", f"`{Tls.model_fields['profile'].get_default()}`"),
         ("client certificates", "required with `intake.tls.client_authorities`, else not asked for"),
         ("renewal", "certificate, key and authorities are read again when they change; associations go on"),

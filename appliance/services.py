@@ -317,7 +317,13 @@ class Engine:
         digests = {one.sop_instance_uid: one.digest for one in instances}
         selection = self._select(study_id)
         inputs: list[list[str]] = []
-        if gone := self._ledger.removed_instances(study_id):
+        gone = self._ledger.removed_instances(study_id)
+        if gone and self._ledger.standing_verdict(study_id, package.name) is not None:
+            # Something of an old study came again, a dose report or one of our own captures; its images did not.
+            self._ledger.keep_verdict(study_id, package.name, selection.to_json())
+            log.warning("study %d: retention removed %d of its images, the verdict stands", study_id, gone)
+            return
+        if gone:
             said = f"{gone} instances were removed by retention"
             criterion = Criterion("files", "instances of the study", said, "all of them, sent again", "violated")
             admission = Admission((criterion,))

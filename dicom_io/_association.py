@@ -46,7 +46,13 @@ from dicom_io._upper_layer import (
     abort,
     p_data,
 )
-from dicom_io.commitment import CommitmentError, decode_request, encode_report
+from dicom_io.commitment import (
+    MAXIMUM_REQUEST_BYTES,
+    PUSH_MODEL_INSTANCE,
+    CommitmentError,
+    decode_request,
+    encode_report,
+)
 from dicom_io.handlers import Answer, Outcome, Refusal, Session, Sink, StoreRequest
 from dicom_io.sop_classes import STORAGE_COMMITMENT, VERIFICATION
 from dicom_io.tls import client_subject
@@ -59,9 +65,6 @@ logger = logging.getLogger(__name__)
 BUFFER = 1 << 20
 """Bytes of an instance that are gathered before they go on; a CT slice of 512 x 512 in one piece."""
 
-MAXIMUM_ACTION = 4 << 20
-"""Bytes of the data set of an N-ACTION request: some 30,000 references."""
-
 SLOW_AFTER_SECONDS = 30.0
 """A message that has taken this long must have come at no less than ``minimum_bytes_per_second``."""
 
@@ -70,11 +73,11 @@ REPORT_POLL_SECONDS = 0.5
 
 SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.14
+NO_SUCH_INSTANCE = 0x0112  # PS3.7 C.5.12
 INVALID_INSTANCE = 0x0117  # PS3.7 C.5.10
 CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.18
 NO_SUCH_ACTION = 0x0123  # PS3.7 C.5.13
 UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.21
-MISTYPED_ARGUMENT = 0x0212  # PS3.7 C.5.15
 CANNOT_UNDERSTAND = 0xC000  # PS3.4 B.2.3
 
 _PDU = struct.Struct(">BxI")
@@ -507,7 +510,7 @@ class Association(threading.Thread):
         if message.size > self._options.maximum_instance_bytes:
             raise _Invalid("a message is longer than any instance may be")
         if message.command is not None and message.command.field == dimse.Field.N_ACTION_RQ:
-            if message.size > MAXIMUM_ACTION:
+            if message.size > MAXIMUM_REQUEST_BYTES:
                 raise _Invalid("an N-ACTION request that does not end")
             self._read_into(message.data, size)
             return
@@ -637,12 +640,14 @@ class Association(threading.Thread):
         abstract_syntax, transfer_syntax = self._contexts[message.context_id]
         if abstract_syntax != STORAGE_COMMITMENT or command.requested_class != STORAGE_COMMITMENT:
             return Answer(CLASS_NOT_SUPPORTED, "N-ACTION is for Storage Commitment Push Model only")
+        if command.requested_instance != PUSH_MODEL_INSTANCE:
+            return Answer(NO_SUCH_INSTANCE, "Requested SOP Instance UID is not the well-known one")
         if command.action_type != 1:
             return Answer(NO_SUCH_ACTION, "Action Type ID is not 1")
         try:
             request = decode_request(bytes(message.data), transfer_syntax)
         except CommitmentError as error:
-            return Answer(MISTYPED_ARGUMENT, error.what)
+            return Answer(error.status, error.what)
         try:
             status = self._server.handlers.commitment(self.session, request)
             self._commitment_context = message.context_id
@@ -684,7 +689,7 @@ class Association(threading.Thread):
                 message_id=self._message_id,
                 data_set_type=0x0001,
                 affected_class=STORAGE_COMMITMENT,
-                affected_instance="1.2.840.10008.1.20.1.1",
+                affected_instance=PUSH_MODEL_INSTANCE,
                 event_type=report.event_type_id,
             )
         )

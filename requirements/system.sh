@@ -29,6 +29,7 @@ if [ "${1:-demo}" = test ]; then
     missing storescu && useful="$useful dcmtk"
     missing dciodvfy && useful="$useful dicom3tools"
     if missing node || missing npm; then useful="$useful nodejs npm"; fi
+    missing cc && useful="$useful gcc libc6-dev"
 fi
 [ -n "$needed$useful" ] || exit 0
 

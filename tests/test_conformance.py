@@ -10,7 +10,7 @@ import pytest
 
 from appliance.conformance import STATUSES, TABLES, fill
 from appliance.intake import receiver
-from dicom_io import _association
+from dicom_io import _association, commitment
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
@@ -35,6 +35,7 @@ def test_every_status_that_the_code_knows_is_explained() -> None:
         for name, value in vars(module).items()
         if name.isupper() and isinstance(value, int) and re.search(rf"^{name} = 0x", source(module), re.MULTILINE)
     }
+    known |= {commitment.INVALID_ARGUMENT, commitment.RESOURCE_LIMITATION}
     assert known == set(STATUSES)
     assert len(known) > 5
 

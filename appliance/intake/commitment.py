@@ -258,18 +258,21 @@ class CommitmentProvider:
             why, attempt = f"{no_address(calling_ae)}; {why}", self._attempts
         try:
             if status == SUCCESS:
-                self._ledger.settle_commitment(row, "acknowledge", failed=report.failed)
+                settled = self._ledger.settle_commitment(row, "acknowledge", failed=report.failed)
                 whole = len(report.committed) + len(report.failed)
-                log.info("commitment %d: acknowledged, %d of %d instances", key, len(report.committed), whole)
+                line = f"acknowledged, {len(report.committed)} of {whole} instances committed"
             elif attempt >= self._attempts:
-                self._ledger.settle_commitment(row, "give_up", why)
-                log.error("commitment %d is a dead letter: %s", key, why)
+                settled = self._ledger.settle_commitment(row, "give_up", why)
+                line = f"a dead letter: {why}"
             else:
-                self._ledger.settle_commitment(row, "retry", why, wait_seconds=wait)
-                log.info("commitment %d: try again in %g s (%s)", key, wait, why)
+                settled = self._ledger.settle_commitment(row, "retry", why, wait_seconds=wait)
+                line = f"try again in {wait:g} s ({why})"
         except (OSError, SQLAlchemyError):
             log.exception("commitment %d: its outcome cannot be written now", key)
             return False
+        if settled:
+            level = logging.ERROR if line.startswith("a dead letter") else logging.INFO
+            log.log(level, "commitment %d: %s", key, line)
         return True
 
 

@@ -33,7 +33,7 @@ class Incoming:
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
         self.path = lane.folder / f"{next(lane.numbers)}"
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         self._hash = hashlib.sha256()
         self.size = 0
         self.digest = ""
@@ -163,10 +163,13 @@ class Spool:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 name = path_of(self._directory, digest)
-                if digest in known and not name.exists():
+                if digest not in known:
+                    continue
+                if not name.exists():
                     os.link(path, name)
-                    sync_folder(name.parent)
                     named += 1
+                # Also where the name is there: it may be of a process that was killed before it was synced.
+                sync_folder(name.parent)
         return named
 
     def shortage(self, reserve_percent: float, reserve_bytes: int) -> str:

@@ -486,6 +486,8 @@ class Ledger(Outbox, Commitments, Retention):
         c = t.analysis.c
         with self._write() as connection:
             require_files(connection, study_id)
+            # If it fails again somebody has to see it again.
+            connection.execute(t.study.update().where(t.study.c.id == study_id).values(released_at=None))
             keys = connection.scalars(sa.select(c.id).where(c.study_id == study_id, c.state == "failed")).all()
             for key in keys:
                 row = self._move_analysis(connection, key, "requeue", attempts=0, due_at=now())

@@ -6,6 +6,7 @@ import io
 import json
 import time
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def test_every_encoding_reads_the_same(tmp_path: Path, option: str) -> None:
 
 def test_a_header_survives_json(ge_head: Path) -> None:
     for header in (read_header(ge_head / "14.dcm"), read(ct(head(12, False, frames=3), 12))):
+        assert header.to_json() == asdict(header)
         assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
 
 
@@ -274,10 +276,7 @@ def test_deep_nesting_costs_little(tag: bytes, undefined: bool) -> None:
         source = nested(depth, tag=tag, undefined=undefined)
         tracemalloc.start()
         started = time.monotonic()
-        try:
-            read_header(source)
-        except HeaderError as error:
-            assert depth > 50 and "nested too deeply" in str(error)
+        assert read_header(source).rows == 48
         assert time.monotonic() - started < 2
         assert tracemalloc.get_traced_memory()[1] < 20 * len(source) + (4 << 20)
         tracemalloc.stop()

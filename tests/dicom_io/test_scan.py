@@ -275,6 +275,26 @@ def test_a_sequence_of_unknown_vr_has_implicit_items(undefined: bool) -> None:
         assert header.body_part_examined == "HEAD" and header.problems == ()
 
 
+@pytest.mark.parametrize("undefined", [True, False])
+def test_an_implicit_item_is_implicit_to_its_end(undefined: bool) -> None:
+    """Also where a length looks like a VR ("LO" is 20,300): only the first element of an item is judged."""
+    long = plain(0x00080115, bytes(int.from_bytes(b"LO", "little")))
+    elements = plain(0x00080100, b"ab") + long + plain(0x00080104, b"Head")
+    open_item = plain(ITEM, b"", UNDEFINED)
+    item = open_item + elements + plain(ITEM_END, b"") if undefined else plain(ITEM, elements)
+    for tag, text in ((0x00082218, "HEAD"), (0x00091001, "")):
+        sequence = raw(tag, "UN", item + plain(SEQUENCE_END, b""), UNDEFINED)
+        assert header_with(sequence).body_part_examined == text
+
+
+def test_a_delimiter_too_many_is_an_empty_item() -> None:
+    """As pydicom has it."""
+    value = plain(ITEM, raw(0x00280010, "US", b"\x07\0")) + plain(ITEM_END, b"")
+    for tail, length in ((b"", None), (plain(SEQUENCE_END, b""), UNDEFINED)):
+        parsed = parse_buffer(instance(IDENTITY + raw(0x00082218, "SQ", value + tail, length) + PIXELS), WANTED)
+        assert [item.short("Rows") for item in parsed.elements.items("AnatomicRegionSequence")] == [7, None]
+
+
 def test_undefined_lengths_are_walked_however_they_are_written() -> None:
     end, item_end = plain(SEQUENCE_END, b""), plain(ITEM_END, b"")
     explicit = raw(0x00080104, "LO", b"Head")
@@ -326,7 +346,13 @@ def test_what_is_no_item_is_refused(value: bytes) -> None:
 
 
 def test_what_is_longer_than_what_it_is_in_is_refused() -> None:
-    for item in (plain(ITEM, raw(0x00080104, "LO", b"Head", 6)), plain(ITEM, raw(0x00080104, "LO", b"Head"), 14)):
+    region = raw(0x00080104, "LO", b"Head")
+    for item in (
+        plain(ITEM, raw(0x00080104, "LO", b"Head", 6)),
+        plain(ITEM, region, len(region) + 2),
+        plain(ITEM, region, UNDEFINED),
+        plain(ITEM, b"")[:7],
+    ):
         with pytest.raises(HeaderError, match="AnatomicRegionSequence is damaged") as caught:
             header_with(raw(0x00082218, "SQ", item))
         assert not isinstance(caught.value, HeaderCutOff), "more of the instance would not help"
@@ -357,6 +383,11 @@ def test_a_sequence_where_a_value_belongs_is_no_value() -> None:
         header = header_with(raw(0x00081030, "SQ", value, length) + raw(0x00280011, "SQ", value, length))
         assert header.study_description == "" and header.columns == 0
         assert [problem.split(":")[0] for problem in header.problems] == ["Columns", "StudyDescription"]
+
+
+def test_a_sequence_of_two_bytes_is_no_number() -> None:
+    header = header_with(raw(0x00280011, "SQ", b"\1\0"))
+    assert header.columns == 0 and header.problems == ("Columns: 'a sequence' is not one 16-bit number",)
 
 
 def test_a_value_where_a_sequence_belongs_is_no_sequence() -> None:

@@ -238,6 +238,36 @@ def test_a_peer_that_lost_its_association_asks_again_on_another(bench: Bench, mo
     assert bench.row()["state"] == "acknowledged"
 
 
+def test_of_two_associations_that_asked_the_one_that_stays_is_told(bench: Bench) -> None:
+    first, second = session(7, "NOWHERE"), session(8, "NOWHERE")
+    bench.provider.commitment(first, REQUEST)
+    bench.provider.commitment(second, REQUEST)
+    bench.provider.closed(first)
+    assert bench.provider.report(second) is not None
+    bench.provider.reported(second, "1.2.9", 0x0000)
+    assert bench.row()["state"] == "acknowledged"
+
+
+def test_what_was_not_committed_to_is_kept_with_the_answer(bench: Bench) -> None:
+    bench.file(2).unlink()
+    bench.provider.commitment(session(), REQUEST)
+    bench.provider.report(session())
+    bench.provider.reported(session(), "1.2.9", 0x0000)
+    assert bench.row()["failed"] == [[UIDS[1], 0x0112]]
+
+
+def test_an_answer_counts_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    nowhere = session(7, "NOWHERE")
+    bench.provider.commitment(nowhere, REQUEST)
+    bench.provider.report(nowhere)
+    bench.provider.reported(nowhere, "1.2.9", 0x0000)
+    bench.provider.reported(nowhere, "1.2.9", 0x0110)
+    bench.provider.reported(nowhere, "9.9.9", 0x0000)
+    bench.provider.closed(nowhere)
+    assert bench.row()["state"] == "acknowledged"
+    assert "dead letter" not in caplog.text
+
+
 def test_two_requests_of_one_association_are_reported_one_after_another(bench: Bench) -> None:
     other = CommitmentRequest("1.2.10", REFERENCES[:1])
     bench.provider.commitment(session(), REQUEST)

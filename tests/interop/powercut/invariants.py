@@ -103,9 +103,10 @@ def _rows(ledger: Ledger) -> list[Row]:
 def _spooled(spool: Path) -> tuple[dict[str, bytes], list[Path]]:
     """The files that are what their name says, by digest; and those that are not."""
     files, strange = {}, []
-    for folder, _, names in os.walk(spool):
-        for name in names if len(Path(folder).name) == 2 else ():
-            path = Path(folder, name)
+    # Without objects for each of the hundreds of folders, because this runs thousands of times.
+    for folder in os.scandir(spool) if spool.is_dir() else ():
+        for entry in os.scandir(folder) if len(folder.name) == 2 else ():
+            path = Path(entry.path)
             content = path.read_bytes()
             digest = hashlib.sha256(content).hexdigest()
             if path_of(spool, digest) == path:

@@ -77,13 +77,14 @@ def round_of_images(name: int, count: int) -> list[list[Image]]:
 
 
 def record(
-    library: Path, folder: Path, *, ignore: str = "", rounds: int = 2, images: int = 30, aborted: bool = True
+    library: Path, folder: Path, *, ignore: str = "", rounds: int = 2, images: int = 30, killed: bool = False
 ) -> Recording:
-    """Run intake once for each round and stop it in between; every image has to be answered with Success.
+    """Run intake once for each round and stop it at its end; every image has to be answered with Success.
 
     Args:
         ignore: see POWERCUT_IGNORE in shim.c.
-        aborted: whether one association of each round ends without a release.
+        killed: end every round but the last with kill -9 instead, while the associations are still open. A cut in the
+            round after it finds what no end of an association and no stop has tidied up.
     """
     port = free_port()
     config = settings_file(folder, port)
@@ -99,7 +100,7 @@ def record(
     }
     for number in range(1, rounds + 1):
         with _running(config, environment, folder / "intake.log") as process:
-            _send(round_of_images(number, images), port, sent, process, aborted=aborted)
+            _send(round_of_images(number, images), port, sent, process, kill=killed and number < rounds)
     operations = read_trace(folder / "trace", state)
     answers = [(after, sent.by_message[message]) for after, message in answered(operations)]
     return Recording(before, operations, answers, lying_in(state))
@@ -112,9 +113,10 @@ def _running(config: Path, environment: dict[str, str], log: Path) -> Iterator[s
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
     try:
         yield process
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_SECONDS)
-        assert code == 0, f"intake ended with {code}\n{log.read_text('utf-8')}"
+        if process.poll() != -signal.SIGKILL:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(STOP_SECONDS)
+            assert code == 0, f"intake ended with {code}\n{log.read_text('utf-8')}"
     finally:
         process.kill()
         process.wait()
@@ -133,21 +135,22 @@ def connect(port: int, sent: Sent, alive: subprocess.Popen[bytes], calling: str 
 
 
 def _send(
-    plans: Sequence[Sequence[Image]], port: int, sent: Sent, process: subprocess.Popen[bytes], *, aborted: bool
+    plans: Sequence[Sequence[Image]], port: int, sent: Sent, process: subprocess.Popen[bytes], *, kill: bool = False
 ) -> None:
+    """Send each plan over an association of its own. All but the first are released, unless intake is killed."""
     together = threading.Barrier(len(plans))
     failures: list[str] = []
+    open_: list[Association] = []
 
     def scan(number: int, plan: Sequence[Image]) -> None:
         try:
             association = connect(port, sent, process, f"SCANNER{number}")
+            open_.append(association)
             together.wait(START_SECONDS)
             for one in plan:
                 if (status := association.store(one)) != SUCCESS:
                     failures.append(f"{one.uid} was answered with 0x{status:04X}")
-            if aborted and number == 0:
-                association.abort()
-            else:
+            if number and not kill:
                 association.release()
         except (AssertionError, NotAnswered, threading.BrokenBarrierError) as error:
             failures.append(f"sender {number}: {error!r}")
@@ -157,6 +160,11 @@ def _send(
         thread.start()
     for thread in threads:
         thread.join()
+    if kill:
+        process.kill()  # nothing is under way, so that no operation is done and not recorded
+        process.wait()
+    for association in open_:
+        association.abort()
     assert not failures, failures
 
 

@@ -29,11 +29,11 @@ from tests.interop.powercut.scanner import SUCCESS, Association, Image, NotAnswe
 pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.xdist_group("powercut")]
 
 ROUNDS = int(os.environ.get("POWERCUT_ROUNDS", "1"))
-BOXES, KILLS_OF_A_BOX = 2 * ROUNDS, 50
+BOXES, KILLS_OF_A_BOX = 2 * ROUNDS, 40
 FARTHEST = 400
 """A start of intake takes some 30 operations, an instance about as many; so this is some instances after a start.
-Eight boxes are killed at every one of these steps."""
-FIRST_STARTS = 20 * ROUNDS
+Ten boxes are killed at every one of these steps."""
+FIRST_STARTS = 12 * ROUNDS
 
 
 class Runner:
