@@ -1,0 +1,277 @@
+"""The storage provider against peers that send whatever they like, as slowly as they like.
+
+FUZZ_EXAMPLES=n tries n streams of mutated PDUs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pynetdicom.sop_class import CTImageStorage
+
+from dicom_io._dimse import Command, Field, decode, encode
+from dicom_io._upper_layer import abort, p_data
+from dicom_io.scp import StorageServer
+from tests.dicom_io.support import Recorder, ct, data_set, head, save, serving
+from tests.dicom_io.test_scp import _Peer, association_request, is_closed, store
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
+RELEASE = struct.pack(">BxI4x", 5, 4)
+
+
+@pytest.fixture(scope="module")
+def slice_(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(ct(head(12, False), 12), tmp_path_factory.mktemp("slice") / "one.dcm")
+
+
+def message(path: Path, fragment: int = 16_000, uid: str = "1.2.3") -> bytes:
+    """A C-STORE request with its data set, in fragments of that size."""
+    command = Command(Field.C_STORE_RQ, 1, data_set_type=1, affected_class=CTImageStorage, affected_instance=uid)
+    return p_data(1, encode(command), command=True, maximum=fragment + 6) + p_data(
+        1, data_set(path.read_bytes()), command=False, maximum=fragment + 6
+    )
+
+
+@contextmanager
+def raw(server: StorageServer, request: bytes | None = None, source: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """A connection, with an association unless the request is empty."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10, source_address=(source, 0))
+    with connection:
+        if request != b"":
+            connection.sendall(association_request() if request is None else request)
+            assert read_pdu(connection)[0] == 2
+        yield connection
+
+
+def read_exactly(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = connection.recv(size - len(data))
+        if not more:
+            raise ConnectionError
+        data += more
+    return data
+
+
+def read_pdu(connection: socket.socket) -> tuple[int, bytes]:
+    kind, length = struct.unpack(">BxI", read_exactly(connection, 6))
+    return kind, read_exactly(connection, length)
+
+
+def read_status(connection: socket.socket) -> int | None:
+    """The status of the next response, which may come in many fragments."""
+    command = b""
+    while True:
+        kind, body = read_pdu(connection)
+        assert kind == 4
+        command += body[6:]
+        if body[5] & 2:
+            return decode(command).status
+
+
+def serves_well(server: StorageServer, recorder: Recorder, slice_: Path) -> None:
+    before = len(recorder.received)
+    with _Peer(server.port, calling="GOOD") as peer:
+        assert store(peer, slice_) == 0x0000
+    recorder.wait(received=before + 1)
+
+
+@pytest.mark.parametrize("fragment", [1, 2, 7, 1000])
+def test_fragments_of_any_size(slice_: Path, fragment: int) -> None:
+    recorder = Recorder()
+    with serving(recorder) as server, raw(server) as connection:
+        connection.sendall(message(slice_, fragment))
+        assert read_status(connection) == 0
+    assert data_set(recorder.received[0].part10) == data_set(slice_.read_bytes())
+
+
+@pytest.mark.parametrize("piece", [1, 5, 11, 13])
+def test_segments_of_any_size(slice_: Path, piece: int) -> None:
+    """Whatever the network makes of it: headers are cut anywhere."""
+    recorder = Recorder()
+    stream = message(slice_, 500)
+    with serving(recorder) as server, raw(server) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, 3000, piece):
+            connection.sendall(stream[start : min(start + piece, 3000)])
+        connection.sendall(stream[3000:])
+        assert read_status(connection) == 0
+    assert data_set(recorder.received[0].part10) == data_set(slice_.read_bytes())
+
+
+def test_several_messages_in_one_pdu_and_one_peer_that_takes_little(slice_: Path) -> None:
+    echo = encode(Command(Field.C_ECHO_RQ, 5, affected_class="1.2.840.10008.1.1"))
+    item = struct.pack(">IBB", len(echo) + 2, 1, 3) + echo
+    request = association_request().replace(struct.pack(">BxHI", 0x51, 4, 16384), struct.pack(">BxHI", 0x51, 4, 16))
+    with serving(Recorder()) as server, raw(server, request) as connection:
+        connection.sendall(struct.pack(">BxI", 4, 3 * len(item)) + 3 * item)
+        assert [read_status(connection) for _ in range(3)] == [0, 0, 0]
+
+
+def test_a_half_closed_connection_still_gets_its_answer(slice_: Path) -> None:
+    recorder = Recorder()
+    with serving(recorder) as server, raw(server) as connection:
+        connection.sendall(message(slice_))
+        connection.shutdown(socket.SHUT_WR)
+        assert read_status(connection) == 0
+        recorder.wait(closed=1)
+    assert recorder.closed_calls[0].outcome == "broken"
+
+
+def test_an_abort_amid_an_image_discards_it(slice_: Path) -> None:
+    recorder = Recorder()
+    with serving(recorder) as server, raw(server) as connection:
+        whole = message(slice_, 100)
+        at = 0
+        while at < 2000:
+            at += 6 + int.from_bytes(whole[at + 2 : at + 6], "big")
+        connection.sendall(whole[:at] + abort())
+        recorder.wait(closed=1)
+    assert (recorder.discarded, recorder.received) == (1, [])
+    assert recorder.closed_calls[0].outcome == "aborted"
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 6, 7, 8, 0x42, 0xFF])
+@pytest.mark.parametrize("length", [0, 1, 4, 5, (1 << 20) + 1, 0xFFFFFFFF])
+def test_a_pdu_of_any_type_and_length(slice_: Path, kind: int, length: int, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    with serving(recorder, idle_seconds=0.1, artim_seconds=0.1) as server:
+        with raw(server) as connection, suppress(ConnectionError):
+            connection.sendall(struct.pack(">BxI", kind, length) + bytes(min(length, 100)))
+            recorder.wait(closed=1)
+        assert len(recorder.closed_calls) == 1
+        serves_well(server, recorder, slice_)
+    assert "nobody foresaw" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stream", "ends"),
+    [
+        (p_data(3, b"x", command=True, maximum=0), "aborted"),  # a context that was not accepted
+        (p_data(1, b"x", command=False, maximum=0), "aborted"),  # data without a command
+        (p_data(1, b"\0" * 20_000, command=True, maximum=9000), "aborted"),  # a command set without end
+        (p_data(1, encode(Command(0x8001, responded_to=1)), command=True, maximum=0), "aborted"),  # nobody asked
+        (struct.pack(">BxIIBB", 4, 6, 2, 1, 3), "aborted"),  # an empty command
+        (p_data(1, encode(Command(0x0FFF, responded_to=1)), command=True, maximum=0) + RELEASE, "released"),
+    ],
+    ids=["context", "data first", "endless command", "a response", "empty", "a cancel"],
+)
+def test_messages_that_break_the_rules(stream: bytes, ends: str) -> None:
+    recorder = Recorder()
+    with serving(recorder) as server, raw(server) as connection:
+        connection.sendall(stream)
+        read_pdu(connection)
+        connection.close()
+        recorder.wait(closed=1)
+    assert recorder.closed_calls[0].outcome == ends
+
+
+def test_an_operation_that_nobody_knows_is_answered() -> None:
+    with serving(Recorder()) as server, raw(server) as connection:
+        connection.sendall(p_data(1, encode(Command(0x0020, 4)), command=True, maximum=0))
+        assert read_status(connection) == 0x0211
+
+
+def test_mutated_streams(slice_: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever came, each association that began has its end, nothing unforeseen happens, and a good peer is served."""
+    recorder = Recorder()
+    seed = message(slice_, 700) + RELEASE
+    with serving(recorder, idle_seconds=0.2, artim_seconds=0.2) as server:
+        for number in range(EXAMPLES):
+            chance = random.Random(number)
+            stream = bytearray(chance.choice((seed, association_request() + seed)))
+            for _ in range(chance.randint(1, 8)):
+                at = chance.randrange(min(len(stream), chance.choice((200, 5000))))
+                match chance.randrange(4):
+                    case 0:
+                        stream[at] = chance.randrange(256)
+                    case 1:
+                        del stream[at : at + chance.randint(1, 50)]
+                    case 2:
+                        stream[at:at] = chance.randbytes(chance.randint(1, 50))
+                    case _:
+                        stream[at : at + 4] = struct.pack(">I", chance.choice((0, 1, 0xFFFF, 1 << 20, 0xFFFFFFFF)))
+            opening = None if chance.random() < 0.7 else b""
+            with suppress(ConnectionError, TimeoutError), raw(server, opening) as connection:
+                connection.sendall(stream)
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(0.5)
+                while connection.recv(65536):
+                    pass
+        recorder.wait(closed=len(recorder.opened_calls))
+        assert sorted(one.association for one in recorder.closed_calls) == sorted(
+            one.number for one in recorder.opened_calls
+        )
+        serves_well(server, recorder, slice_)
+    assert "nobody foresaw" not in caplog.text
+    assert len(recorder.opened_calls) > EXAMPLES // 3
+
+
+# Slow and many
+
+
+def test_a_request_that_trickles_is_given_up() -> None:
+    with serving(Recorder(), artim_seconds=0.5) as server, raw(server, b"") as connection:
+        started = time.monotonic()
+        with suppress(OSError):
+            for byte in association_request():
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert is_closed(connection, 5)
+        assert time.monotonic() - started < 9  # of some 11 s
+
+
+def test_a_message_that_trickles_is_aborted(slice_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicom_io._association.SLOW_AFTER_SECONDS", 0.3)
+    recorder = Recorder()
+    with serving(recorder, minimum_bytes_per_second=10_000, artim_seconds=0.3) as server, raw(server) as connection:
+        stream = message(slice_, 10)
+        with suppress(OSError):
+            for start in range(0, len(stream), 20):
+                connection.sendall(stream[start : start + 20])
+                time.sleep(0.02)
+        recorder.wait(closed=1)
+    assert (recorder.closed_calls[0].outcome, recorder.received) == ("aborted", [])
+
+
+def test_peers_that_hang_cannot_shut_out_another(slice_: Path) -> None:
+    recorder = Recorder()
+    with serving(recorder, maximum_associations=8, maximum_associations_per_address=4, artim_seconds=30) as server:
+        held: list[Any] = []
+        for _ in range(40):  # connections that ask for nothing
+            held.append(socket.create_connection(("127.0.0.1", server.port), source_address=("127.0.0.3", 0)))
+        for _ in range(4):
+            held.append(_Peer(server.port).association)
+        assert _Peer(server.port).association.is_rejected
+        with raw(server, source="127.0.0.2") as connection:
+            connection.sendall(message(slice_))
+            assert read_status(connection) == 0
+        for one in held:
+            one.close() if isinstance(one, socket.socket) else one.abort()
+        recorder.wait(closed=5)
+    assert {reason for _, _, reason in recorder.rejected_calls} == {
+        "local limit exceeded",
+        "too many connections without an association",
+    }
+
+
+def test_an_address_that_is_not_accepted_is_hung_up_on() -> None:
+    import ipaddress
+
+    recorder = Recorder()
+    networks = (ipaddress.ip_network("127.0.0.2/32"),)
+    with serving(recorder, accepted_addresses=networks) as server:
+        with raw(server, b"") as connection:
+            assert is_closed(connection, 5)
+        with raw(server, source="127.0.0.2"):
+            recorder.wait(opened=1)
+    assert recorder.rejected_calls == [("127.0.0.1", "", "its address is not accepted")]
