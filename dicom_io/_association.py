@@ -172,9 +172,12 @@ class Association(threading.Thread):
             logger.exception("association %d from %s ended in a way nobody foresaw", self.number, self.address)
         finally:
             self._discard()
-            self._close()
             if self.session is not None:
                 self._ended(self.session)
+            self._server.ended(self)
+            if self.state is State.AWAITING_CLOSE:
+                self._await_close()
+            self._close()
             self._server.forget(self)
 
     def _serve(self) -> None:
@@ -184,6 +187,8 @@ class Association(threading.Thread):
         try:
             if self._tls is not None:
                 self._start_tls(self._tls)
+                if self._stopping:
+                    raise _Closed
             self._await_request(deadline)
             while self.state is State.ESTABLISHED:
                 self._next_pdu()
@@ -198,8 +203,6 @@ class Association(threading.Thread):
         except _Invalid as error:
             logger.warning("association %d from %s aborted: %s", self.number, self.address, error)
             self._happen(Event.INVALID, error.reason)
-        if self.state is State.AWAITING_CLOSE:
-            self._await_close()
 
     def _happen(self, event: Event, reason: AbortReason = AbortReason.UNEXPECTED_PDU, pdu: bytes = b"") -> None:
         """Look the event up in the state table, and act.
@@ -230,11 +233,8 @@ class Association(threading.Thread):
 
     def _ended(self, session: Session) -> None:
         handlers = self._server.handlers
-        try:
-            if self._reporting:
-                handlers.reported(session, self._reporting, None)
-        except Exception:
-            logger.exception("a commitment report of association %d was not put back", self.number)
+        if self._reporting:
+            self._reported(None)
         try:
             handlers.closed(session, self._outcome)
         except Exception:
@@ -282,7 +282,10 @@ class Association(threading.Thread):
             got = self._receive(view)
             if got == len(view):
                 return
-            deadline = deadline or time.monotonic() + self._options.idle_seconds
+            if not deadline:
+                # More for what is large: a slow line is not an idle one.
+                least = max(self._options.minimum_bytes_per_second, 1)
+                deadline = time.monotonic() + max(self._options.idle_seconds, len(view) / least)
             while got:
                 view = view[got:]
                 if not view:
@@ -339,7 +342,7 @@ class Association(threading.Thread):
     def _await_request(self, deadline: float) -> None:
         self._read(self._head, deadline)
         kind, length = _PDU.unpack(self._head)
-        if kind != PduType.ASSOCIATE_RQ or length > LONGEST_PDU:
+        if kind != PduType.ASSOCIATE_RQ or not 0 < length <= LONGEST_PDU:
             event = EVENT_OF.get(kind, Event.INVALID) if kind != PduType.ASSOCIATE_RQ else Event.INVALID
             self._happen(event)
             return
@@ -439,6 +442,8 @@ class Association(threading.Thread):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if self._commitment_context and self._message is None and not self._reporting:
             self._report_while_idle()
+            if self.state is not State.ESTABLISHED:
+                return
         self._read(self._head)
         kind, length = _PDU.unpack(self._head)
         if kind == PduType.P_DATA:
@@ -539,7 +544,7 @@ class Association(threading.Thread):
         if isinstance(error, Refusal):
             return error.answer
         logger.error("an instance of association %d was not stored", self.number, exc_info=error)
-        return Answer(CANNOT_UNDERSTAND, f"{type(error).__name__}: {error}")
+        return Answer(CANNOT_UNDERSTAND, type(error).__name__)
 
     def _discard(self) -> None:
         """Tell the sink of a message that it will never be whole."""
@@ -602,8 +607,7 @@ class Association(threading.Thread):
                 self._answer(message, self._commit(message, command))
             case dimse.Field.N_EVENT_REPORT_RSP:
                 if self._reporting and command.responded_to == self._message_id:
-                    transaction, self._reporting = self._reporting, ""
-                    self._server.handlers.reported(self.session, transaction, command.status)
+                    self._reported(command.status)
             case dimse.Field.C_CANCEL_RQ:
                 logger.debug("association %d cancels what is not under way", self.number)
             case _:
@@ -655,6 +659,15 @@ class Association(threading.Thread):
         except Exception as error:
             logger.exception("a commitment request of association %d was not recorded", self.number)
             return Answer(PROCESSING_FAILURE, type(error).__name__)
+
+    def _reported(self, status: int | None) -> None:
+        assert self.session is not None
+        transaction, self._reporting = self._reporting, ""
+        try:
+            self._server.handlers.reported(self.session, transaction, status)
+        except Exception:
+            # It stays under way in the ledger, which takes it up again by itself.
+            logger.exception("association %d: the answer to a commitment report was not recorded", self.number)
 
     def _report_while_idle(self) -> None:
         """Until the peer sends something, send it a result that is ready for it."""

@@ -23,7 +23,7 @@ from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
 from dicom_io._association import Association
-from dicom_io._upper_layer import Rejection
+from dicom_io._upper_layer import Rejection, State
 from dicom_io.errors import ScansideError
 from dicom_io.handlers import Handlers
 from dicom_io.sop_classes import (
@@ -182,7 +182,11 @@ class StorageServer:
         association = Association(self, next(self._numbers), connection, address, context)
         with self._lock:
             self._connections.add(association)
-        association.start()
+        try:
+            association.start()
+        except BaseException:  # no more threads
+            self.forget(association)
+            raise
 
     def _unwelcome(self, address: str) -> str:
         """Why a connection is closed before a word is said; '' if it is not."""
@@ -190,7 +194,8 @@ class StorageServer:
         if allowed and not any(ipaddress.ip_address(address) in network for network in allowed):
             return "its address is not accepted"
         with self._lock:
-            pending = self._connections - self._admitted
+            asked = (State.IDLE, State.AWAITING_REQUEST)
+            pending = [one for one in self._connections - self._admitted if one.state in asked]
             mine = sum(one.address == address for one in pending)
         if len(pending) >= PENDING_CONNECTIONS or mine >= PENDING_CONNECTIONS // 4:
             return "too many connections without an association"
@@ -208,6 +213,8 @@ class StorageServer:
         if options.require_called and called != options.ae_title:
             return Rejection.CALLED_AE
         with self._lock:
+            if self._stopping:
+                return Rejection.TOO_MANY
             of_address = Counter(one.address for one in self._admitted)[association.address]
             if len(self._admitted) >= options.maximum_associations:
                 return Rejection.TOO_MANY
@@ -223,8 +230,13 @@ class StorageServer:
         except Exception:
             logger.exception("a rejected association could not be recorded")
 
+    def ended(self, association: Association) -> None:
+        """It counts no longer; its connection may wait for the peer to close it."""
+        with self._lock:
+            self._admitted.discard(association)
+
     def forget(self, association: Association) -> None:
-        """It has ended."""
+        """Nothing is left of it."""
         with self._lock:
             self._connections.discard(association)
             self._admitted.discard(association)

@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
+from pynetdicom.dsutils import encode as write_data_set
 from pynetdicom.sop_class import CTImageStorage
 
 from dicom_io._dimse import Command, Field, decode, encode
 from dicom_io._upper_layer import abort, p_data
+from dicom_io.commitment import CommitmentReport, Reference
 from dicom_io.scp import StorageServer
 from tests.dicom_io.support import Recorder, ct, data_set, head, save, serving
 from tests.dicom_io.test_scp import _Peer, association_request, is_closed, store
@@ -275,3 +279,95 @@ def test_an_address_that_is_not_accepted_is_hung_up_on() -> None:
         with raw(server, source="127.0.0.2"):
             recorder.wait(opened=1)
     assert recorder.rejected_calls == [("127.0.0.1", "", "its address is not accepted")]
+
+
+def test_a_slow_line_is_not_an_idle_one(slice_: Path) -> None:
+    recorder = Recorder()
+    stream = message(slice_, 4000)
+    options = {"idle_seconds": 0.3, "minimum_bytes_per_second": 1000}
+    with serving(recorder, **options) as server, raw(server) as connection:
+        for start in range(0, len(stream), 400):
+            connection.sendall(stream[start : start + 400])
+            time.sleep(0.08)
+        assert read_status(connection) == 0
+
+
+def test_a_thread_that_cannot_start_locks_nobody_out(slice_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    recorder = Recorder()
+    with serving(recorder) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("dicom_io._association.Association.start", exhausted)
+            for _ in range(20):
+                with raw(server, b"") as connection:
+                    assert is_closed(connection, 5)
+        serves_well(server, recorder, slice_)
+
+
+def test_nobody_is_accepted_once_it_stops() -> None:
+    recorder = Recorder()
+    with serving(recorder) as server:
+        held = _Peer(server.port)  # so that the stop waits
+        with raw(server, b"") as connection:
+            time.sleep(0.1)
+            stopper = threading.Thread(target=server.stop, args=(1.0,))
+            stopper.start()
+            time.sleep(0.3)
+            connection.sendall(association_request())
+            assert read_pdu(connection)[0] == 3
+        stopper.join(10)
+        held.association.abort()
+    assert len(recorder.opened_calls) == len(recorder.closed_calls) == 1
+
+
+def test_an_association_counts_no_longer_once_it_is_released(slice_: Path) -> None:
+    """Even if the peer forgets to close the connection."""
+    recorder = Recorder()
+    with serving(recorder, maximum_associations=1) as server, raw(server) as connection:
+        connection.sendall(RELEASE)
+        assert read_pdu(connection)[0] == 6
+        recorder.wait(closed=1, seconds=2)
+        serves_well(server, recorder, slice_)
+
+
+def test_a_commitment_peer_that_is_gone_before_its_report(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    push_model = "1.2.840.10008.1.20.1"
+    request = Dataset()
+    request.TransactionUID = "1.2.9"
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CTImageStorage, "1.2.3"
+    request.ReferencedSOPSequence = [item]
+    data = write_data_set(request, False, True)
+    assert data
+    command = encode(
+        Command(
+            Field.N_ACTION_RQ, 7, data_set_type=1, requested_class=push_model,
+            requested_instance=f"{push_model}.1", action_type=1,
+        )
+    )  # fmt: skip
+    with serving(recorder) as server:
+        for gone in (False, True):
+            opening = association_request(context=push_model.encode())
+            recorder.reports.append(CommitmentReport("1.2.9", (Reference(CTImageStorage, "1.2.3"),), ()))
+            with raw(server, opening) as connection:
+                if gone:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.sendall(
+                    p_data(1, command, command=True, maximum=0) + p_data(1, data, command=False, maximum=0)
+                )
+                if not gone:
+                    assert read_status(connection) == 0
+                    _, body = read_pdu(connection)
+                    asked = decode(body[6:])
+                    assert (asked.field, asked.event_type) == (Field.N_EVENT_REPORT_RQ, 1)
+                    read_pdu(connection)
+                    answer = Command(Field.N_EVENT_REPORT_RSP, responded_to=asked.message_id, status=0)
+                    connection.sendall(p_data(1, encode(answer), command=True, maximum=0) + RELEASE)
+                    read_pdu(connection)
+            recorder.wait(closed=1 + gone)
+    assert [one.transaction_uid for one in recorder.requests][:1] == ["1.2.9"]
+    assert recorder.reported_calls[0] == ("1.2.9", 0)
+    assert "nobody foresaw" not in caplog.text
