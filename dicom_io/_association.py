@@ -1,6 +1,7 @@
 """One association that a peer asked for: its thread, from the TCP connection to its end.
 
-The state table and the PDUs are in `_upper_layer`, the command sets in `_dimse`. What is received for storage is
+The state table and the PDUs are in `_upper_layer`, the association request in `_negotiation`, the command sets in
+`_dimse`. What is received for storage is
 never parsed here and never held whole: it goes on in pieces of at most `BUFFER` bytes, as a Part 10 file.
 """
 
@@ -14,27 +15,15 @@ import ssl
 import struct
 import threading
 import time
-from typing import TYPE_CHECKING, Any
-
-from pydicom.uid import UID
-from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
-from pynetdicom.pdu_primitives import (
-    A_ASSOCIATE,
-    AsynchronousOperationsWindowNegotiation,
-    ImplementationClassUIDNotification,
-    ImplementationVersionNameNotification,
-    MaximumLengthNotification,
-    SCP_SCU_RoleSelectionNegotiation,
-)
-from pynetdicom.presentation import PresentationContext, negotiate_as_acceptor
+from typing import TYPE_CHECKING
 
 from dicom_io import _dimse as dimse
 from dicom_io._elements import is_uid
-from dicom_io._part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, part10_head
+from dicom_io._negotiation import Negotiated, negotiate
+from dicom_io._part10 import part10_head
 from dicom_io._upper_layer import (
     EVENT_OF,
     LONGEST_PDU,
-    MAXIMUM_PDU,
     RELEASE_RP,
     TABLE,
     AbortReason,
@@ -350,88 +339,33 @@ class Association(threading.Thread):
         body[:6] = self._head
         self._read(memoryview(body)[6:], deadline)
         try:
-            pdu = A_ASSOCIATE_RQ()
-            pdu.decode(bytes(body))
-            request: Any = pdu.to_primitive()
-            contexts, calling, called = self._understood(request)
+            asked = negotiate(bytes(body), self._server.contexts)
         except Exception as error:  # pynetdicom raises whatever hostile bytes make it raise
             logger.warning("%s sent an association request that cannot be read (%s)", self.address, error)
             self._happen(Event.INVALID)
             return
         self._happen(Event.ASSOCIATE_RQ)
-        rejection = None if pdu.protocol_version & 1 else Rejection.PROTOCOL_VERSION
-        rejection = rejection or self._server.admit(self, calling, called, str(request.application_context_name or ""))
-        if rejection is None:
-            rejection = self._open(request, contexts, calling, called)
+        rejection = None if asked.is_version_1 else Rejection.PROTOCOL_VERSION
+        rejection = rejection or self._server.admit(self, asked.calling_ae, asked.called_ae, asked.application_context)
+        rejection = rejection or self._open(asked)
         if rejection is not None:
-            logger.warning("association of %s from %s rejected: %s", calling, self.address, rejection.words)
-            self._server.rejected(self.address, calling, rejection.words)
+            logger.warning("association of %s from %s rejected: %s", asked.calling_ae, self.address, rejection.words)
+            self._server.rejected(self.address, asked.calling_ae, rejection.words)
             self._happen(Event.REJECT, pdu=rejection.pdu)
 
-    @staticmethod
-    def _understood(request: A_ASSOCIATE) -> tuple[list[PresentationContext], str, str]:
-        """What is needed of a request, each part touched once so that whatever is wrong with it shows here."""
-        contexts = list(request.presentation_context_definition_list)
-        for context in contexts:
-            # An abstract syntax without a transfer syntax cannot be answered (PS3.8 9.3.2.2).
-            if context.abstract_syntax is None or not context.transfer_syntax or context.context_id is None:
-                raise ValueError("a presentation context lacks its syntaxes")
-        if len({context.context_id for context in contexts}) != len(contexts):
-            raise ValueError("two presentation contexts have the same ID")
-        return contexts, str(request.calling_ae_title).strip(), str(request.called_ae_title).strip()
-
-    def _open(
-        self, request: A_ASSOCIATE, contexts: list[PresentationContext], calling: str, called: str
-    ) -> Rejection | None:
+    def _open(self, asked: Negotiated) -> Rejection | None:
         subject = client_subject(self._socket) if isinstance(self._socket, ssl.SSLSocket) else ""
-        session = Session(self.number, calling, called, self.address, self._tls is not None, subject)
+        session = Session(self.number, asked.calling_ae, asked.called_ae, self.address, self._tls is not None, subject)
         try:
             self._server.handlers.opened(session)
         except Exception:
             logger.exception("association %d from %s refused: its handler failed", self.number, self.address)
             return Rejection.NO_LEDGER
         self.session = session
+        self._contexts, self._peer_maximum = asked.contexts, asked.peer_maximum
         self._allow(self._options.idle_seconds)
-        self._happen(Event.ACCEPT, pdu=self._accept(request, contexts))
+        self._happen(Event.ACCEPT, pdu=asked.acceptance)
         return None
-
-    def _accept(self, request: A_ASSOCIATE, contexts: list[PresentationContext]) -> bytes:
-        """The A-ASSOCIATE-AC PDU. Extended negotiation that is not listed here is left unanswered, which declines it:
-        SOP class extended and common extended negotiation, and a user identity (PS3.7 D.3.3)."""
-        roles = {}
-        for item in request.user_information:
-            if isinstance(item, SCP_SCU_RoleSelectionNegotiation) and item.sop_class_uid is not None:
-                roles[UID(item.sop_class_uid)] = (item.scu_role, item.scp_role)
-            elif isinstance(item, MaximumLengthNotification):
-                self._peer_maximum = int(item.maximum_length_received or 0)
-        results, _ = negotiate_as_acceptor(contexts, self._server.contexts, roles or None)
-        self._contexts = {
-            int(context.context_id or 0): (str(context.abstract_syntax), str(context.transfer_syntax[0]))
-            for context in results
-            if context.result == 0
-        }
-        answer = A_ASSOCIATE()
-        answer.application_context_name = request.application_context_name
-        answer.calling_ae_title = request.calling_ae_title
-        answer.called_ae_title = request.called_ae_title
-        answer.result, answer.result_source = 0, 1
-        answer.presentation_context_definition_results_list = results
-        length, uid, version = (
-            MaximumLengthNotification(),
-            ImplementationClassUIDNotification(),
-            ImplementationVersionNameNotification(),
-        )
-        length.maximum_length_received = MAXIMUM_PDU
-        uid.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
-        version.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        answer.user_information = [length, uid, version]
-        if any(isinstance(item, AsynchronousOperationsWindowNegotiation) for item in request.user_information):
-            window = AsynchronousOperationsWindowNegotiation()
-            window.maximum_number_operations_invoked = window.maximum_number_operations_performed = 1
-            answer.user_information.append(window)
-        pdu = A_ASSOCIATE_AC()
-        pdu.from_primitive(answer)
-        return bytes(pdu.encode())
 
     # --- PDUs -------------------------------------------------------------------------------------------
 

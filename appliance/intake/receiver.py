@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,11 @@ log = logging.getLogger(__name__)
 OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH_SOP_CLASS = 0xA900
 CANNOT_UNDERSTAND = 0xC000
+
+REPEAT_SECONDS = 60.0
+"""A peer that is turned away again for the same reason is written down once in so long, with how often it came."""
+
+_FLOODS = 1000  # addresses and reasons that are remembered
 
 
 class Receiver:
@@ -50,6 +56,8 @@ class Receiver:
         self._shortage = shortage
         self.committer = Committer(ledger, spool, ring)
         self._associations: dict[int, tuple[int, Lane]] = {}  # number in the ledger, and lane in the spool
+        # (address, reason) → when that was last written down, and how often it happened since.
+        self._turned_away: dict[tuple[str, str], tuple[float, int]] = {}
         self._lock = threading.Lock()
 
     def opened(self, session: Session) -> None:
@@ -64,8 +72,18 @@ class Receiver:
             self._associations[session.number] = key, lane
 
     def rejected(self, address: str, calling_ae: str, reason: str) -> None:
-        """Write down who was turned away."""
-        self._ledger.log(Event.ASSOCIATION_REJECTED, address=address, calling_ae=calling_ae, reason=reason)
+        """Write down who was turned away; of a flood, a row a minute, so that it fills no disk and holds up nobody."""
+        with self._lock:
+            if len(self._turned_away) > _FLOODS:
+                self._turned_away.clear()
+            written, times = self._turned_away.get((address, reason), (-REPEAT_SECONDS, 0))
+            if time.monotonic() - written < REPEAT_SECONDS:
+                self._turned_away[address, reason] = written, times + 1
+                return
+            self._turned_away[address, reason] = time.monotonic(), 0
+        self._ledger.log(
+            Event.ASSOCIATION_REJECTED, address=address, calling_ae=calling_ae, reason=reason, times=times + 1
+        )
 
     def receive(self, session: Session, request: StoreRequest) -> _Instance | Answer:
         """A file for the instance, unless the disk is full."""
@@ -99,9 +117,11 @@ class Receiver:
         self._commitments.closed(session)
         with self._lock:
             key, lane = self._associations.pop(session.number)
-        self._ledger.close_association(key, outcome)
-        self._spool.give_back(lane)
-        self._ring()
+        try:
+            self._ledger.close_association(key, outcome)
+        finally:
+            self._spool.give_back(lane)
+            self._ring()
 
 
 class _Instance:
@@ -160,6 +180,9 @@ class _Instance:
 
 
 def _cannot_store(error: Exception) -> Refusal:
-    code = getattr(error, "errno", None)
-    reason = "the disk is full" if code in (errno.ENOSPC, errno.EDQUOT) else f"cannot store: {error}"
-    return Refusal(OUT_OF_RESOURCES, reason.splitlines()[0])
+    log.error("an instance could not be stored", exc_info=error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return Refusal(OUT_OF_RESOURCES, "the disk is full")
+    # The sender reads this: no path of ours.
+    said = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+    return Refusal(OUT_OF_RESOURCES, f"cannot store: {said}")

@@ -37,6 +37,7 @@ class Incoming:
         self._hash = hashlib.sha256()
         self.size = 0
         self.digest = ""
+        self.published = False
 
     def write(self, data: memoryview) -> None:
         """Append bytes.
@@ -67,9 +68,11 @@ class Incoming:
         return self.digest
 
     def discard(self) -> None:
-        """Remove it; for whatever will not be published."""
+        """Remove it. One that was published stays, even if its row failed: a row that was half written may yet come
+        to light after a crash, and needs its file. Without one the next start sweeps it."""
         self._close()
-        self.path.unlink(missing_ok=True)
+        if not self.published:
+            self.path.unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._file >= 0:
@@ -141,6 +144,7 @@ class Spool:
         name = path_of(self._directory, incoming.digest)
         with contextlib.suppress(FileExistsError):  # the same bytes came before
             os.link(incoming.path, name)
+        incoming.published = True
         incoming.lane.named.append((incoming.path, name))
 
     def _settle(self, lane: Lane) -> None:

@@ -200,7 +200,7 @@ class Ledger(Outbox, Commitments, Retention):
             _INSERT_INSTANCE.run(connection, **values)
         following = step(STUDY, state, "arrive")
         _UPDATE_STUDY.run(connection, id=study_id, state=following, last_instance_at=at)
-        outcome: Stored = "conflict" if any(row not in [one for one, _ in same] for row, *_ in earlier) else "stored"
+        outcome: Stored = "conflict" if len(earlier) > len(same) else "stored"
         name = Event.INSTANCE_CONFLICT if outcome == "conflict" else Event.INSTANCE_STORED
         self._append(connection, name, study_id, **detail)
         if following == "reopened" and state == "complete":

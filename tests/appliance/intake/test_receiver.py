@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ class Bench:
         self.spool = Spool(self.spool_directory)
         self.rings = 0
         self.shortage = ""
+        self.refusals: list[str] = []
         commitments = CommitmentProvider(
             self.ledger,
             self.spool_directory,
@@ -88,6 +90,7 @@ class Bench:
             if not written:
                 sink.discard()
             self.receiver.refused(who, refusal.answer, len(content))
+            self.refusals.append(refusal.answer.comment)
             return refusal.answer.status
         return SUCCESS
 
@@ -199,8 +202,9 @@ def test_no_success_without_a_row(bench: Bench, slice_: bytes, monkeypatch: pyte
     monkeypatch.setattr(Ledger, "record_instances", locked)
     assert bench.store(slice_) == OUT_OF_RESOURCES
     monkeypatch.undo()
-    # The file may lie there; nobody was told that it is safe, and the next start sweeps it.
-    assert bench.spool.sweep(bench.ledger.digests()) == 1
+    # The file lies there, since a row that was half written might come to light; the next start sweeps it.
+    assert len(bench.files()) == 1
+    assert bench.spool.sweep(bench.ledger.digests()) == 2  # both of its names
     assert bench.files() == []
 
 
@@ -329,6 +333,26 @@ def test_the_end_of_an_association_is_written_down(bench: Bench) -> None:
     assert bench.rings == 1
 
 
-def test_who_is_turned_away_is_written_down(bench: Bench) -> None:
+def test_who_is_turned_away_is_written_down_and_a_flood_once_a_minute(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(50):
+        bench.receiver.rejected("10.0.0.9", f"STRANGER{number}", "calling AE title not recognized")
+    bench.receiver.rejected("10.0.0.9", "SCANNER", "local limit exceeded")
+    bench.receiver.rejected("10.0.0.8", "SCANNER", "local limit exceeded")
+    assert bench.events()["association.rejected"] == 3
+    monkeypatch.setattr("appliance.intake.receiver.REPEAT_SECONDS", 0.0)
     bench.receiver.rejected("10.0.0.9", "STRANGER", "calling AE title not recognized")
-    assert bench.events()["association.rejected"] == 1
+    with bench.ledger.read() as connection:
+        rows = connection.exec_driver_sql("SELECT detail FROM event WHERE name = 'association.rejected' ORDER BY id")
+        times = [json.loads(detail)["times"] for (detail,) in rows]
+    assert times == [1, 1, 1, 50]
+
+
+def test_a_sender_is_told_no_path_of_ours(bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error", str(bench.spool_directory))
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    assert bench.store(slice_) == OUT_OF_RESOURCES
+    assert bench.refusals == ["cannot store: Input/output error"]
