@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom.dsutils import encode as write_data_set
 from pynetdicom.sop_class import CTImageStorage
 
@@ -332,42 +333,150 @@ def test_an_association_counts_no_longer_once_it_is_released(slice_: Path) -> No
         serves_well(server, recorder, slice_)
 
 
-def test_a_commitment_peer_that_is_gone_before_its_report(caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder()
-    push_model = "1.2.840.10008.1.20.1"
-    request = Dataset()
-    request.TransactionUID = "1.2.9"
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CTImageStorage, "1.2.3"
-    request.ReferencedSOPSequence = [item]
-    data = write_data_set(request, False, True)
-    assert data
-    command = encode(
-        Command(
-            Field.N_ACTION_RQ, 7, data_set_type=1, requested_class=push_model,
-            requested_instance=f"{push_model}.1", action_type=1,
-        )
+# Association requests
+
+
+def request(*contexts: tuple[int, str], version: int = 1, application: str = "1.2.840.10008.3.1.1.1") -> bytes:
+    """An A-ASSOCIATE-RQ whose contexts are in Explicit VR Little Endian (PS3.8 9.3.2)."""
+
+    def item(kind: int, body: bytes) -> bytes:
+        return struct.pack(">BxH", kind, len(body)) + body
+
+    presentations = b"".join(
+        item(0x20, bytes((number, 0, 0, 0)) + item(0x30, uid.encode()) + item(0x40, ExplicitVRLittleEndian.encode()))
+        for number, uid in contexts
+    )
+    user = item(0x51, struct.pack(">I", 16384)) + item(0x52, b"1.2.3")
+    body = (
+        struct.pack(">HH", version, 0) + b"SCANSIDE".ljust(16) + b"RAW".ljust(16) + bytes(32)
+        + item(0x10, application.encode()) + presentations + item(0x50, user)
     )  # fmt: skip
+    return struct.pack(">BxI", 1, len(body)) + body
+
+
+def answer_to(opening: bytes) -> tuple[int, bytes, Recorder]:
+    recorder = Recorder()
+    with serving(recorder) as server, raw(server, b"") as connection:
+        connection.sendall(opening)
+        kind, body = read_pdu(connection)
+    return kind, body, recorder
+
+
+def test_a_protocol_version_or_application_context_that_nobody_speaks_is_rejected() -> None:
+    ct_image = (1, str(CTImageStorage))
+    assert answer_to(request(ct_image))[0] == 2
+    for opening, reason in (
+        (request(ct_image, version=2), 0x010202),
+        (request(ct_image, application="1.2.3"), 0x010102),
+    ):
+        kind, body, recorder = answer_to(opening)
+        assert (kind, int.from_bytes(body[1:4], "big")) == (3, reason)
+        assert (recorder.opened_calls, len(recorder.rejected_calls)) == ([], 1)
+
+
+def test_two_contexts_of_one_number_are_no_request() -> None:
+    kind, _, recorder = answer_to(request((1, CTImageStorage), (1, PUSH_MODEL)))
+    assert (kind, recorder.opened_calls) == (7, [])
+
+
+def test_as_many_contexts_as_there_are_numbers(slice_: Path) -> None:
+    recorder = Recorder()
+    opening = request(*((number, CTImageStorage) for number in range(1, 256, 2)))
+    with serving(recorder) as server, raw(server, opening) as connection:
+        connection.sendall(message(slice_))
+        assert read_status(connection) == 0
+
+
+def test_a_message_that_changes_its_context_is_aborted(slice_: Path) -> None:
+    recorder = Recorder()
+    whole = bytearray(message(slice_, 100))
+    with serving(recorder) as server, raw(server, request((1, CTImageStorage), (3, CTImageStorage))) as connection:
+        first = 6 + int.from_bytes(whole[2:6], "big")
+        assert whole[first + 10] == 1
+        whole[first + 10] = 3  # the context of the second fragment
+        connection.sendall(whole)
+        assert read_pdu(connection)[0] == 7
+        recorder.wait(closed=1)
+    assert recorder.received == []
+
+
+# Storage commitment
+
+PUSH_MODEL = "1.2.840.10008.1.20.1"
+
+
+def n_action(instance: str = f"{PUSH_MODEL}.1", action: int = 1, transaction: str = "1.2.9") -> bytes:
+    """A request for the commitment of one instance."""
+    asked, item = Dataset(), Dataset()
+    asked.TransactionUID = transaction
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CTImageStorage, "1.2.3"
+    asked.ReferencedSOPSequence = [item]
+    data = write_data_set(asked, False, True)
+    assert data
+    command = Command(
+        Field.N_ACTION_RQ, 7, data_set_type=1, requested_class=PUSH_MODEL, requested_instance=instance,
+        action_type=action,
+    )  # fmt: skip
+    return p_data(1, encode(command), command=True, maximum=0) + p_data(1, data, command=False, maximum=0)
+
+
+REPORT = CommitmentReport("1.2.9", (Reference(CTImageStorage, "1.2.3"),), ())
+
+
+@pytest.mark.parametrize(
+    ("stream", "status"),
+    [
+        (n_action(), 0x0000),
+        (n_action(instance="1.2.3"), 0x0112),
+        (n_action(action=2), 0x0123),
+        (n_action(transaction="not.a.uid"), 0x0115),
+    ],
+)
+def test_a_request_for_commitment_is_answered(stream: bytes, status: int) -> None:
+    recorder = Recorder()
+    with serving(recorder) as server, raw(server, request((1, PUSH_MODEL))) as connection:
+        connection.sendall(stream)
+        assert read_status(connection) == status
+    assert [one.transaction_uid for one in recorder.requests] == (["1.2.9"] if status == 0 else [])
+
+
+@pytest.mark.parametrize("status", [0x0000, 0x0110, None])
+def test_a_report_goes_back_on_the_association_and_its_answer_is_told(status: int | None) -> None:
+    recorder = Recorder()
+    recorder.reports.append(REPORT)
+    with serving(recorder) as server, raw(server, request((1, PUSH_MODEL))) as connection:
+        connection.sendall(n_action())
+        assert read_status(connection) == 0
+        _, body = read_pdu(connection)
+        asked = decode(body[6:])
+        assert (asked.field, asked.event_type) == (Field.N_EVENT_REPORT_RQ, 1)
+        read_pdu(connection)
+        if status is not None:
+            answer = Command(Field.N_EVENT_REPORT_RSP, responded_to=asked.message_id, status=status)
+            connection.sendall(p_data(1, encode(answer), command=True, maximum=0))
+        connection.sendall(RELEASE)
+        recorder.wait(closed=1)
+    assert recorder.reported_calls == [("1.2.9", status)]
+
+
+def test_a_peer_that_is_gone_before_its_report(caplog: pytest.LogCaptureFixture) -> None:
+    gone = threading.Event()
+
+    class Late(Recorder):
+        def report(self, session: Any) -> CommitmentReport | None:
+            assert gone.wait(10)
+            time.sleep(0.1)  # until the reset has arrived
+            return super().report(session)
+
+    recorder = Late()
+    recorder.reports.append(REPORT)
     with serving(recorder) as server:
-        for gone in (False, True):
-            opening = association_request(context=push_model.encode())
-            recorder.reports.append(CommitmentReport("1.2.9", (Reference(CTImageStorage, "1.2.3"),), ()))
-            with raw(server, opening) as connection:
-                if gone:
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.sendall(
-                    p_data(1, command, command=True, maximum=0) + p_data(1, data, command=False, maximum=0)
-                )
-                if not gone:
-                    assert read_status(connection) == 0
-                    _, body = read_pdu(connection)
-                    asked = decode(body[6:])
-                    assert (asked.field, asked.event_type) == (Field.N_EVENT_REPORT_RQ, 1)
-                    read_pdu(connection)
-                    answer = Command(Field.N_EVENT_REPORT_RSP, responded_to=asked.message_id, status=0)
-                    connection.sendall(p_data(1, encode(answer), command=True, maximum=0) + RELEASE)
-                    read_pdu(connection)
-            recorder.wait(closed=1 + gone)
-    assert [one.transaction_uid for one in recorder.requests][:1] == ["1.2.9"]
-    assert recorder.reported_calls[0] == ("1.2.9", 0)
+        with raw(server, request((1, PUSH_MODEL))) as connection:
+            connection.sendall(n_action())
+            assert read_status(connection) == 0
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.set()
+        recorder.wait(closed=1)
+    assert recorder.reported_calls == [("1.2.9", None)]
+    assert recorder.closed_calls[0].outcome == "broken"
     assert "nobody foresaw" not in caplog.text
