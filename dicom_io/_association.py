@@ -265,8 +265,9 @@ class Association(threading.Thread):
             view = view[count:]
             if not view:
                 return
-        if deadline:
-            self._allow(max(deadline - time.monotonic(), 0.001))
+        given = deadline
+        if given:
+            self._allow(max(given - time.monotonic(), 0.001))
         try:
             got = self._receive(view)
             if got == len(view):
@@ -281,6 +282,8 @@ class Association(threading.Thread):
                     return
                 if time.monotonic() > deadline:
                     raise _Expired
+                if given:
+                    self._allow(max(given - time.monotonic(), 0.001))
                 if not self._tls:
                     self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 got = self._receive(view)

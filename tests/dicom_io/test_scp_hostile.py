@@ -225,14 +225,15 @@ def test_mutated_streams(slice_: Path, caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_request_that_trickles_is_given_up() -> None:
-    with serving(Recorder(), artim_seconds=0.5) as server, raw(server, b"") as connection:
-        started = time.monotonic()
+    """Its bytes never stop for long, and yet it is not waited for: the whole of it would be accepted."""
+    recorder = Recorder()
+    with serving(recorder, artim_seconds=0.5) as server, raw(server, b"") as connection:
         with suppress(OSError):
             for byte in association_request():
                 connection.sendall(bytes([byte]))
                 time.sleep(0.05)
         assert is_closed(connection, 5)
-        assert time.monotonic() - started < 9  # of some 11 s
+    assert recorder.opened_calls == []
 
 
 def test_a_message_that_trickles_is_aborted(slice_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
