@@ -14,6 +14,7 @@ from typing import Any
 from pydicom import dcmread
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 from pynetdicom import AE, _config, evt
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.sop_class import Verification
 from pynetdicom.status import code_to_category
 
@@ -256,6 +257,12 @@ def association_with(
     for class_uid, syntax in contexts:
         ae.add_requested_context(class_uid, syntax)
     connected: list[Any] = []
+    rejections: list[str] = []
+
+    def note(event: Any) -> None:
+        # pynetdicom takes a peer that rejects at once for one that could not be reached.
+        if isinstance(event.pdu, A_ASSOCIATE_RJ):
+            rejections.append(event.pdu.reason_str)
 
     def limit(event: Any) -> None:
         # pynetdicom leaves a requestor's socket without a timeout: a peer that stops reading would hold it for ever.
@@ -266,6 +273,7 @@ def association_with(
         (evt.EVT_CONN_OPEN, connected.append),
         (evt.EVT_CONN_OPEN, send_at_once),
         (evt.EVT_PDU_SENT, acknowledge_at_once),
+        (evt.EVT_PDU_RECV, note),
     ]
     try:
         association = ae.associate(
@@ -274,10 +282,7 @@ def association_with(
     except (OSError, TypeError, ValueError) as error:
         raise PeerError(f"no association ({error})", str(peer), "check host, port and AE titles") from error
     if not association.is_established:
-        # `associate` returns once the transport has ended, perhaps before its thread has noted why.
-        if association.is_alive():
-            association.join(timeout)
-        raise PeerError(*_no_association(association, bool(connected), peer))
+        raise PeerError(*_no_association(association, bool(connected), rejections, peer))
     # Its reactor thread looks for requests even while an answer is awaited, and would drop one that it takes.
     association._serve_request = lambda message, context: association.dimse.msg_queue.put((context, message))
     try:
@@ -286,12 +291,11 @@ def association_with(
         association.release()
 
 
-def _no_association(association: Any, connected: bool, peer: Peer) -> tuple[str, str, str]:
+def _no_association(association: Any, connected: bool, rejections: Sequence[str], peer: Peer) -> tuple[str, str, str]:
     if not connected:
         return "it cannot be reached", str(peer), "check that it runs, its host and port, and the network"
-    if association.is_rejected:
-        answer = association.acceptor.primitive
-        return f"it rejected the association ({answer.reason_str})", str(peer), "check both AE titles there"
+    if rejections:
+        return f"it rejected the association ({rejections[0]})", str(peer), "check both AE titles there"
     if association.rejected_contexts and not association.accepted_contexts:
         refused = sorted({UID(cx.abstract_syntax).name for cx in association.rejected_contexts})
         return f"it accepts none of what was proposed ({', '.join(refused)})", str(peer), "see what it is set to accept"

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
-from pynetdicom import AE
+from pynetdicom import AE, evt
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.sop_class import CTImageStorage, Verification
 from pynetdicom.sop_class import MRImageStorage as MR
 
@@ -181,9 +182,14 @@ class _Peer:
         ae.acse_timeout = ae.dimse_timeout = 5
         for uid, syntaxes in contexts or ((CTImageStorage, [ExplicitVRLittleEndian]),):
             ae.add_requested_context(uid, syntaxes)
-        self.association = ae.associate("127.0.0.1", port, ae_title=called)
-        if not self.association.is_established and self.association.is_alive():
-            self.association.join(5)  # its thread notes why, perhaps only after `associate` has returned
+        rejections: list[Any] = []
+        handlers = [
+            (evt.EVT_PDU_RECV, lambda e: rejections.append(e.pdu) if isinstance(e.pdu, A_ASSOCIATE_RJ) else None)
+        ]
+        self.association = ae.associate("127.0.0.1", port, ae_title=called, evt_handlers=handlers)
+        if rejections:  # pynetdicom takes a peer that rejects at once for one that could not be reached
+            self.association.is_rejected = True
+            self.association.acceptor.primitive = rejections[0].to_primitive()
 
     def __enter__(self) -> Any:
         return self.association

@@ -16,6 +16,7 @@ import pytest
 from pydicom import dcmread
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MRImageStorage
 from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
 
 from dicom_io.errors import PeerError
@@ -225,6 +226,22 @@ def test_more_contexts_than_one_association_has_room_for(tmp_path: Path) -> None
     with pynetdicom_scp(stored, contexts) as peer:
         assert set(outcomes(send(files, peer, "SENDER"))) == {(0, "")}
     assert len(seen) == 2
+
+
+def test_a_rejection_that_comes_at_once_is_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pynetdicom looks whether it is connected after it has sent its request; by then it may not be any more."""
+    send_request = ACSE.send_request
+
+    def slowly(self: Any) -> None:
+        send_request(self)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(ACSE, "send_request", slowly)
+    with (
+        serving(Recorder(), accepted_calling=["SCANNER"]) as server,
+        pytest.raises(PeerError, match=r"rejected the association.*[Cc]alling"),
+    ):
+        echo(ours(server.port), "SENDER")
 
 
 @pytest.mark.parametrize("action", [echo, lambda *a, **k: send([k.pop("file")], *a, **k)], ids=["echo", "send"])
