@@ -28,6 +28,8 @@ fi
 if [ "${1:-demo}" = test ]; then
     missing storescu && useful="$useful dcmtk"
     missing dciodvfy && useful="$useful dicom3tools"
+    missing dcm2niix && useful="$useful dcm2niix"
+    missing gdcminfo && useful="$useful libgdcm-tools"
     if missing node || missing npm; then useful="$useful nodejs npm"; fi
     missing cc && useful="$useful gcc libc6-dev"
 fi

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pydicom import uid
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
@@ -45,3 +46,31 @@ def node_packages(source: Path) -> Path:
                 pytest.skip(f"npm ci failed: {installed.stderr.strip().splitlines()[-1:]}")
             stamp.write_bytes(pinned)
     return folder
+
+
+ENCODERS = {
+    uid.ExplicitVRLittleEndian: "dcmconv +te",
+    uid.ImplicitVRLittleEndian: "dcmconv +ti",
+    uid.ExplicitVRBigEndian: "dcmconv +tb",
+    uid.DeflatedExplicitVRLittleEndian: "dcmconv +td",
+    uid.RLELossless: "dcmcrle",
+    uid.JPEGLosslessSV1: "dcmcjpeg +e1",
+    uid.JPEGLossless: "dcmcjpeg +el",
+    uid.JPEGLSLossless: "dcmcjpls +el",
+    uid.JPEG2000Lossless: "gdcmconv --j2k",
+    # What follows loses something, and the encoder gives the image another UID for it.
+    uid.JPEGBaseline8Bit: "dcmcjpeg +eb",
+    uid.JPEGExtended12Bit: "dcmcjpeg +ee",
+    uid.JPEGLSNearLossless: "dcmcjpls +en",
+    uid.JPEG2000: "gdcmconv --j2k --lossy -q 40",
+}
+"""Transfer syntax → the command of DCMTK or GDCM that writes an image in it."""
+
+
+def encode(source: Path, target: Path, syntax: str) -> Path:
+    """Write a CT image in one of the transfer syntaxes of `ENCODERS`; returns the target."""
+    name, *options = ENCODERS[uid.UID(syntax)].split()
+    command = [program(name), *options, str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return target

@@ -1,11 +1,11 @@
 // Sends files with dcmjs-dimse and writes what became of each as one line of JSON.
-// Usage: node sender.cjs PORT CALLING CALLED FILE...
+// Usage: node sender.cjs PORT CALLING CALLED OPTIONS FILE... (OPTIONS: those of Client.send, as JSON)
 const path = require('node:path');
 const { createRequire } = require('node:module');
 const { Client, Transcoding, requests, log } = createRequire(path.join(process.cwd(), 'x'))('dcmjs-dimse');
 
 async function main() {
-  const [port, calling, called, ...files] = process.argv.slice(2);
+  const [port, calling, called, options, ...files] = process.argv.slice(2);
   log.setLevel('silent');
   await Transcoding.initializeAsync();
   const client = new Client();
@@ -22,7 +22,7 @@ async function main() {
     client.on('networkError', (error) => resolve(`error: ${error.message}`));
     client.on('associationRejected', () => resolve('rejected'));
     client.on('associationReleased', () => resolve('released'));
-    client.send('127.0.0.1', Number(port), calling, called);
+    client.send('127.0.0.1', Number(port), calling, called, JSON.parse(options));
   });
   console.log(JSON.stringify({ outcome, statuses }));
 }

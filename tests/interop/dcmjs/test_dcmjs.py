@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydicom import dcmread
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
 from dicom_io.pixels import decode
 from tests.dicom_io.support import Recorder, ct, head, run, save, serving
-from tests.peers import node_packages
+from tests.interop.intake import Intake, running_intake
+from tests.peers import encode, node_packages
 from tests.peers import program as tool
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.xdist_group("dcmjs")]
 
 HERE = Path(__file__).resolve().parent
 
@@ -27,8 +40,8 @@ def node_modules() -> Path:
     return node_packages(HERE)
 
 
-def dcmjs(folder: Path, port: int, *files: Path, calling: str = "DCMJS") -> dict[str, Any]:
-    command = ["node", HERE / "sender.cjs", port, calling, "SCANSIDE", *files]
+def dcmjs(folder: Path, port: int, *files: Path, calling: str = "DCMJS", **options: Any) -> dict[str, Any]:
+    command = ["node", HERE / "sender.cjs", port, calling, "SCANSIDE", json.dumps(options), *files]
     done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -71,3 +84,53 @@ def test_dcmjs_stores_a_real_head(node_modules: Path, ge_head: Path, tmp_path: P
 def test_dcmjs_learns_that_it_may_not_call(node_modules: Path) -> None:
     with serving(Recorder(), accepted_calling=["SCANNER"]) as server:
         assert dcmjs(node_modules, server.port)["outcome"] == "rejected"
+
+
+@pytest.fixture(scope="module")
+def intake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Intake]:
+    with running_intake(tmp_path_factory.mktemp("dcmjs") / "box") as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        # The intake takes one operation at a time and says nothing of identities; the sender has to live with both.
+        {"asyncOps": {"maxAsyncOpsInvoked": 8, "maxAsyncOpsPerformed": 8}},
+        {"userIdentity": {"type": 2, "primaryField": "operator", "secondaryField": "secret"}},
+        {"userIdentity": {"type": 1, "positiveResponseRequested": True, "primaryField": "operator"}},
+    ],
+    ids=["plain", "asynchronous", "password", "identity"],
+)
+def test_dcmjs_stores_studies_in_a_running_intake(
+    node_modules: Path, tmp_path: Path, intake: Intake, options: dict[str, Any]
+) -> None:
+    encodings = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, JPEGLosslessSV1]
+    encodings += [JPEGLSLossless, JPEG2000Lossless]
+    sent: list[tuple[Path, UID]] = []
+    for number, syntax in enumerate(encodings):
+        image = ct(head(12, False, seed=number), 12, study=generate_uid(None), series=generate_uid(None))
+        path = encode(save(image, tmp_path / f"{number}.dcm"), tmp_path / f"{number}.encoded", syntax)
+        sent.append((path, syntax))
+    tap = intake.tap()
+    result = dcmjs(node_modules, tap.port, *(path for path, _ in sent), **options)
+    assert result == {"outcome": "released", "statuses": [0] * (1 + len(sent))}
+    kept = [intake.kept(dcmread(path).SOPInstanceUID) for path, _ in sent]
+    for one, (path, syntax) in zip(kept, sent, strict=True):
+        assert one.calling_ae == "DCMJS"
+        # What comes in Implicit VR it compresses, where it has such a context from another image.
+        found = one.dataset.file_meta.TransferSyntaxUID
+        assert found == (JPEG2000Lossless if syntax == ImplicitVRLittleEndian else syntax)
+        assert (decode(one.path).stored == decode(path).stored).all()
+    assert len({one.association for one in kept}) == 1
+    assert sorted(tap.data_sets()) == sorted(one.data_set for one in kept)
+
+
+def test_what_dcmjs_does_not_deflate_is_refused(node_modules: Path, tmp_path: Path, intake: Intake) -> None:
+    """dcmjs-dimse 0.3.3 sends a plain data set where it negotiated a deflated one."""
+    image = save(ct(head(12, False), 12), tmp_path / "image.dcm")
+    path = encode(image, tmp_path / "image.deflated", DeflatedExplicitVRLittleEndian)
+    assert dcmjs(node_modules, intake.port, path, image) == {"outcome": "released", "statuses": [0, 0xC000, 0]}
+    kept = intake.kept(dcmread(image).SOPInstanceUID)
+    assert kept.dataset.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
