@@ -42,7 +42,7 @@ conformance: $(VENV)/.test ## Write the tables of docs/conformance.md from the c
 
 lock: ## Renew the hashed requirement files (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml requirements/build.in -o requirements/appliance.txt
-	$(UV) pip compile $(LOCK) --extra test -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/test.txt
+	$(UV) pip compile $(LOCK) --extra test --extra gpu -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/test.txt
 	$(UV) pip compile $(LOCK) --no-deps requirements/triton.in -o requirements/triton.txt
 LOCK = --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"

@@ -1,7 +1,8 @@
 """The model's input: one slab in Hounsfield units to three windowed channels on a fixed physical field.
 
-This NumPy version is the definition. Training imports it; any other implementation (DALI, CuPy) is right when it
-agrees with this one.
+This version, NumPy and OpenCV on the CPU, is the definition. Training imports it; any other implementation
+(preprocess_gpu.py, preprocess_dali.py) is right when it agrees with this one. `resampling` tells them in numbers what
+OpenCV does.
 
 The *field* is the square that the model sees: ``size`` pixels of ``pixel_mm`` about the centre of the source
 image. The *lesion map* covers the same field with fewer, larger pixels. Points are (column, row) with pixel centres
@@ -11,6 +12,7 @@ at integers, in the source image, in the field and in the map alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -22,6 +24,11 @@ WINDOWS: tuple[tuple[float, float], ...] = ((40.0, 80.0), (80.0, 200.0), (600.0,
 """(centre, width) in HU: brain, blood against bone, bone."""
 SIZE = 256
 PIXEL_MM = 1.0
+
+TOLERANCE_HU = 0.005
+"""How far another implementation may be from the field of the definition; seen were 0.0008."""
+TOLERANCE = 1e-4
+"""How far it may be from the model input of the definition, in 0..1; seen were 4e-6."""
 
 
 def _resampled(length: int, spacing: float, pixel_mm: float) -> int:
@@ -67,6 +74,8 @@ def to_field(
         shrinks = rows < source.shape[0] or columns < source.shape[1]
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         source = np.asarray(cv2.resize(source, (columns, rows), interpolation=how), dtype=np.float32)
+        if source.shape == (size, size):
+            return source
     field = np.full((size, size), fill, dtype=np.float32)
     top, left = (size - rows) // 2, (size - columns) // 2
     inside = source[max(0, -top) : max(0, -top) + size, max(0, -left) : max(0, -left) + size]
@@ -77,12 +86,97 @@ def to_field(
 
 def window(field: NDArray[np.float32], windows: Sequence[tuple[float, float]] = WINDOWS) -> NDArray[np.float32]:
     """Each (centre, width) in HU as one channel in 0..1 (linear, PS3.3 C.11.2.1.3.2): (len(windows), *field.shape)."""
-    channels = np.empty((len(windows), *field.shape), dtype=np.float32)
-    for channel, (centre, width) in zip(channels, windows, strict=True):
-        np.subtract(field, np.float32(centre - width / 2), out=channel)
-        np.multiply(channel, np.float32(1 / width), out=channel)
-        np.clip(channel, 0, 1, out=channel)
-    return channels
+    lowest, scale = window_constants(windows, field.ndim)
+    channels = np.subtract(field, lowest)
+    np.multiply(channels, scale, out=channels)
+    return np.clip(channels, 0, 1, out=channels)
+
+
+def window_constants(
+    windows: Sequence[tuple[float, float]], dimensions: int = 2
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lower end and 1 / width of each window, (len(windows), 1, …): a channel is (HU - lower end) x scale in 0..1."""
+    shape = (len(windows), *[1] * dimensions)
+    lowest = np.array([centre - width / 2 for centre, width in windows], np.float32)
+    scale = np.array([1 / width for _, width in windows], np.float32)
+    return lowest.reshape(shape), scale.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """How `to_field` makes the rows (or the columns) of the field that show the source image.
+
+    Attributes:
+        start: the first of them in the field; those before and after are fill.
+        sources: (n, taps) the source's rows of which each is made.
+        weights: (n, taps) float32, their weights; 0 where a row needs fewer.
+    """
+
+    start: int
+    sources: NDArray[np.intp]
+    weights: NDArray[np.float32]
+
+
+def resampling(
+    shape: tuple[int, int], spacing_mm: tuple[float, float], *, size: int = SIZE, pixel_mm: float = PIXEL_MM
+) -> tuple[Resampling, Resampling]:
+    """The resampling of `to_field` in numbers: rows, then columns (it is separable).
+
+    Args:
+        shape: (rows, columns) of the source image.
+        spacing_mm: (between rows, between columns).
+        size: rows and columns of the field.
+        pixel_mm: edge of the field's pixels.
+
+    Raises:
+        ValueError: the shape is not two-dimensional, or a size or spacing is not positive.
+    """
+    _check(shape, spacing_mm, size, pixel_mm)
+    counts = [_resampled(length, spacing, pixel_mm) for length, spacing in zip(shape, spacing_mm, strict=True)]
+    shrinks = any(count < length for count, length in zip(counts, shape, strict=True))
+    # OpenCV averages areas only where neither axis grows; else its INTER_AREA is a sort of linear, on both.
+    grows = any(count > length for count, length in zip(counts, shape, strict=True))
+    weigh = _linear if not shrinks else _linear_by_area if grows else _area
+    axes = []
+    for length, count in zip(shape, counts, strict=True):
+        first = max(0, -((size - count) // 2))
+        sources, weights = weigh(length, count)
+        kept = slice(first, first + size)
+        used = weights[kept].any(axis=0)
+        axes.append(Resampling(max(0, (size - count) // 2), sources[kept, used], weights[kept, used]))
+    return axes[0], axes[1]
+
+
+_Taps = tuple[NDArray[np.intp], NDArray[np.float32]]
+
+
+def _area(length: int, count: int) -> _Taps:
+    """The share of each source pixel that lies in a pixel; as in OpenCV, shares under a thousandth are left out."""
+    scale = length / count
+    low = (np.arange(count) * scale)[:, None]
+    sources = np.floor(low).astype(np.intp) + np.arange(int(np.ceil(scale)) + 1)
+    shares = np.minimum(low + scale, sources + 1) - np.maximum(low, sources)
+    shares[shares <= 1e-3] = 0
+    return np.minimum(sources, length - 1), (shares / scale).astype(np.float32)
+
+
+def _linear(length: int, count: int) -> _Taps:
+    """Between the two nearest pixel centres."""
+    at = (np.arange(count) + 0.5) * (length / count) - 0.5
+    return _two(length, np.floor(at).astype(np.intp), at - np.floor(at))
+
+
+def _linear_by_area(length: int, count: int) -> _Taps:
+    """What OpenCV makes of INTER_AREA where an axis grows."""
+    scale = count / length
+    left = np.floor(np.arange(count) * (1 / scale)).astype(np.intp)  # not length / count: whole numbers must agree
+    share = (np.arange(1, count + 1) - (left + 1) * scale).astype(np.float32)
+    return _two(length, left, np.where(share <= 0, 0, share - np.floor(share)))
+
+
+def _two(length: int, left: NDArray[np.intp], share: NDArray[Any]) -> _Taps:
+    sources = np.clip(np.stack([left, left + 1], axis=1), 0, length - 1)
+    return sources, np.stack([1 - share, share], axis=1).astype(np.float32)
 
 
 def model_input(
