@@ -9,9 +9,9 @@ before it is decoded. None of these formats has a checksum: a wrong bit in the c
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import imagecodecs
 import numpy as np
@@ -45,23 +45,51 @@ class Cells:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
-    """What a codestream says of itself."""
+class CodedFrame:
+    """A compressed frame, and what the header says of it."""
+
+    syntax: str
+    data: bytes
+    rows: int
+    columns: int
+
+
+class FrameDecoder(Protocol):
+    """A decoder beside the reference, which is `decode_frame`."""
+
+    @property
+    def name(self) -> str:
+        """What it is called where a verdict names its decoders."""
+
+    def decode(self, frames: Sequence[CodedFrame]) -> list[Cells | None]:
+        """Decode many frames at once; None for each that it does not take, or fails at. Raises nothing for a frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What a codestream says of itself.
+
+    Attributes:
+        predictor: JPEG Lossless: which of the predictors 1 to 7 (ISO/IEC 10918-1 H.1.2.1); else 0.
+        whole: whether the walk proved that nothing is missing at its end.
+    """
 
     rows: int
     columns: int
     components: int
     precision: int
     signed: bool
+    predictor: int = 0
+    whole: bool = False
 
 
-def decode_frame(syntax: str, frame: bytes, rows: int, columns: int) -> Cells:
-    """Decode one frame of a compressed transfer syntax (PS3.5 A.4).
+def inspect_frame(syntax: str, frame: bytes, rows: int, columns: int) -> Stream:
+    """Walk one frame of a compressed transfer syntax without decoding it.
 
     Raises:
         DecodeError: it is damaged, lossy, or not of one component, ``rows`` × ``columns`` and 16 bits or less.
     """
-    inspect, decode = _CODECS[syntax]
+    inspect, _ = _CODECS[syntax]
     try:
         stream = inspect(frame, rows, columns)
     except (IndexError, struct.error):
@@ -74,6 +102,17 @@ def decode_frame(syntax: str, frame: bytes, rows: int, columns: int) -> Cells:
         raise DecodeError(f"the compressed frame has {stream.components} components, not 1")
     if not 2 <= stream.precision <= 16:
         raise DecodeError(f"the compressed frame has {stream.precision} bits in a sample, not 2 to 16")
+    return stream
+
+
+def decode_frame(syntax: str, frame: bytes, rows: int, columns: int) -> Cells:
+    """Decode one frame of a compressed transfer syntax (PS3.5 A.4).
+
+    Raises:
+        DecodeError: as `inspect_frame`, or the codec fails.
+    """
+    stream = inspect_frame(syntax, frame, rows, columns)
+    _, decode = _CODECS[syntax]
     try:
         values = decode(frame, rows, columns)
     except Exception as error:  # each codec has an error class of its own
@@ -88,17 +127,17 @@ def codec_name(syntax: str) -> str:
     return _NAMES[syntax]
 
 
-def _inspect_rle(frame: bytes, rows: int, columns: int) -> _Stream:
+def _inspect_rle(frame: bytes, rows: int, columns: int) -> Stream:
     """PS3.5 G.5: 16 numbers of 32 bits, the count of segments and their offsets; two segments for 16-bit cells."""
     count, *offsets = struct.unpack("<16I", frame[:64])
     if count != 2:
         raise DecodeError(f"the RLE frame has {count} segments, not 2")
     if not 64 == offsets[0] < offsets[1] < len(frame):
         raise DecodeError("the RLE frame's segment offsets lie outside it")
-    return _Stream(rows, columns, 1, 16, False)
+    return Stream(rows, columns, 1, 16, False)
 
 
-def _inspect_jpeg(frame: bytes, expected: int, name: str) -> tuple[_Stream, bytes]:
+def _inspect_jpeg(frame: bytes, expected: int, name: str) -> tuple[Stream, bytes]:
     """Walk the marker segments up to the first scan (ISO/IEC 10918-1 B.1). Returns also that scan's header."""
     if frame[:2] != b"\xff\xd8":
         raise DecodeError(f"the frame is no {name} stream")
@@ -119,7 +158,7 @@ def _inspect_jpeg(frame: bytes, expected: int, name: str) -> tuple[_Stream, byte
             break
         if marker == expected:
             precision, rows, columns, components = struct.unpack(">BHHB", segment[:6])
-            stream = _Stream(rows, columns, components, precision, False)
+            stream = Stream(rows, columns, components, precision, False)
         elif marker in _FRAME_MARKERS:
             raise DecodeError(f"the frame is another kind of JPEG (SOF marker 0x{marker:02X}), not {name}")
         position += 2 + length
@@ -132,21 +171,21 @@ _JUNK = bytes(range(1, 255))  # no 0xFF, which would begin a marker
 _FRAME_MARKERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 
 
-def _inspect_jpeg_lossless(frame: bytes, rows: int, columns: int) -> _Stream:
+def _inspect_jpeg_lossless(frame: bytes, rows: int, columns: int) -> Stream:
     stream, scan = _inspect_jpeg(frame, 0xC3, "JPEG Lossless")
     if scan[-1] & 0x0F:
         raise DecodeError("the JPEG Lossless stream drops low bits (a point transform), so it is lossy")
-    return stream
+    return replace(stream, predictor=scan[1 + 2 * scan[0]])
 
 
-def _inspect_jpeg_ls(frame: bytes, rows: int, columns: int) -> _Stream:
+def _inspect_jpeg_ls(frame: bytes, rows: int, columns: int) -> Stream:
     stream, scan = _inspect_jpeg(frame, 0xF7, "JPEG-LS")
     if scan[1 + 2 * scan[0]]:
         raise DecodeError(f"the JPEG-LS stream is near-lossless (NEAR = {scan[1 + 2 * scan[0]]})")
     return stream
 
 
-def _inspect_jpeg_2000(frame: bytes, rows: int, columns: int) -> _Stream:
+def _inspect_jpeg_2000(frame: bytes, rows: int, columns: int) -> Stream:
     """Walk main header and tile-parts (ISO/IEC 15444-1 A.3 to A.6), which must end just at the end of the stream."""
     data = frame.rstrip(b"\0")
     if data[:4] != b"\xff\x4f\xff\x51":
@@ -155,12 +194,13 @@ def _inspect_jpeg_2000(frame: bytes, rows: int, columns: int) -> _Stream:
         raise DecodeError("the JPEG 2000 codestream is cut off: it has no end marker")
     width, height, left, top = struct.unpack(">4I", data[8:24])
     (components,) = struct.unpack(">H", data[40:42])
-    stream = _Stream(height - top, width - left, components, (data[42] & 0x7F) + 1, bool(data[42] & 0x80))
-    position = 2
+    stream = Stream(height - top, width - left, components, (data[42] & 0x7F) + 1, bool(data[42] & 0x80))
+    position, whole = 2, True
     while (marker := data[position : position + 2]) != b"\xff\xd9":
         (length,) = struct.unpack(">H", data[position + 2 : position + 4])
         if marker == b"\xff\x90":  # SOT: its Psot counts from here to the end of the tile-part, 0 to the end of all
             (part,) = struct.unpack(">I", data[position + 6 : position + 10])
+            whole = whole and part != 0
             position = position + part if part else len(data) - 2
             if part and part < 14:
                 raise DecodeError("the JPEG 2000 codestream has a tile-part of no length")
@@ -170,7 +210,7 @@ def _inspect_jpeg_2000(frame: bytes, rows: int, columns: int) -> _Stream:
             position += 2 + length
     if position != len(data) - 2:
         raise DecodeError("the JPEG 2000 codestream has an end marker within")
-    return stream
+    return replace(stream, whole=whole)
 
 
 def _decode_rle(frame: bytes, rows: int, columns: int) -> NDArray[Any]:
@@ -184,11 +224,19 @@ def _decode_rle(frame: bytes, rows: int, columns: int) -> NDArray[Any]:
     return values
 
 
+def with_junk(data: bytes) -> bytes:
+    """A JPEG stream that ends with its end marker, with bytes that mean nothing before that.
+
+    A decoder makes up what is missing of a stream that was cut off. If nothing is, then what follows the
+    entropy-coded data makes no difference to the image.
+    """
+    return data[:-2] + _JUNK + data[-2:]
+
+
 def _decode_jpeg_lossless(frame: bytes, rows: int, columns: int) -> NDArray[Any]:
     data = frame.rstrip(b"\0")
     values = np.asarray(imagecodecs.jpeg8_decode(data))
-    # libjpeg makes up what is missing. If nothing is, then what follows the entropy-coded data makes no difference.
-    if not np.array_equal(values, imagecodecs.jpeg8_decode(data[:-2] + _JUNK + data[-2:])):
+    if not np.array_equal(values, imagecodecs.jpeg8_decode(with_junk(data))):
         raise ValueError("its entropy-coded data ends too early")
     return values
 
@@ -201,7 +249,7 @@ def _decode_jpeg_2000(frame: bytes, rows: int, columns: int) -> NDArray[Any]:
     return np.asarray(imagecodecs.jpeg2k_decode(frame))
 
 
-_CODECS: dict[str, tuple[Callable[[bytes, int, int], _Stream], Callable[[bytes, int, int], NDArray[Any]]]] = {
+_CODECS: dict[str, tuple[Callable[[bytes, int, int], Stream], Callable[[bytes, int, int], NDArray[Any]]]] = {
     RLELossless: (_inspect_rle, _decode_rle),
     JPEGLossless: (_inspect_jpeg_lossless, _decode_jpeg_lossless),
     JPEGLosslessSV1: (_inspect_jpeg_lossless, _decode_jpeg_lossless),

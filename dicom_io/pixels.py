@@ -1,15 +1,21 @@
-"""Frames → stored values → Hounsfield units, on the CPU: the reference for every other decoder.
+"""Frames → stored values → Hounsfield units. The codecs of the CPU are the reference for every other decoder.
 
-A wrong image must never come out silently, so whatever is doubtful is a `DecodeError` that says why.
+A wrong image must never come out silently, so whatever is doubtful is a `DecodeError` that says why. Another decoder
+(`decoder_for`) does many frames at once; what it does not take the reference does, and of what it did a sample is
+decoded by the reference too.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +32,12 @@ from pydicom.uid import (
     JPEGLSNearLossless,
 )
 
-from dicom_io._codecs import COMPRESSED_SYNTAXES, Cells, codec_name, decode_frame
+from dicom_io._codecs import COMPRESSED_SYNTAXES, Cells, CodedFrame, codec_name, decode_frame
+from dicom_io._codecs import FrameDecoder as FrameDecoder
 from dicom_io._elements import MAXIMUM_DEFLATED_HEADER, Elements, inflate, parse, parse_meta, reading
 from dicom_io._encapsulated import frames_of
 from dicom_io.errors import DecodeError
+from dicom_io.plausible import ImplausibleImage
 
 NATIVE_SYNTAXES: tuple[str, ...] = (
     ExplicitVRLittleEndian,
@@ -45,6 +53,9 @@ PADDING_HU = -1024.0
 MAXIMUM_BYTES = 4 << 30
 MAXIMUM_SIDE = 8192
 """Stored values of one instance, and rows or columns, at most: a codestream of some bytes may claim any size."""
+
+SAMPLED_ONE_IN = 16
+"""Of the frames that another decoder did, one in so many is decoded by the reference, too, and compared."""
 
 _LOSSY_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K)
 _TISSUE_HU = -500.0  # a padding value that means more than this would erase tissue
@@ -73,7 +84,8 @@ class Decoded:
     Attributes:
         stored: (frames, rows, columns), int16 or uint16 as Pixel Representation says: the stored values.
         hu: the same shape, float32: ``stored`` × slope + intercept, in HU; padding is `PADDING_HU`.
-        codec: what decoded them: "raw", "deflate" or "imagecodecs." and the function's name.
+        codec: what decoded them: "raw", "deflate", "imagecodecs." and the function's name, or the name of another
+            decoder; joined with " + " where frames differ in it.
     """
 
     stored: NDArray[np.integer[Any]]
@@ -113,14 +125,80 @@ def decode(path: Path) -> Decoded:
             more or less pixel data than the header describes; values outside the bits stored; no rescale to HU
             (PS3.3 C.8.2.1); padding that would erase tissue.
     """
-    with reading(str(path), DecodeError), path.open("rb") as file:
-        syntax, elements, stream = parse(file, _KEYWORDS, _OVERLAY_TAGS)
-        _check_syntax(syntax)
-        form = _format(elements)
-        if syntax == DeflatedExplicitVRLittleEndian:
-            stream = _whole(file, stream, form)
-        stored, codec = _stored(syntax, elements, stream, form)
-        return Decoded(stored, _to_hu(stored, elements, form), codec)
+    with reading(str(path), DecodeError):
+        packed = _unpack(path)
+        return _finish(packed, [None] * len(packed.frames), None)
+
+
+def decoder_for(device: Literal["cpu", "gpu"]) -> FrameDecoder | None:
+    """The decoder for a device; None is the reference.
+
+    Raises:
+        ScansideError: there is no GPU, or nvImageCodec is missing, too old, or decodes wrongly.
+    """
+    if device == "cpu":
+        return None
+    from dicom_io.nvimage import NvImageCodec  # a CPU box does not have what it imports
+
+    return NvImageCodec("gpu")
+
+
+def decode_many(paths: Sequence[Path], decoder: FrameDecoder | None = None) -> list[Decoded]:
+    """Decode instances as `decode` does, a thread a core; compressed frames with ``decoder`` where one is given.
+
+    What the decoder does not take is decoded by the reference, and `Decoded.codec` says so. Of what it did, the
+    reference decodes a sample too: first, middle, last and one in `SAMPLED_ONE_IN` (the middle one of fewer), and
+    every frame of one value or with the values of the frame before it. They must agree bit for bit.
+
+    Args:
+        paths: in the order of the volume, as the sample is drawn from it.
+
+    Raises:
+        DecodeError: as `decode`.
+        ImplausibleImage: the decoder and the reference disagree.
+    """
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        if decoder is None:
+            return list(pool.map(decode, paths))
+        packed = list(pool.map(_unpacked, paths))
+        frames = [frame for one in packed for frame in one.frames]
+        cells = decoder.decode(frames) if frames else []
+        if len(cells) != len(frames):
+            raise DecodeError(f"{decoder.name} answered for {len(cells)} of {len(frames)} frames")
+        owners = [one.path for one in packed for _ in one.frames]
+        list(pool.map(lambda n: _cross_check(owners[n], frames[n], cells[n], decoder.name), _sample(cells)))
+        ends = itertools.accumulate((len(one.frames) for one in packed), initial=0)
+        parts = [cells[start:end] for start, end in itertools.pairwise(ends)]
+        return list(pool.map(lambda one, part: _finished(one, part, decoder.name), packed, parts))
+
+
+def _sample(cells: Sequence[Cells | None]) -> list[int]:
+    """Which frames the reference decodes too; without those that it decodes anyway."""
+    count = len(cells)
+    chosen = {count // 2}
+    if count >= SAMPLED_ONE_IN:
+        chosen |= {0, count - 1, *range(0, count, SAMPLED_ONE_IN)}
+    found = []
+    before: NDArray[Any] | None = None
+    for number, one in enumerate(cells):
+        values = None if one is None else one.values
+        if values is not None:
+            odd = bool(np.all(values == values.flat[0])) or (before is not None and np.array_equal(values, before))
+            if odd or number in chosen:
+                found.append(number)
+        before = values
+    return found
+
+
+def _cross_check(path: Path, frame: CodedFrame, cells: Cells | None, name: str) -> None:
+    with reading(str(path), DecodeError):
+        reference = decode_frame(frame.syntax, frame.data, frame.rows, frame.columns)
+    if cells is None or not np.array_equal(cells.values, reference.values):
+        raise ImplausibleImage(
+            f"{name} and {codec_name(frame.syntax)} decode a frame of it differently",
+            str(path),
+            'nothing of the series is analysed: set box.device = "cpu" and report this fault',
+        )
 
 
 def _check_syntax(syntax: str) -> None:
@@ -179,30 +257,75 @@ def _whole(file: BinaryIO, stream: BinaryIO, form: _Format) -> BinaryIO:
     return whole
 
 
-def _stored(syntax: str, elements: Elements, stream: BinaryIO, form: _Format) -> tuple[NDArray[np.integer[Any]], str]:
-    length = _at_pixel_data(stream, elements)
-    if syntax in NATIVE_SYNTAXES:
-        if length != form.size:
-            shown = "an undefined number of" if length == _UNDEFINED else length
-            raise DecodeError(f"it has {shown} bytes of pixel data, the header describes {form.size}")
-        value = stream.read(form.size)
-        if len(value) != form.size:
-            raise DecodeError(f"its pixel data is cut off after {len(value)} of {form.size} bytes")
-        little = elements.encoding[1]
-        patterns = np.frombuffer(value, "<u2" if little else ">u2").reshape(form.shape).astype(np.uint16, copy=False)
-        codec = "deflate" if syntax == DeflatedExplicitVRLittleEndian else "raw"
-        return _from_patterns(patterns, 16, form), codec
-    if length != _UNDEFINED:
-        raise DecodeError("its pixel data is not encapsulated, as its transfer syntax says")
-    tables = elements.raw_bytes("ExtendedOffsetTable"), elements.raw_bytes("ExtendedOffsetTableLengths")
-    extended = None if tables[0] is None else (tables[0], tables[1] or b"")
-    stored = np.empty(form.shape, np.int16 if form.signed else np.uint16)
-    for index, frame in enumerate(frames_of(stream.read(), form.frames, extended)):
-        cells = decode_frame(syntax, frame, form.rows, form.columns)
-        stored[index] = (
-            _from_samples(cells, form) if cells.signed else _from_patterns(cells.values, cells.precision, form)
-        )
-    return stored, codec_name(syntax)
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """An instance that was read: its stored values if they lie there as they are, else its compressed frames."""
+
+    path: Path
+    elements: Elements
+    form: _Format
+    stored: NDArray[np.integer[Any]] | None
+    frames: list[CodedFrame]
+    codec: str
+
+
+def _unpacked(path: Path) -> _Packed:
+    with reading(str(path), DecodeError):
+        return _unpack(path)
+
+
+def _finished(packed: _Packed, cells: Sequence[Cells | None], name: str) -> Decoded:
+    with reading(str(packed.path), DecodeError):
+        return _finish(packed, cells, name)
+
+
+def _unpack(path: Path) -> _Packed:
+    with path.open("rb") as file:
+        syntax, elements, stream = parse(file, _KEYWORDS, _OVERLAY_TAGS)
+        _check_syntax(syntax)
+        form = _format(elements)
+        if syntax == DeflatedExplicitVRLittleEndian:
+            stream = _whole(file, stream, form)
+        length = _at_pixel_data(stream, elements)
+        if syntax in NATIVE_SYNTAXES:
+            stored = _native(stream, length, elements.encoding[1], form)
+            codec = "deflate" if syntax == DeflatedExplicitVRLittleEndian else "raw"
+            return _Packed(path, elements, form, stored, [], codec)
+        if length != _UNDEFINED:
+            raise DecodeError("its pixel data is not encapsulated, as its transfer syntax says")
+        tables = elements.raw_bytes("ExtendedOffsetTable"), elements.raw_bytes("ExtendedOffsetTableLengths")
+        extended = None if tables[0] is None else (tables[0], tables[1] or b"")
+        coded = frames_of(stream.read(), form.frames, extended)
+    frames = [CodedFrame(syntax, data, form.rows, form.columns) for data in coded]
+    return _Packed(path, elements, form, None, frames, codec_name(syntax))
+
+
+def _native(stream: BinaryIO, length: int, little: bool, form: _Format) -> NDArray[np.integer[Any]]:
+    if length != form.size:
+        shown = "an undefined number of" if length == _UNDEFINED else length
+        raise DecodeError(f"it has {shown} bytes of pixel data, the header describes {form.size}")
+    value = stream.read(form.size)
+    if len(value) != form.size:
+        raise DecodeError(f"its pixel data is cut off after {len(value)} of {form.size} bytes")
+    patterns = np.frombuffer(value, "<u2" if little else ">u2").reshape(form.shape).astype(np.uint16, copy=False)
+    return _from_patterns(patterns, 16, form)
+
+
+def _finish(packed: _Packed, decoded: Sequence[Cells | None], name: str | None) -> Decoded:
+    """Stored values and HU from cells; the reference decodes the frames that have none yet."""
+    form, stored = packed.form, packed.stored
+    codecs = {packed.codec}
+    if stored is None:
+        stored = np.empty(form.shape, np.int16 if form.signed else np.uint16)
+        codecs = set()
+        for index, (frame, cells) in enumerate(zip(packed.frames, decoded, strict=True)):
+            codecs.add(packed.codec if cells is None or name is None else name)
+            if cells is None:
+                cells = decode_frame(frame.syntax, frame.data, frame.rows, frame.columns)
+            stored[index] = (
+                _from_samples(cells, form) if cells.signed else _from_patterns(cells.values, cells.precision, form)
+            )
+    return Decoded(stored, _to_hu(stored, packed.elements, form), " + ".join(sorted(codecs)))
 
 
 def _at_pixel_data(stream: BinaryIO, elements: Elements) -> int:

@@ -1,0 +1,158 @@
+"""Could a scanner have made this volume? What a decoder returns in good health may still be no image.
+
+A decoder can succeed and return zeros, the image before, the upper half of an image, or noise. Each leaves traces
+that no CT reconstruction has, as that is never without noise. They are looked for plane by plane (`look_at`), so that
+a plane need not be kept, and judged together (`implausibilities`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dicom_io.errors import DecodeError
+from dicom_io.volume import Volume
+
+AIR_HU = -900.0
+"""Below it is air, or padding. Air is -1000 HU by definition (PS3.3 C.11.1.1.2, Hounsfield units), water 0."""
+
+TISSUE_HU = -500.0
+"""Half of air and half of water: the edge of a body."""
+
+DENSEST_HU = 2000.0
+"""No cross-section of a head is denser in the middle of its values: brain has 20 to 40 HU, compact bone reaches 2000,
+only enamel (3000) and metal exceed it, and of those there is little."""
+
+VACUUM_HU = -1200.0
+"""Nothing attenuates less than vacuum, -1000 HU. Noise and the streaks of metal go below it in few pixels; values that
+mean padding do, too, but they are one value."""
+
+_NOT_VACUUM = 0.25  # part of an image that may lie below it
+_SECTION_MM2 = 5000.0  # the cross-section of a small head's neck; the cap under the vertex, 5 mm deep, has half
+_STOPPED_ROWS = 4
+_STOPPED_MM = 60.0  # a skull of 90 mm radius is as wide 5 mm within its edge, and no image ends its noise there
+_GRID = 2  # every second row and column is enough for what is no edge
+
+
+class ImplausibleImage(DecodeError):
+    """Pixels that were decoded without an error and cannot be what a scanner sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is kept of a plane.
+
+    Attributes:
+        constant: its only value in HU; None where it has several.
+        tissue_mm2: area above `TISSUE_HU`.
+        digest: of every second value of every second row; noise makes those differ between any two planes.
+        problems: what is impossible about the plane by itself, each a phrase that follows "it".
+    """
+
+    constant: float | None
+    tissue_mm2: float
+    digest: bytes
+    problems: tuple[str, ...]
+
+
+def look_at(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> Look:
+    """Look at one plane.
+
+    Args:
+        hu: (rows, columns) HU.
+        spacing_mm: (between rows, between columns).
+    """
+    least, most = float(hu.min()), float(hu.max())
+    coarse = hu[::_GRID, ::_GRID]
+    tissue = coarse[coarse > TISSUE_HU]
+    area = tissue.size / coarse.size * hu.size * spacing_mm[0] * spacing_mm[1]
+    digest = hashlib.blake2b(np.ascontiguousarray(coarse).data, digest_size=16).digest()
+    if least == most:
+        return Look(least, area, digest, ())
+    problems = []
+    if tissue.size and (area >= _SECTION_MM2 or tissue.size > coarse.size / 2):
+        middle = float(np.median(tissue))
+        if middle > DENSEST_HU:
+            problems.append(f"is denser than bone (median {middle:.0f} HU)")
+    low = coarse[coarse < VACUUM_HU]
+    if low.size > _NOT_VACUUM * coarse.size:
+        _, counts = np.unique(low, return_counts=True)
+        if low.size - counts.max() > _NOT_VACUUM * coarse.size:
+            problems.append(f"is emptier than vacuum in {low.size / coarse.size:.0%} of its pixels")
+    stopped = _stops_at(hu, spacing_mm[1])
+    if stopped is not None:
+        problems.append(f"ends in the middle of the body: nothing changes from row {stopped + 1} on")
+    return Look(None, area, digest, tuple(problems))
+
+
+def _stops_at(hu: NDArray[Any], column_mm: float) -> int | None:
+    """The first of the rows without any contrast that end the image just below a wide section of tissue."""
+    row = len(hu)
+    while row and hu[row - 1].min() == hu[row - 1].max():
+        row -= 1
+    if len(hu) - row < _STOPPED_ROWS or row == 0:
+        return None
+    return row if np.count_nonzero(hu[row - 1] > TISSUE_HU) * column_mm > _STOPPED_MM else None
+
+
+def implausibilities(volume: Volume, looks: Sequence[Look]) -> list[str]:
+    """Why the volume can be no CT of a body; empty where nothing speaks against it.
+
+    Planes of nothing but air are let through beyond the vertex: some scanners blank what lies outside the body.
+
+    Args:
+        looks: one for each of ``volume.planes``.
+    """
+    reasons = [f"{_name(volume, index)} {problem}" for index, look in enumerate(looks) for problem in look.problems]
+    beyond = _beyond_the_body(looks)
+    seen: dict[bytes, int] = {}
+    for index, look in enumerate(looks):
+        if index in beyond:
+            continue
+        if look.constant is not None:
+            reasons.append(f"{_name(volume, index)} has the one value {look.constant:g} HU")
+        elif look.digest in seen:
+            reasons.append(f"{_name(volume, index)} has the same pixels as {_name(volume, seen[look.digest])}")
+        seen.setdefault(look.digest, index)
+    return reasons
+
+
+def _beyond_the_body(looks: Sequence[Look]) -> set[int]:
+    """Planes of nothing but air that follow, up to an end of the volume, on one with little tissue or none."""
+    found: set[int] = set()
+    for indices in (range(len(looks)), range(len(looks) - 1, -1, -1)):
+        run: list[int] = []
+        for index in indices:
+            constant = looks[index].constant
+            if constant is None or constant > AIR_HU:
+                if looks[index].tissue_mm2 < _SECTION_MM2:
+                    found.update(run)
+                break
+            run.append(index)
+    return found
+
+
+def check_plausible(volume: Volume, looks: Sequence[Look]) -> None:
+    """Let nothing come of a volume that can be no CT of a body.
+
+    Raises:
+        ImplausibleImage: with the reasons, of many the first few.
+    """
+    reasons = implausibilities(volume, looks)
+    if reasons:
+        more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+        raise ImplausibleImage(
+            "; ".join(reasons[:3]) + more,
+            "the decoded images",
+            "look at the series: if it is sound there, report this fault with it; nothing of it was analysed",
+        )
+
+
+def _name(volume: Volume, index: int) -> str:
+    plane = volume.planes[index]
+    return f"image {plane.sop_instance_uid} frame {plane.frame + 1}"
