@@ -111,6 +111,12 @@ class Intake(_Section):
     reserve_bytes: int = Field(
         2_000_000_000, ge=0, description="Below this much free disk new instances are refused, whatever its share."
     )
+    metrics_port: Port | None = Field(
+        None, description="Port that shows intake's figures to Prometheus (HTTP, /metrics); unset: none."
+    )
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address that it listens on: no password and no encryption guards it."
+    )
     tls: Tls | None = Field(None, description="Listen with TLS, too.")
 
     @field_validator("storage_classes")
@@ -142,7 +148,16 @@ class Study(_Section):
         1.0,
         ge=0,
         le=60,
-        description="After the last association is released, wait this long for a further one.",
+        description="After the last association of a sender whose habit is not known yet (fewer than five studies), "
+        "wait this long for a further one.",
+    )
+    wait_then_infer: bool = Field(
+        False,
+        description="Only to compare with systems that work so: nothing is done, and no evidence counts, before a "
+        "study has been silent for quiet_seconds.",
+    )
+    stat_calling_ae_titles: list[AeTitle] = Field(
+        default_factory=list, description="Studies from these senders go before all others."
     )
 
 
@@ -331,6 +346,8 @@ class Settings(BaseSettings):
         ports = {"intake.port": self.intake.port} if self.intake.plain else {}
         if self.intake.tls is not None:
             ports["intake.tls.port"] = self.intake.tls.port
+        if self.intake.metrics_port is not None:
+            ports["intake.metrics_port"] = self.intake.metrics_port
         if self.triton.managed:
             ports |= {f"triton.{key}": getattr(self.triton, key) for key in ("grpc_port", "http_port", "metrics_port")}
         for key, port in ports.items():

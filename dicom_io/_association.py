@@ -60,6 +60,8 @@ SLOW_AFTER_SECONDS = 30.0
 REPORT_POLL_SECONDS = 0.5
 """How often an association that asked for storage commitment is looked at while it is idle."""
 
+NO_TLS = "TLS handshake failed"
+
 SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.14
 NO_SUCH_INSTANCE = 0x0112  # PS3.7 C.5.12
@@ -237,6 +239,9 @@ class Association(threading.Thread):
             self._socket = context.wrap_socket(self._socket, server_side=True)
         except OSError as error:
             logger.warning("no TLS with %s: %s", self.address, error)
+            # One that went away or fell silent is told of as little as without TLS.
+            if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+                self._server.rejected(self.address, "", NO_TLS)
             raise _Closed from error
 
     def _allow(self, seconds: float) -> None:
@@ -481,7 +486,7 @@ class Association(threading.Thread):
         if isinstance(error, Refusal):
             return error.answer
         logger.error("an instance of association %d was not stored", self.number, exc_info=error)
-        return Answer(CANNOT_UNDERSTAND, type(error).__name__)
+        return Answer(CANNOT_UNDERSTAND, type(error).__name__, "unforeseen")
 
     def _discard(self) -> None:
         """Tell the sink of a message that it will never be whole."""
@@ -511,11 +516,12 @@ class Association(threading.Thread):
     def _begin_store(self, message: _Message, command: dimse.Command) -> None:
         abstract_syntax, transfer_syntax = self._contexts[message.context_id]
         if command.affected_class != abstract_syntax or abstract_syntax in (VERIFICATION, STORAGE_COMMITMENT):
-            message.answer = Answer(CLASS_NOT_SUPPORTED, "the SOP class is not that of its presentation context")
+            said = "the SOP class is not that of its presentation context"
+            message.answer = Answer(CLASS_NOT_SUPPORTED, said, "wrong class")
         elif not is_uid(command.affected_instance):
-            message.answer = Answer(INVALID_INSTANCE, "Affected SOP Instance UID is no UID")
+            message.answer = Answer(INVALID_INSTANCE, "Affected SOP Instance UID is no UID", "invalid UID")
         elif not command.has_data_set:
-            message.answer = Answer(CANNOT_UNDERSTAND, "there is no data set")
+            message.answer = Answer(CANNOT_UNDERSTAND, "there is no data set", "no data set")
         else:
             assert self.session is not None
             request = StoreRequest(abstract_syntax, command.affected_instance, transfer_syntax)

@@ -42,18 +42,24 @@ class StoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A DIMSE status, and the Error Comment (0000,0902) that goes with a failure."""
+    """A DIMSE status, and the Error Comment (0000,0902) that goes with a failure.
+
+    Attributes:
+        reason: the kind of failure, for counting: never what a peer sent. The provider's own are "wrong class",
+            "invalid UID", "no data set" and "unforeseen".
+    """
 
     status: int
     comment: str = ""
+    reason: str = "other"
 
 
 class Refusal(Exception):
     """Raised by a sink to refuse its instance with that answer."""
 
-    def __init__(self, status: int, comment: str) -> None:
+    def __init__(self, status: int, comment: str, reason: str = "other") -> None:
         super().__init__(comment)
-        self.answer = Answer(status, comment)
+        self.answer = Answer(status, comment, reason)
 
 
 class Sink(Protocol):
@@ -85,7 +91,11 @@ class Handlers(Protocol):
         """An association is about to be accepted."""
 
     def rejected(self, address: str, calling_ae: str, reason: str) -> None:
-        """An association or a connection was not accepted. ``calling_ae`` is '' where it was not read."""
+        """An association or a connection was not accepted. ``calling_ae`` is '' where it was not read.
+
+        Args:
+            reason: one of `dicom_io.scp.REJECTIONS`.
+        """
 
     def receive(self, session: Session, request: StoreRequest) -> Sink | Answer:
         """Where this instance goes, or why it is not taken; its bytes are read and dropped then."""

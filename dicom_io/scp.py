@@ -22,7 +22,7 @@ from typing import Protocol
 from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
-from dicom_io._association import Association
+from dicom_io._association import NO_TLS, Association
 from dicom_io._upper_layer import Rejection, State
 from dicom_io.errors import ScansideError
 from dicom_io.handlers import Handlers
@@ -39,6 +39,12 @@ logger = logging.getLogger(__name__)
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 PENDING_CONNECTIONS = 64
 """Connections at most that have not asked for an association yet; ``artim_seconds`` ends each."""
+
+_NOT_ACCEPTED = "its address is not accepted"
+_TOO_MANY = "too many connections without an association"
+
+REJECTIONS: tuple[str, ...] = (*(one.words for one in Rejection), _NOT_ACCEPTED, _TOO_MANY, NO_TLS)
+"""Every reason for which an association or a connection is not accepted."""
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -192,13 +198,13 @@ class StorageServer:
         """Why a connection is closed before a word is said; '' if it is not."""
         allowed = self.options.accepted_addresses
         if allowed and not any(ipaddress.ip_address(address) in network for network in allowed):
-            return "its address is not accepted"
+            return _NOT_ACCEPTED
         with self._lock:
             asked = (State.IDLE, State.AWAITING_REQUEST)
             pending = [one for one in self._connections - self._admitted if one.state in asked]
             mine = sum(one.address == address for one in pending)
         if len(pending) >= PENDING_CONNECTIONS or mine >= PENDING_CONNECTIONS // 4:
-            return "too many connections without an association"
+            return _TOO_MANY
         return ""
 
     # --- for the associations ---------------------------------------------------------------------------

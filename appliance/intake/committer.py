@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from appliance.intake.spool import Incoming, Spool
 from appliance.ledger.store import Ledger, NewInstance, Stored
+from appliance.operations.metrics import IntakeMetrics
 
 
 @dataclass(slots=True, eq=False)
@@ -26,12 +28,16 @@ class Committer:
 
     Args:
         ring: called after each transaction that brought something new.
+        metrics: where each batch is counted.
     """
 
-    def __init__(self, ledger: Ledger, spool: Spool, ring: Callable[[], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, spool: Spool, ring: Callable[[], None], metrics: IntakeMetrics | None = None
+    ) -> None:
         self._ledger = ledger
         self._spool = spool
         self._ring = ring
+        self._metrics = metrics or IntakeMetrics()
         self._turn = threading.Lock()
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
@@ -62,6 +68,7 @@ class Committer:
             yield
 
     def _commit(self, batch: list[_Waiting]) -> None:
+        began = time.monotonic()
         named = []
         for one in batch:
             try:
@@ -72,6 +79,9 @@ class Committer:
                 named.append(one)
         if named:
             self._record(named)
+        durable = [(one.outcome, one.row.size) for one in named if isinstance(one.outcome, str)]
+        if durable:
+            self._metrics.committed(durable, time.monotonic() - began)
 
     def _record(self, batch: list[_Waiting]) -> None:
         try:

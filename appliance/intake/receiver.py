@@ -15,6 +15,7 @@ from appliance.intake.commitment import CommitmentProvider
 from appliance.intake.committer import Committer
 from appliance.intake.spool import Incoming, Lane, Spool
 from appliance.ledger.store import Ledger, NewInstance
+from appliance.operations.metrics import IntakeMetrics
 from dicom_io.commitment import CommitmentReport, CommitmentRequest
 from dicom_io.errors import HeaderCutOff, HeaderError
 from dicom_io.handlers import Answer, Outcome, Refusal, Session, StoreRequest
@@ -39,6 +40,7 @@ class Receiver:
     Args:
         ring: wakes the stage behind; called after each transaction and each closed association.
         shortage: why the disk should take no more, see `Spool.shortage`; '' if it may.
+        metrics: where everything is counted.
     """
 
     def __init__(
@@ -48,13 +50,15 @@ class Receiver:
         ring: Callable[[], None],
         commitments: CommitmentProvider,
         shortage: Callable[[], str] = lambda: "",
+        metrics: IntakeMetrics | None = None,
     ) -> None:
         self._ledger = ledger
         self._spool = spool
         self._ring = ring
         self._commitments = commitments
         self._shortage = shortage
-        self.committer = Committer(ledger, spool, ring)
+        self._metrics = metrics or IntakeMetrics()
+        self.committer = Committer(ledger, spool, ring, self._metrics)
         self._associations: dict[int, tuple[int, Lane]] = {}  # number in the ledger, and lane in the spool
         # (address, reason) → when that was last written down, and how often it happened since.
         self._turned_away: dict[tuple[str, str], tuple[float, int]] = {}
@@ -70,9 +74,11 @@ class Receiver:
             raise
         with self._lock:
             self._associations[session.number] = key, lane
+        self._metrics.opened()
 
     def rejected(self, address: str, calling_ae: str, reason: str) -> None:
         """Write down who was turned away; of a flood, a row a minute, so that it fills no disk and holds up nobody."""
+        self._metrics.rejected(reason)
         with self._lock:
             if len(self._turned_away) > _FLOODS:
                 self._turned_away.clear()
@@ -89,14 +95,15 @@ class Receiver:
         """A file for the instance, unless the disk is full."""
         try:
             if shortage := self._shortage():
-                return Answer(OUT_OF_RESOURCES, shortage)
+                return Answer(OUT_OF_RESOURCES, shortage, "disk reserve")
             key, lane = self._associations[session.number]
-            return _Instance(self.committer, self._spool.open(lane), request, key)
+            return _Instance(self.committer, self._spool.open(lane), request, key, self._metrics)
         except OSError as error:
             return _cannot_store(error).answer
 
     def refused(self, session: Session, answer: Answer, size: int) -> None:
         """Write down an instance that was not taken."""
+        self._metrics.refused(answer.status, answer.reason, size)
         log.warning("instance refused with 0x%04X: %s", answer.status, answer.comment)
         self._ledger.record_refusal(self._associations[session.number][0], answer.status, answer.comment, size)
 
@@ -117,6 +124,7 @@ class Receiver:
         self._commitments.closed(session)
         with self._lock:
             key, lane = self._associations.pop(session.number)
+        self._metrics.closed(outcome)
         try:
             self._ledger.close_association(key, outcome)
         finally:
@@ -127,22 +135,40 @@ class Receiver:
 class _Instance:
     """The sink of one instance."""
 
-    def __init__(self, committer: Committer, incoming: Incoming, request: StoreRequest, association: int) -> None:
+    def __init__(
+        self,
+        committer: Committer,
+        incoming: Incoming,
+        request: StoreRequest,
+        association: int,
+        metrics: IntakeMetrics,
+    ) -> None:
+        self._metrics = metrics
         self._committer = committer
         self._incoming = incoming
         self._request = request
         self._association = association
         self._header: Header | None = None
+        self._last_write = 0.0  # of the monotonic clock: when the last bytes came
+        self._answered = False  # or about to be: with a failure
 
     def write(self, data: memoryview) -> None:
         """Append to the file, unless the header, which mostly ends in the first piece, is a reason to refuse it."""
+        self._last_write = time.monotonic()
+        try:
+            self._write(data)
+        except Exception:
+            self._answered = True
+            raise
+
+    def _write(self, data: memoryview) -> None:
         if not self._incoming.size:
             try:
                 self._check(read_header(data, complete=False))
             except HeaderCutOff:
                 log.debug("a header goes on after %d bytes", len(data))
             except HeaderError as error:
-                raise Refusal(CANNOT_UNDERSTAND, str(error)) from error
+                raise Refusal(CANNOT_UNDERSTAND, str(error), "unreadable") from error
         try:
             self._incoming.write(data)
         except OSError as error:
@@ -158,31 +184,35 @@ class _Instance:
             row = NewInstance(self._header, digest, self._incoming.size, self._association)
             self._committer.commit(self._incoming, row)
         except HeaderError as error:
-            self.discard()
-            raise Refusal(CANNOT_UNDERSTAND, str(error)) from error
+            self._incoming.discard()
+            raise Refusal(CANNOT_UNDERSTAND, str(error), "unreadable") from error
         except Refusal:
-            self.discard()
+            self._incoming.discard()
             raise
         except (OSError, SQLAlchemyError) as error:
-            self.discard()
+            self._incoming.discard()
             raise _cannot_store(error) from error
+        finally:
+            self._metrics.responded(time.monotonic() - self._last_write)
 
     def discard(self) -> None:
         """Remove what was written."""
+        if not self._answered:
+            self._metrics.incomplete(self._incoming.size)
         self._incoming.discard()
 
     def _check(self, header: Header) -> None:
         asked = (self._request.sop_class_uid, self._request.sop_instance_uid)
         if (header.sop_class_uid, header.sop_instance_uid) != asked:
             reason = "the command names another SOP class or instance than the data set"
-            raise Refusal(DOES_NOT_MATCH_SOP_CLASS, reason)
+            raise Refusal(DOES_NOT_MATCH_SOP_CLASS, reason, "mismatch")
         self._header = header
 
 
 def _cannot_store(error: Exception) -> Refusal:
     log.error("an instance could not be stored", exc_info=error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return Refusal(OUT_OF_RESOURCES, "the disk is full")
+        return Refusal(OUT_OF_RESOURCES, "the disk is full", "disk full")
     # The sender reads this: no path of ours.
     said = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
-    return Refusal(OUT_OF_RESOURCES, f"cannot store: {said}")
+    return Refusal(OUT_OF_RESOURCES, f"cannot store: {said}", "not stored")

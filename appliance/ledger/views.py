@@ -124,10 +124,19 @@ def waiting_destinations(ledger: Ledger) -> dict[str, int]:
 
 def event_counts(ledger: Ledger) -> dict[str, int]:
     """How often each event of the vocabulary happened."""
-    with ledger.read() as connection:
-        rows = connection.execute(sa.select(t.event.c.name, sa.func.count()).group_by(t.event.c.name)).all()
-    counted = {row[0]: int(row[1]) for row in rows}
+    counted, _ = events_since(ledger, 0)
     return {str(name): counted.get(str(name), 0) for name in Event}
+
+
+def events_since(ledger: Ledger, last: int) -> tuple[dict[str, int], int]:
+    """How often each event happened after that one, by its number (0: ever), and the number of the newest."""
+    c = t.event.c
+    # All of them stand in the index of names; a few are found by their numbers, if that index is not offered.
+    name = c.name + "" if last else c.name
+    query = sa.select(name, sa.func.count(), sa.func.max(c.id)).where(c.id > last).group_by(name)
+    with ledger.read() as connection:
+        rows = connection.execute(query).all()
+    return {row[0]: int(row[1]) for row in rows}, max((int(row[2]) for row in rows), default=last)
 
 
 def state_counts(ledger: Ledger) -> dict[str, dict[str, int]]:

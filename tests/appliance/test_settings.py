@@ -32,6 +32,8 @@ def written(folder: Path, text: str) -> Path:
         (2 * '[[destination]]\nkind="hl7"\nname="a"\nhost="h"\nport=1\n', "two destinations are named 'a'"),
         (2 * '[[commitment_peer]]\nae_title="CT1"\nhost="h"\nport=1\n', "two devices have the AE title 'CT1'"),
         ("[triton]\ngrpc_port = 9000\nhttp_port = 9000", "both 9000"),
+        ("[intake]\nmetrics_port = 11112", "intake.metrics_port are both 11112"),
+        ("[intake]\nmetrics_port = 8002", "intake.metrics_port"),
         ("[intake]\nplain = false", "intake: plain is false and there is no [intake.tls]"),
         ('[intake.tls]\nkey = "k"', "intake.tls.certificate: field required"),
         (f'[intake.tls]\nport = 11112{PAIR}', "intake.tls.port are both 11112"),
