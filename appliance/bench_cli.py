@@ -16,11 +16,6 @@ app = typer.Typer(help="Measure this box beside its peers.", no_args_is_help=Tru
 MOST_ASSOCIATIONS = 64
 
 
-@app.callback()
-def _group() -> None:
-    """Keep the name of the one command there is."""
-
-
 @app.command()
 @guard
 def ingest(
@@ -63,6 +58,88 @@ def ingest(
         emit(told)
     else:
         out.print(tables(told))
+
+
+@app.command()
+@guard
+def decode(
+    images: Annotated[int, typer.Option(min=1, help="CT slices of each kind.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each decoder is measured.")] = 3,
+    kinds: Annotated[str, typer.Option(help="Kinds of pixel data, with commas between, such as jpeg2000,htj2k.")] = "",
+    directory: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder for the files meanwhile.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the decoders beside other libraries, and compare every bit (docs/benchmarks.md)."""
+    from appliance.bench.decode import lines, measure
+
+    with err.status("starting") as status:
+        told = measure(images, rounds, _names(kinds), directory, on_step=lambda what: status.update(escape(what)))
+    if as_json:
+        emit(told)
+    else:
+        for line in lines(told):
+            out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guard
+def preprocess(
+    slabs: Annotated[int, typer.Option(min=1, help="Slabs of 512 x 512 in one batch.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each implementation does the batch.")] = 5,
+    spacing: Annotated[float, typer.Option(help="Between the slabs' pixels, in mm; at most 0.5.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Measure preprocessing on every device there is, beside plain OpenCV and NumPy (docs/performance.md)."""
+    from appliance.bench.preprocess import lines, measure
+
+    told = measure(slabs, rounds, spacing)
+    if as_json:
+        emit(told)
+    else:
+        out.print(lines(told), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guard
+def latency(
+    studies: Annotated[int, typer.Option(min=1, help="Studies of each scenario.")] = 10,
+    scenarios: Annotated[str, typer.Option(help="Scenarios, with commas between, such as thin_300_paced.")] = "",
+    waiting: Annotated[
+        str, typer.Option(help="Quiet times in seconds of the mode that waits before it infers.")
+    ] = "5,60",
+    triton: Annotated[Path, typer.Option(help="The virtual environment of Triton.")] = Path(".venv-triton"),
+    directory: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the way from the last image to the acknowledged alert, through a whole box (docs/performance.md)."""
+    from appliance.bench.latency import measure, plan, table
+
+    try:
+        quiet = [float(word) for word in _names(waiting)]
+    except ValueError as error:
+        raise typer.BadParameter(f"--waiting {waiting!r} is not a list of seconds, such as 5,60") from error
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        told = measure(
+            plan(_names(scenarios)),
+            studies,
+            triton,
+            directory,
+            waiting=quiet,
+            on_total=lambda total: progress.update(task, total=total),
+            on_step=lambda what: progress.update(task, description=escape(what)),
+            on_done=lambda: progress.advance(task),
+        )
+    if as_json:
+        emit(told)
+    else:
+        out.print(table(told))
 
 
 def _names(text: str) -> list[str]:

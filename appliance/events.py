@@ -23,6 +23,7 @@ class Event(StrEnum):
     ANALYSIS_STARTED = "analysis.started"
     ANALYSIS_ATTEMPT_FAILED = "analysis.attempt_failed"
     ANALYSIS_FAILED = "analysis.failed"
+    ANALYSIS_QUARANTINED = "analysis.quarantined"
     ANALYSIS_PARKED = "analysis.parked"
     ANALYSIS_REQUEUED = "analysis.requeued"
     VERDICT_KEPT = "verdict.kept"

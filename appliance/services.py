@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import logging
@@ -10,7 +9,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 import pydicom
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 
 from appliance import __version__
 from appliance.delivery.dicom import store
@@ -29,11 +29,20 @@ from appliance.events import Event
 from appliance.findings.alert import Kind, message_control_id, render_alert
 from appliance.findings.render import object_uid, objects_for, package_device, render
 from appliance.governance.indication import Admission, Criterion, admit, admit_pixels
-from appliance.governance.package import Package, load_configured
-from appliance.inference.brain import brain_volume_ml
-from appliance.inference.decode import decode_verified, decode_volume, verified
-from appliance.inference.slabs import plan_slabs
-from appliance.inference.stream import analyse
+from appliance.governance.package import ANY, Package, load_configured
+from appliance.inference.decode import decode_each, decode_verified, decode_verified_many, verified
+from appliance.inference.slabs import foreseen_slabs, plan_slabs
+from appliance.inference.stream import (
+    ARRIVING,
+    COMPLETE,
+    STAT,
+    Closed,
+    Pipeline,
+    SlabAnswer,
+    ask_for,
+    read_volume,
+    verdict_on,
+)
 from appliance.inference.triton import TritonClient
 from appliance.intake.commitment import CommitmentProvider, Reporter
 from appliance.intake.receiver import Receiver
@@ -42,13 +51,17 @@ from appliance.intake.spool import Spool, path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import LONGEST_PAUSE, Inputs, Ledger, NewFinding, StoredInstance
+from appliance.ledger.store import LONGEST_PAUSE, Arriving, Inputs, Ledger, NewFinding, StoredInstance
+from appliance.operations.health import LedgerMetrics
+from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
 from appliance.settings import DicomDestination, Hl7Destination, Intake, Settings, SettingsError
-from appliance.study.completeness import weigh
-from appliance.study.grouping import group
-from appliance.study.selection import Considered, Selection, considered, select
+from appliance.study.arrival import Arrival, Arrivals
+from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
+from appliance.study.selection import Considered
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
+from dicom_io.pixels import decoder_for
+from dicom_io.plausible import ImplausibleImage
 from dicom_io.scp import Listener, ServerOptions, start_server
 from dicom_io.scu import Peer
 from dicom_io.sop_classes import storage_classes
@@ -59,6 +72,12 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS = 8.0
 """A service that was told to stop finishes what it does within this time, or leaves it to the next start."""
+
+ANALYSES = 4
+"""Complete studies whose answer is worked out at a time: one that waits for the model does not hold up the others."""
+
+LOOK_SECONDS = 0.1
+"""While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
 
 URGENCY = {"alert": 0, "report": 10}
 OTHER_URGENCY = 20
@@ -137,9 +156,9 @@ def run_intake(settings: Settings) -> None:
     """Receive instances until told to stop; then let associations end, for a moment.
 
     Raises:
-        ScansideError: the port cannot be had, the ledger or the spool cannot be used.
+        ScansideError: a port cannot be had, the ledger or the spool cannot be used.
     """
-    with _service(settings, "intake") as (ledger, stopping):
+    with _service(settings, "intake") as (ledger, stopping), ExitStack() as stack:
         lost = ledger.abandon_associations()
         try:
             spool = Spool(settings.spool_directory)
@@ -168,7 +187,13 @@ def run_intake(settings: Settings) -> None:
             due=wake_reporters,
         )
         ledger.park_commitments(peers)
-        receiver = Receiver(ledger, spool, partial(ring, settings.run_directory, "engine"), commitments, shortage)
+        metrics = IntakeMetrics()
+        if settings.intake.metrics_port is not None:
+            parts = (metrics.registry, SpoolMetrics(settings.spool_directory, shortage), LedgerMetrics(ledger))
+            exporter = serve_metrics(settings.intake.metrics_host, settings.intake.metrics_port, parts)
+            stack.callback(exporter.stop)
+        wake_engine = partial(ring, settings.run_directory, "engine")
+        receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
         server = start_server(_server_options(settings.intake), _listeners(settings.intake), receiver)
         reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
         for reporter in reporters:
@@ -233,45 +258,89 @@ def run_engine(settings: Settings) -> None:
             f"{settings.triton.host}:{settings.triton.grpc_port}", timeout=settings.triton.request_seconds
         )
         stack.callback(client.close)
-        engine = Engine(settings, ledger, packages, client)
+        # Fails here if there is no GPU, or its decoder is not to be trusted.
+        decoder = decoder_for(settings.box.device)
+        decode = partial(decode_verified_many, decoder=decoder) if decoder else decode_each
+        engine = Engine(settings, ledger, packages, client, Pipeline(client, decode=decode))
+        stack.callback(engine.close)
         parked = ledger.park_analyses(settings.models.attempts)
         log.info("engine: runs %s (%d analyses taken up again)", ", ".join(settings.models.packages), parked)
         for package in packages:
             if not package.signed_by:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
+        threading.Thread(target=_render, args=(engine, stopping), name="renderer", daemon=True).start()
         while not stopping.is_set():
             try:
                 wait = engine.step()
             except Exception:
                 log.exception("the engine stumbled; it goes on")
                 wait = POLL_SECONDS
-                with contextlib.suppress(SQLAlchemyError):
-                    ledger.park_analyses(settings.models.attempts)
             if wait > 0:
                 bell.wait(min(wait, POLL_SECONDS))
 
 
-class Engine:
-    """Takes work from the ledger and writes its outcome back, one study at a time."""
+def _render(engine: Engine, stopping: threading.Event) -> None:
+    """Make the files of findings beside the analyses: no alert waits for a picture of another study."""
+    while not stopping.is_set():
+        try:
+            engine.render_findings()
+        except Exception:
+            log.exception("rendering stumbled; it goes on")
+        engine.issued.wait(POLL_SECONDS)
+        engine.issued.clear()
 
-    def __init__(self, settings: Settings, ledger: Ledger, packages: Sequence[Package], client: TritonClient) -> None:
+
+class Engine:
+    """Takes work from the ledger and writes its outcome back.
+
+    One thread watches and decides; a study that it found complete is answered by one of `ANALYSES` others. Nothing
+    else decides on a study while it is being answered.
+
+    Attributes:
+        issued: set whenever there are findings to render.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        packages: Sequence[Package],
+        client: TritonClient,
+        pipeline: Pipeline,
+    ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._packages = {package.name: package for package in packages}
         self._client = client
+        self._pipeline = pipeline
+        self._answering = ThreadPoolExecutor(ANALYSES, "answer")
+        self._working: dict[int, tuple[int, Future[None]]] = {}
+        self._arrivals = Arrivals(ledger)
+        self._looked: dict[int, float] = {}
+        self._ahead: dict[int, set[tuple[str, tuple[str, ...]]]] = {}
+        self._not_ahead: set[int] = set()
+        self._suspicious: set[int] = set()
         self._problems: dict[str, str] = {}
         self._complaints: dict[int, str] = {}
+        self.issued = threading.Event()
+
+    def close(self) -> None:
+        """End what is under way; it is taken up at the next start."""
+        self._pipeline.close()
+        self._answering.shutdown()
 
     def step(self) -> float:
-        """Do what there is to do; returns the seconds until there may be more (0: at once)."""
-        wait = self._complete_studies()
+        """Do what there is to do; returns the seconds until there may be more."""
+        self._settle()
+        wait = self._watch_studies()
         versions = {package.name: package.version for package in self._packages.values()}
+        busy = {study_id for study_id, _ in self._working.values()}
         for study_id, name in self._ledger.undecided_studies(versions):
-            with self._isolated(study_id):
-                self._decide(study_id, self._packages[name])
-        worked = self._analyse_next()
-        self._render_findings()
-        return 0.0 if worked else wait
+            if study_id not in busy:
+                with self._isolated(study_id):
+                    self._decide(study_id, self._packages[name])
+        self._answer()
+        return wait
 
     @contextmanager
     def _isolated(self, study_id: int) -> Iterator[None]:
@@ -284,38 +353,103 @@ class Engine:
                 self._complaints[study_id] = said
                 log.exception("study %d: a step failed in a way nobody foresaw; other studies go on", study_id)
 
-    def _complete_studies(self) -> float:
-        """Declare complete what is; returns the seconds until the next study may be."""
-        quiet, settle = self._settings.study.quiet_seconds, self._settings.study.settle_seconds
+    def _watch_studies(self) -> float:
+        """Work ahead on what arrives, declare complete what is; returns the seconds until something may be due."""
         soonest = POLL_SECONDS
-        for arriving in self._ledger.arriving_studies():
-            if arriving.open_associations and 0 <= seconds_between(arriving.last_instance_at, now()) < quiet:
-                # Images still come; weighing them all again for each would be quadratic.
+        arriving_studies = self._ledger.arriving_studies()
+        here = {arriving.id for arriving in arriving_studies}
+        self._looked = {study_id: at for study_id, at in self._looked.items() if study_id in here}
+        # The most urgent first: they are also the first in the decoders' queue.
+        if self._settings.study.wait_then_infer:
+            silent = [one for one in arriving_studies if self._silence(one) <= 0]
+            soonest = min([soonest, *(self._silence(one) for one in arriving_studies if one not in silent)])
+            arriving_studies = silent
+        for arriving in sorted(arriving_studies, key=lambda one: (not self._is_stat(one.id, one.calling_ae), one.id)):
+            since = time.monotonic() - self._looked.get(arriving.id, -LOOK_SECONDS)
+            if arriving.open_associations and since < LOOK_SECONDS:
+                soonest = min(soonest, LOOK_SECONDS - since)
                 continue
+            self._looked[arriving.id] = time.monotonic()
             with self._isolated(arriving.id):
-                selection = self._select(arriving.id)
-                decision = weigh(arriving, selection, now(), settle_seconds=settle, quiet_seconds=quiet)
-                if not decision.complete:
-                    soonest = min(soonest, decision.wait_seconds)
-                elif self._ledger.complete_study(arriving.id, arriving.last_instance_at, decision.evidence):
-                    log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
+                soonest = min(soonest, self._watch(arriving))
         return soonest
 
-    def _select(self, study_id: int) -> Selection:
-        series = group(instance.header for instance in self._ledger.instances(study_id))
-        try:
-            return select(series)
-        except Exception as error:
-            # A geometry that nobody foresaw: the study is refused with the reason, and stuck nowhere.
-            log.exception("study %d: the selection failed in a way nobody foresaw", study_id)
-            reason = f"the selection failed: {type(error).__name__}: {error}"
-            return Selection(None, None, tuple(considered(one, chosen=False, reason=reason) for one in series))
+    def _watch(self, arriving: Arriving) -> float:
+        arrival = self._arrivals.look(arriving.id)
+        decision = weigh(
+            arriving,
+            arrival.selection,
+            arrival.series,
+            habit_of(self._ledger.earlier_evidence(arriving.calling_ae, HABIT_MEMORY)),
+            now(),
+            settle_seconds=self._settings.study.settle_seconds,
+            quiet_seconds=self._settings.study.quiet_seconds,
+        )
+        self._work_ahead(arriving, arrival)
+        if not decision.complete:
+            return decision.wait_seconds
+        if self._ledger.complete_study(arriving.id, arriving.last_instance_at, decision.evidence):
+            log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
+        self._ahead.pop(arriving.id, None)
+        self._not_ahead.discard(arriving.id)
+        return POLL_SECONDS
+
+    def _silence(self, arriving: Arriving) -> float:
+        """Seconds until a study has been silent for so long that nothing more is waited for."""
+        return self._settings.study.quiet_seconds - seconds_between(arriving.last_instance_at, now())
+
+    def _is_stat(self, study_id: int, calling_ae: str) -> bool:
+        return study_id in self._suspicious or calling_ae in self._settings.study.stat_calling_ae_titles
+
+    def _work_ahead(self, arriving: Arriving, arrival: Arrival) -> None:
+        """Put through the model what most likely are slabs of the study, once what is known of it lets the package.
+
+        When all associations have ended, that is every slab of what is there.
+        """
+        selection = arrival.selection
+        if selection.series is None or selection.volume is None or arriving.id in self._not_ahead:
+            return
+        urgency = STAT if self._is_stat(arriving.id, arriving.calling_ae) else ARRIVING
+        done = self._ahead.setdefault(arriving.id, set())
+        for package in self._packages.values():
+            slab_mm = package.preprocessing.slab_mm
+            if arriving.open_associations:
+                foreseen = foreseen_slabs(selection.volume, slab_mm)
+            else:
+                foreseen = [plan.members for plan in plan_slabs(selection.volume, slab_mm)]
+            planes = selection.volume.planes
+            named = [(package.name, tuple(planes[member].sop_instance_uid for member in one)) for one in foreseen]
+            new = [members for members, name in zip(foreseen, named, strict=True) if name not in done]
+            if not new:
+                continue
+            admission = admit(
+                package, selection.series.headers, selection.volume, len(foreseen), self._settings.exception
+            )
+            if not admission.promising:
+                continue
+            done.update(named)
+            files = self._spool_files(arrival.instances)
+            threshold = package.operating_point.threshold
+            any_place = package.labels.index(ANY)
+            for future in ask_for(
+                self._pipeline, package, admission, selection.volume, new, files, owner=arriving.id, urgency=urgency
+            ):
+                future.add_done_callback(partial(self._ahead_done, arriving.id, any_place, threshold))
+
+    def _ahead_done(self, study_id: int, any_place: int, threshold: float, future: Future[SlabAnswer]) -> None:
+        """A slab that looks positive makes its study urgent; one that failed leaves it to the complete study."""
+        if error := future.exception():
+            if not isinstance(error, Closed) and study_id not in self._not_ahead:
+                self._not_ahead.add(study_id)
+                log.warning("study %d: nothing more is done ahead: %s", study_id, error)
+        elif future.result().probabilities[any_place] >= threshold and study_id not in self._suspicious:
+            self._suspicious.add(study_id)
+            log.info("study %d: a slab looks positive; the study goes first", study_id)
 
     def _decide(self, study_id: int, package: Package) -> None:
         """Ask the gate about one complete study."""
-        instances = self._ledger.instances(study_id)
-        digests = {one.sop_instance_uid: one.digest for one in instances}
-        selection = self._select(study_id)
+        arrival = self._arrivals.look(study_id)
+        selection = arrival.selection
         inputs: list[list[str]] = []
         gone = self._ledger.removed_instances(study_id)
         if gone and self._ledger.standing_verdict(study_id, package.name) is not None:
@@ -341,7 +475,7 @@ class Engine:
                 said = f"it failed: {type(error).__name__}: {error}"
                 admission = Admission((Criterion("gate", "the gate itself", said, "a decision", "unknown"),))
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
-            inputs = [[uid, digests[uid]] for uid in uids]
+            inputs = [[uid, arrival.instances[uid].digest] for uid in uids]
         standing = self._ledger.standing_verdict(study_id, package.name)
         if (
             admission.admitted
@@ -369,27 +503,54 @@ class Engine:
         if not admission.admitted and standing is not None and standing["positive"]:
             log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
 
-    def _analyse_next(self) -> bool:
-        """Work on the next analysis whose package Triton serves; False if there is none."""
-        waiting = self._ledger.waiting_packages()
-        ready = [name for name in sorted(waiting & set(self._packages)) if self._ready(self._packages[name])]
-        row = self._ledger.take_analysis(ready) if ready else None
-        if row is None:
-            return False
+    def _answer(self) -> None:
+        """Begin to answer what waits and whose package Triton serves, the most urgent first."""
+        while len(self._working) < ANALYSES:
+            waiting = self._ledger.waiting_packages()
+            ready = [name for name in sorted(waiting & set(self._packages)) if self._ready(self._packages[name])]
+            row = (
+                self._ledger.take_analysis(ready, self._suspicious, self._settings.study.stat_calling_ae_titles)
+                if ready
+                else None
+            )
+            if row is None:
+                return
+            self._arrivals.forget(row["study_id"])
+            self._working[row["id"]] = row["study_id"], self._answering.submit(self._answer_one, row)
+
+    def _settle(self) -> None:
+        """Take leave of what was answered; what could not even be written down as failed is taken up again."""
+        for key, (study_id, future) in list(self._working.items()):
+            if not future.done():
+                continue
+            if error := future.exception():
+                log.error("study %d: its outcome could not be written down: %s", study_id, error)
+                others = [one for one in self._working if one != key]
+                self._ledger.park_analyses(self._settings.models.attempts, others)
+            del self._working[key]
+
+    def _answer_one(self, row: Row) -> None:
         package = self._packages[row["package"]]
         attempt = row["attempts"] + 1
         try:
             self._analyse(row, package)
+        except Closed as error:
+            self._ledger.park_analysis(row["id"], error.what, 0)
         except (OSError, OperationalError) as error:
             # The disk's fault, not the study's (OperationalError: the ledger is full or locked): it loses no try by it.
             log.exception("study %d: the disk or the ledger failed; it is tried again", row["study_id"])
             self._ledger.park_analysis(row["id"], str(error).splitlines()[0], _pause(attempt))
+        except ImplausibleImage as error:
+            # It would be the same the next time.
+            self._ledger.quarantine(row["id"], str(error))
+            log.error("study %d: set aside, its images cannot be what was scanned: %s", row["study_id"], error)
         except ScansideError as error:
             self._failed(row, str(error), attempt)
         except Exception as error:
             log.exception("study %d: the analysis failed in a way nobody foresaw", row["study_id"])
             self._failed(row, f"{type(error).__name__}: {error}", attempt)
-        return True
+        finally:
+            ring(self._settings.run_directory, "engine")
 
     def _ready(self, package: Package) -> bool:
         said = self._client.problem(package)
@@ -414,12 +575,18 @@ class Engine:
         study_id = row["study_id"]
         instances = self._files(study_id, row["inputs"])
         volume = assemble([plane for one in instances.values() for plane in planes_of(one.header)])
-        decoded = decode_volume(volume, {uid: (self._spooled(one), one.digest) for uid, one in instances.items()})
-        admission = admit_pixels(
+        admission = Admission(tuple(Criterion(**criterion) for criterion in row["admission"]))
+        stat = self._is_stat(study_id, (row["evidence"] or {}).get("calling_ae", ""))
+        reading = read_volume(
+            self._pipeline,
             package,
-            Admission(tuple(Criterion(**criterion) for criterion in row["admission"])),
-            brain_volume_ml(decoded.plane, volume),
+            admission,
+            volume,
+            self._spool_files(instances),
+            owner=study_id,
+            urgency=STAT if stat else COMPLETE,
         )
+        admission = admit_pixels(package, admission, reading.brain_ml)
         if not admission.admitted:
             self._ledger.withhold(row["id"], admission.reason, admission.to_json())
             log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
@@ -427,14 +594,12 @@ class Engine:
                 log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
             return
         first = next(iter(instances.values()))
-        verdict = analyse(
+        verdict = verdict_on(
             package,
-            self._client,
             volume,
-            decoded.plane,
+            reading,
             study_uid=row["study_instance_uid"],
             series_uid=first.header.series_instance_uid,
-            codecs=decoded.codecs,
             limitations=[
                 f"Series {one['series_number'] if one['series_number'] is not None else 'without number'} "
                 f"was not analysed: {one['reason']}."
@@ -443,6 +608,9 @@ class Engine:
             ],
         )
         self._issue(row, verdict, admission, self._spooled(first))
+
+    def _spool_files(self, instances: Mapping[str, StoredInstance]) -> dict[str, tuple[Path, str, int]]:
+        return {uid: (self._spooled(one), one.digest, one.header.number_of_frames) for uid, one in instances.items()}
 
     def _spooled(self, instance: StoredInstance) -> Path:
         return path_of(self._settings.spool_directory, instance.digest)
@@ -502,12 +670,13 @@ class Engine:
             untold=untold,
         )
         ring(self._settings.run_directory, "delivery")
+        self.issued.set()
         answer = "positive" if verdict.positive else "negative"
         log.info("study %d: %s (%.2f), revision %d", row["study_id"], answer, verdict.probability, revision)
         if untold:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
 
-    def _render_findings(self) -> None:
+    def render_findings(self) -> None:
         """Make the file of every finding that has none yet, most urgent first."""
         attempts = self._settings.models.attempts
         for row in self._ledger.unrendered_findings(attempts):

@@ -87,6 +87,8 @@ class Header:
     instance_number: int | None
     series_number: int | None
     acquisition_number: int | None
+    number_of_series_related_instances: int | None
+    images_in_acquisition: int | None
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -130,7 +132,7 @@ _WANTED = wanted((
     "StudyDescription", "SeriesDescription", "ProtocolName", "Manufacturer", "ManufacturerModelName",
     "ContrastBolusAgent", "ContrastBolusAgentSequence", "PatientAge", "PatientBirthDate", "StudyDate",
     "PatientID", "IssuerOfPatientID", "PatientName",
-    "InstanceNumber", "SeriesNumber", "AcquisitionNumber",
+    "InstanceNumber", "SeriesNumber", "AcquisitionNumber", "NumberOfSeriesRelatedInstances", "ImagesInAcquisition",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameAnatomySequence",
     "CTAcquisitionDetailsSequence", "CTXRayDetailsSequence", "CTReconstructionSequence", *_CONVERTED, "CodeMeaning",
@@ -213,6 +215,8 @@ def _header(parsed: Parsed) -> Header:
         instance_number=elements.integer("InstanceNumber"),
         series_number=elements.integer("SeriesNumber"),
         acquisition_number=elements.integer("AcquisitionNumber"),
+        number_of_series_related_instances=elements.integer("NumberOfSeriesRelatedInstances"),
+        images_in_acquisition=elements.integer("ImagesInAcquisition"),
         problems=tuple(elements.problems),
     )
 

@@ -56,6 +56,8 @@ def header(
         instance_number=number,
         series_number=int(series.rsplit(".", 1)[-1]),
         acquisition_number=1,
+        number_of_series_related_instances=None,
+        images_in_acquisition=None,
         problems=(),
     )
     return replace(base, **changes)

@@ -1,8 +1,9 @@
 """A sender that costs next to nothing: data sets go from the page cache to the socket, behind headers made by hand.
 
-Run it as ``python -m appliance.bench.replay HOST PORT CALLING CALLED LIST…``, one LIST for each association: a file
-with the path of a Part 10 file in each line. It prints ``ready``, waits for a line on its standard input, sends, and
-prints one JSON object: ``seconds`` from the first connection to the last release, ``responses_ms`` for each image,
+Run it as ``python -m appliance.bench.replay [--every SECONDS] HOST PORT CALLING CALLED LIST…``, one LIST for each
+association: a file with the path of a Part 10 file in each line. With ``--every`` an image is sent no sooner than that
+long after the one before, as a scanner makes them. It prints ``ready``, waits for a line on its standard input, sends,
+and prints one JSON object: ``seconds`` from the first connection to the last release, ``responses_ms`` for each image,
 and ``error``, empty if every answer was Success.
 
 Each association negotiates by pynetdicom's PDUs, then sends one image after another and waits for each answer, as
@@ -59,10 +60,13 @@ def load(path: Path) -> Image:
 class Association:
     """Sends its images over one association when `start` is set."""
 
-    def __init__(self, address: tuple[str, int], titles: tuple[str, str], images: Sequence[Image]) -> None:
+    def __init__(
+        self, address: tuple[str, int], titles: tuple[str, str], images: Sequence[Image], every: float = 0.0
+    ) -> None:
         self._address = address
         self._titles = titles
         self._images = images
+        self._every = every
         self.responses_ms: list[float] = []
         self.error = ""
 
@@ -81,10 +85,12 @@ class Association:
         connection.sendall(wire.request(*self._titles, first.sop_class, first.syntax))
         reader = wire.Reader(connection)
         longest = min(wire.accepted(*reader.read()), wire.MAXIMUM_PDU)
+        first_at = time.perf_counter()
         for number, image in enumerate(self._images):
             message_id = number % 65_535 + 1
             request = wire.store_request(message_id, image.sop_class, image.sop_instance)
             parts = [memoryview(request), *wire.data_pdus(image.data, longest)]
+            time.sleep(max(0.0, first_at + number * self._every - time.perf_counter()))
             began = time.perf_counter()
             _send(connection, parts)
             answer = _answer(reader)
@@ -124,10 +130,15 @@ def _answer(reader: wire.Reader) -> dict[int, bytes]:
 
 def main() -> None:
     """The program."""
-    host, port, calling, called, *lists = sys.argv[1:]
+    words = sys.argv[1:]
+    every = float(words[1]) if words[0] == "--every" else 0.0
+    host, port, calling, called, *lists = words[2:] if every else words
     associations = [
         Association(
-            (host, int(port)), (calling, called), [load(Path(line)) for line in Path(one).read_text().split("\n")]
+            (host, int(port)),
+            (calling, called),
+            [load(Path(line)) for line in Path(one).read_text().split("\n")],
+            every,
         )
         for one in lists
     ]

@@ -21,6 +21,9 @@ CRITERIA = (
 )  # fmt: skip
 """The names of the criteria, in the order in which they are shown; exceptions refer to them."""
 
+_GROWING = {"coverage", "slabs", "gaps"}
+"""Criteria that a series which is still arriving can yet come to meet."""
+
 _HEAD = re.compile(r"\b(HEAD|BRAIN|SKULL|CRANI\w*|CEREBR\w*|NEURO\w*|SCHAEDEL|SCHÄDEL|KOPF|CRANE|CRÂNE|TETE|TÊTE)\b")
 _HEAD_TERMS = {"HEAD", "BRAIN", "SKULL"}
 """The Body Part Examined terms (PS3.16 Annex L) by which a label names the head."""
@@ -66,6 +69,13 @@ class Admission:
     def admitted(self) -> bool:
         """True only if every criterion is met or excepted, and there is at least one."""
         return bool(self.criteria) and all(c.outcome in ("met", "excepted") for c in self.criteria)
+
+    @property
+    def promising(self) -> bool:
+        """Whether the model may see what has arrived: all is met that does not need further slices to be met."""
+        return bool(self.criteria) and all(
+            c.outcome in ("met", "excepted") or c.criterion in _GROWING for c in self.criteria
+        )
 
     @property
     def reason(self) -> str:

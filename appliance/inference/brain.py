@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_io.volume import Volume
-
 from .preprocess import to_field
-from .slabs import plan_slabs, slab_hu
 
 BONE_HU = 250.0
 SOFT_TISSUE_HU = (0.0, 80.0)
@@ -20,7 +16,6 @@ SOFT_TISSUE_HU = (0.0, 80.0)
 
 _PIXEL_MM = 2.0
 _FIELD = 128
-_SLAB_MM = 5.0
 
 
 def brain_area_mm2(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> float:
@@ -43,17 +38,3 @@ def brain_area_mm2(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> float:
     soft = (passable[1:-1, 1:-1] == 1) & (field > low) & (field < high)
     kept = cv2.morphologyEx(soft.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     return float(kept.sum()) * _PIXEL_MM**2
-
-
-def brain_volume_ml(hu_of_plane: Callable[[int], NDArray[Any]], volume: Volume) -> float:
-    """Soft tissue within the skull, in mL; an adult head gives about 1000 to 1600.
-
-    Args:
-        hu_of_plane: (rows, columns) HU of the plane with that index; called once for each plane, in order.
-    """
-    return sum(
-        brain_area_mm2(slab_hu(plan, hu_of_plane), volume.planes[plan.representative].geometry.spacing)
-        * plan.thickness_mm
-        / 1000
-        for plan in plan_slabs(volume, _SLAB_MM)
-    )

@@ -1,63 +1,35 @@
-"""The frames of a volume, decoded once each, several at a time."""
+"""Files of the spool that are still what was received, decoded."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dicom_io.errors import DecodeError
-from dicom_io.pixels import Decoded, decode
-from dicom_io.volume import Volume
+from dicom_io.pixels import Decoded, FrameDecoder, decode, decode_many
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedVolume:
-    """The planes of a volume in HU.
-
-    Attributes:
-        hu: one float32 array (rows, columns) a plane, in the order of ``volume.planes``.
-        codecs: the decoders that produced them, sorted, each once.
-    """
-
-    hu: tuple[NDArray[np.float32], ...]
-    codecs: tuple[str, ...]
-
-    def plane(self, index: int) -> NDArray[np.float32]:
-        """The plane with that index, in HU."""
-        return self.hu[index]
-
-
-def decode_volume(volume: Volume, files: Mapping[str, tuple[Path, str]]) -> DecodedVolume:
-    """Decode every plane of a volume; codecs release the interpreter's lock, so a thread a core is busy.
+def decode_verified_many(files: Sequence[tuple[Path, str]], decoder: FrameDecoder | None = None) -> list[Decoded]:
+    """Decode files of the spool that are still what was received, as `dicom_io.pixels.decode_many` does.
 
     Args:
-        files: SOP Instance UID → Part 10 file, and the SHA-256 that it must have.
+        files: Part 10 files in the order of the volume, with the SHA-256 that each must have.
 
     Raises:
-        DecodeError: a frame that cannot be trusted, or a file that is no longer what was received; nothing is
-            returned in its place.
+        DecodeError: a file has another SHA-256, or its pixels cannot be trusted.
+        ImplausibleImage: the decoder and the reference disagree.
     """
-    uids = list(dict.fromkeys(plane.sop_instance_uid for plane in volume.planes))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        decoded = dict(zip(uids, pool.map(lambda uid: decode_verified(*files[uid]), uids), strict=True))
-    planes = []
-    for plane in volume.planes:
-        frames = decoded[plane.sop_instance_uid].hu
-        if plane.frame >= len(frames):
-            raise DecodeError(
-                f"the header speaks of frame {plane.frame + 1}, the pixel data holds {len(frames)}",
-                plane.sop_instance_uid,
-                "send the instance again",
-            )
-        planes.append(frames[plane.frame])
-    return DecodedVolume(tuple(planes), tuple(sorted({one.codec for one in decoded.values()})))
+        paths = list(pool.map(lambda file: verified(*file), files))
+    return decode_many(paths, decoder)
+
+
+def decode_each(files: Sequence[tuple[Path, str]]) -> list[Decoded]:
+    """The same by the reference decoders, one after the other on this thread: its caller has a thread a core."""
+    return [decode_verified(*file) for file in files]
 
 
 def decode_verified(path: Path, digest: str) -> Decoded:

@@ -24,7 +24,7 @@ from typing import Literal
 
 from appliance.governance.package import Package, Tensor, verify
 
-from .triton import DIGEST_PARAMETER, SHARED_MEMORY, VERSION, TritonError
+from .triton import DIGEST_PARAMETER, ROUTINE, SHARED_MEMORY, VERSION, TritonError
 
 Device = Literal["cpu", "gpu"]
 
@@ -185,7 +185,7 @@ output [
 ]
 version_policy {{ specific {{ versions: [ {VERSION} ] }} }}
 instance_group [ {{ count: 1 kind: {kind} }} ]
-dynamic_batching {{ }}
+dynamic_batching {{ priority_levels: {ROUTINE} default_priority_level: {ROUTINE} }}
 model_warmup [
   {{
     name: "zeros"

@@ -6,7 +6,7 @@ is nearly as thick, or thicker, is a slab by itself. A slab never spans a gap.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -48,11 +48,11 @@ class SlabPlan:
 def plan_slabs(volume: Volume, slab_mm: float) -> tuple[SlabPlan, ...]:
     """Divide a volume into slabs of about ``slab_mm``.
 
-    From the feet upwards, thin slices are joined as long as that brings their extent nearer to ``slab_mm``, but never
-    across more than half a slice that neither of them covers. A remainder of less than half a slab (before such a
-    hole, a thick slice or the end) is shared with the slab below it: joined to it where that makes it no more than
-    one slice too thick, else the planes of both are divided as evenly as can be. So no slab of several slices is
-    thicker than ``slab_mm`` plus one slice.
+    In the direction in which the instance numbers count (from the feet upwards where they do not tell), thin slices
+    are joined as long as that brings their extent nearer to ``slab_mm``, but never across more than half a slice that
+    neither of them covers. A remainder of less than half a slab (before such a hole, a thick slice or the end) is
+    shared with the slab before it: joined to it where that makes it no more than one slice too thick, else the planes
+    of both are divided as evenly as can be. So no slab of several slices is thicker than ``slab_mm`` plus one slice.
 
     Raises:
         ValueError: ``slab_mm`` is not positive.
@@ -60,7 +60,11 @@ def plan_slabs(volume: Volume, slab_mm: float) -> tuple[SlabPlan, ...]:
     if not slab_mm > 0:
         raise ValueError(f"slab_mm must be positive, not {slab_mm}")
     extents = _extents(volume)
-    groups = [group for run in _runs(extents, slab_mm) for group in _divide(run, extents, slab_mm)]
+    down = _counts_down(volume)
+    groups = []
+    for run in _runs(extents, slab_mm):
+        divided = _divide(run[::-1] if down else run, extents, slab_mm)
+        groups += [sorted(group) for group in (reversed(divided) if down else divided)]
     outer = [_span(group, extents) for group in groups]
     centres = [(low + high) / 2 for low, high in outer]
     gaps = {gap.after for gap in volume.gaps}
@@ -83,26 +87,67 @@ def plan_slabs(volume: Volume, slab_mm: float) -> tuple[SlabPlan, ...]:
     )
 
 
-def slab_hu(plan: SlabPlan, hu_of_plane: Callable[[int], NDArray[Any]]) -> NDArray[np.float32]:
+def foreseen_slabs(volume: Volume, slab_mm: float) -> list[tuple[int, ...]]:
+    """The slabs of a volume that is still arriving which `plan_slabs` will most likely make of the whole.
+
+    Most likely, because what is still missing can change the last slab before a hole or the end. Slices that come in
+    the order of their numbers, or in several such streams at once, are foreseen right, except for that one.
+
+    Returns:
+        Members as in `SlabPlan`, in the order in which the scanner counts; only slabs that have all of theirs.
+
+    Raises:
+        ValueError: ``slab_mm`` is not positive.
+    """
+    if not slab_mm > 0:
+        raise ValueError(f"slab_mm must be positive, not {slab_mm}")
+    extents = _extents(volume)
+    numbers = [plane.instance_number for plane in volume.planes]
+    down = _counts_down(volume)
+    runs = _runs(extents, slab_mm)
+    first = min((number for number in numbers if number is not None), default=None)
+    slabs: list[tuple[int, ...]] = []
+    for place, run in enumerate([run[::-1] for run in reversed(runs)] if down else runs):
+        if extents[run[0]][1] - extents[run[0]][0] >= SINGLE_FRACTION * slab_mm:
+            slabs.append(tuple(run))
+            continue
+        full = _full_groups(run, extents, slab_mm)
+        number = numbers[run[0]]
+        if full and first is not None and number is not None:
+            # What precedes a hole ends a slab in the whole volume where so many slices have been counted.
+            full = _full_groups(run[-(number - first) % len(full[0]) :], extents, slab_mm)
+        elif place:
+            continue
+        slabs += [tuple(sorted(group)) for group in full]
+    return slabs
+
+
+def slab_hu(planes: Iterable[NDArray[Any]], where: str) -> NDArray[np.float32]:
     """The mean of a slab's planes: (rows, columns) HU.
 
     Args:
-        hu_of_plane: (rows, columns) HU of the plane with that index; called once for each member, in order.
+        planes: at least one, (rows, columns) HU each; added up in their order.
+        where: the slab, for the error.
 
     Raises:
         GeometryError: the planes differ in their number of rows or columns.
     """
-    total = np.array(hu_of_plane(plan.members[0]), dtype=np.float32)
-    for plane in plan.members[1:]:
-        hu = hu_of_plane(plane)
-        if hu.shape != total.shape:
+    total: NDArray[np.float32] | None = None
+    count = 0
+    for hu in planes:
+        if total is None:
+            total = np.array(hu, dtype=np.float32)
+        elif hu.shape != total.shape:
             raise GeometryError(
                 f"its slices have different sizes: {total.shape} and {hu.shape} rows and columns",
-                f"slab {plan.index}",
+                where,
                 "analyse them as separate series",
             )
-        np.add(total, hu, out=total)
-    return np.divide(total, np.float32(len(plan.members)), out=total)
+        else:
+            np.add(total, hu, out=total)
+        count += 1
+    assert total is not None
+    return np.divide(total, np.float32(count), out=total)
 
 
 def _extents(volume: Volume) -> list[tuple[float, float]]:
@@ -137,8 +182,22 @@ def _runs(extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]
     return runs
 
 
-def _divide(run: list[int], extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]:
-    """Cut one run into slabs."""
+def _counts_down(volume: Volume) -> bool:
+    """Whether the instance numbers fall from the feet upwards, as on a scanner that starts at the head."""
+    numbers = [plane.instance_number for plane in volume.planes]
+    return all(a is not None and b is not None and a > b for a, b in pairwise(numbers)) and len(numbers) > 1
+
+
+def _full_groups(run: list[int], extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]:
+    """The groups of a run that one more slice would bring no nearer to ``slab_mm``, whether it came or not."""
+    if len(run) < 2:
+        return []
+    groups = _join(run, extents, slab_mm)
+    before = _thickness(run[-2:], extents) - _thickness(run[-1:], extents)
+    return groups if _thickness(groups[-1], extents) + before / 2 >= slab_mm else groups[:-1]
+
+
+def _join(run: list[int], extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]:
     groups = [[run[0]]]
     for plane in run[1:]:
         apart = abs(_thickness(groups[-1], extents) - slab_mm)
@@ -146,6 +205,12 @@ def _divide(run: list[int], extents: list[tuple[float, float]], slab_mm: float) 
             groups[-1].append(plane)
         else:
             groups.append([plane])
+    return groups
+
+
+def _divide(run: list[int], extents: list[tuple[float, float]], slab_mm: float) -> list[list[int]]:
+    """Cut one run into slabs, from its first plane on."""
+    groups = _join(run, extents, slab_mm)
     if len(groups) > 1 and _thickness(groups[-1], extents) < slab_mm / 2:
         last = groups.pop()
         both = groups.pop() + last

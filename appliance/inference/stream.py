@@ -1,77 +1,449 @@
-"""One study through one model: slabs, model input, inference, verdict; a batch of slabs in memory at a time."""
+"""Slabs on their way through the decoders and the model, of all studies at once, while the studies still arrive.
+
+What a slab's answer is depends on nothing but its slices and the package. So it can be asked for as soon as its
+slices are there, and asked for again when the study is complete: an answer that is known is not computed a second
+time, and one that was foreseen wrongly is never used. The verdict is the same whatever was done ahead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+import heapq
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from appliance.governance.indication import Admission
 from appliance.governance.package import Package
 from appliance.ledger.records import Verdict
+from dicom_io.errors import DecodeError, GeometryError, ScansideError
+from dicom_io.pixels import Decoded
+from dicom_io.plausible import Look, check_plausible, look_at
 from dicom_io.volume import Volume
 
+from .brain import brain_area_mm2
+from .decode import decode_each
 from .preprocess import model_input
-from .slabs import plan_slabs, slab_hu
-from .triton import Output, TritonClient
+from .slabs import SlabPlan, plan_slabs, slab_hu
+from .triton import Output, TritonClient, TritonError
 from .verdict import aggregate
 
+STAT, COMPLETE, ARRIVING = 0, 1, 2
+"""Urgencies, the most urgent first: a study that cannot wait, one whose answer is due, and work ahead."""
 
-def analyse(
-    package: Package,
-    client: TritonClient,
-    volume: Volume,
-    hu_of_plane: Callable[[int], NDArray[Any]],
-    *,
-    study_uid: str,
-    series_uid: str,
-    codecs: Collection[str],
-    limitations: Sequence[str] = (),
-) -> Verdict:
-    """Run a package on a volume.
+REMEMBERED = 4096
+"""Answers kept, some 20 KB each: of a hundred studies of 40 slabs."""
+
+WHOLE_FILES = 2
+"""Decoded multi-frame instances that are kept while their slabs are worked on."""
+
+RECOVERY_SECONDS = 30.0
+"""Longest wait for a server that died under a batch, before every study of it loses a try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One plane's pixels: a frame of a file of the spool, which must have that SHA-256."""
+
+    path: Path
+    digest: str
+    number: int
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlabAnswer:
+    """What is known of one slab.
+
+    Attributes:
+        probabilities: (labels,) in 0..1.
+        lesion_map: (map, map) in 0..1.
+        brain_mm2: soft tissue within the skull.
+        shape: (rows, columns) of its images.
+        codecs: the decoders that produced its pixels.
+        looks: what is kept of each of its planes, to judge whether the volume can be a CT.
+    """
+
+    probabilities: NDArray[np.float32]
+    lesion_map: NDArray[np.float32]
+    brain_mm2: float
+    shape: tuple[int, int]
+    codecs: tuple[str, ...]
+    looks: tuple[Look, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A volume that has gone through the model: its slabs, and what is known of each."""
+
+    plans: tuple[SlabPlan, ...]
+    answers: tuple[SlabAnswer, ...]
+
+    @property
+    def brain_ml(self) -> float:
+        """Soft tissue within the skull; an adult head gives about 1000 to 1600."""
+        return sum(a.brain_mm2 * p.thickness_mm / 1000 for a, p in zip(self.answers, self.plans, strict=True))
+
+
+_Key = tuple[str, str, tuple[tuple[str, int], ...], tuple[float, float]]
+
+
+@dataclass(slots=True)
+class _Job:
+    key: _Key
+    package: Package
+    owner: int
+    frames: tuple[Frame, ...]
+    spacing_mm: tuple[float, float]
+    urgency: int
+    future: Future[SlabAnswer] = field(default_factory=Future)
+    taken: bool = False
+    tensor: NDArray[np.float32] | None = None
+    brain_mm2: float = 0.0
+    shape: tuple[int, int] = (0, 0)
+    codecs: tuple[str, ...] = ()
+    looks: tuple[Look, ...] = ()
+
+
+class Closed(ScansideError):
+    """The pipeline was closed before the answer came."""
+
+
+class Pipeline:
+    """Decoders, one a core, and one sender that fills the model's batches across studies.
+
+    Its memory is bounded: decoders wait while two batches are ready, and answers beyond `REMEMBERED` are forgotten,
+    the longest unused first. Threads may share it.
 
     Args:
-        hu_of_plane: (rows, columns) HU of the plane with that index; called once for each plane, from the feet up.
-        codecs: decoders that produced the pixels; read after the last call of ``hu_of_plane``, which may add to it.
-        limitations: sentences that the verdict carries.
+        decode: files, each with its SHA-256 → their frames in HU.
+        workers: decoding threads; every core if omitted.
+    """
+
+    def __init__(
+        self,
+        client: TritonClient,
+        *,
+        decode: Callable[[Sequence[tuple[Path, str]]], Sequence[Decoded]] = decode_each,
+        workers: int | None = None,
+    ) -> None:
+        self._client = client
+        self._decode = decode
+        self._order = itertools.count()
+        self._lock = threading.Condition()
+        self._known: OrderedDict[_Key, _Job] = OrderedDict()
+        self._waiting: list[tuple[int, int, _Job]] = []
+        self._ready: list[tuple[int, int, _Job]] = []
+        self._whole: OrderedDict[str, Decoded] = OrderedDict()
+        self._whole_locks: dict[str, threading.Lock] = {}
+        self._closed = False
+        names = [f"decoder-{number}" for number in range(workers or os.cpu_count() or 1)]
+        self._threads = [threading.Thread(target=self._decoder, name=name, daemon=True) for name in names]
+        self._threads.append(threading.Thread(target=self._sender, name="sender", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End its threads after what they are doing; whoever still waits for an answer gets `Closed`."""
+        with self._lock:
+            self._closed = True
+            left = [job for job in self._known.values() if not job.future.done()]
+            self._lock.notify_all()
+        for job in left:
+            self._fail(job, Closed("the engine is stopping", "inference", "it goes on at the next start"))
+        for thread in self._threads:
+            thread.join(5)
+
+    def ask(
+        self,
+        package: Package,
+        admission: Admission,
+        frames: Sequence[Frame],
+        spacing_mm: tuple[float, float],
+        *,
+        owner: int,
+        urgency: int,
+    ) -> Future[SlabAnswer]:
+        """The answer of one slab, now or later. Asking again costs nothing, and may make it more urgent.
+
+        Args:
+            admission: what the gate said so far of the study that the slab belongs to.
+            frames: the slab's planes, in the order in which they are averaged.
+            spacing_mm: between its rows, between its columns.
+            owner: the study; one study's failure is not another's.
+            urgency: `STAT`, `COMPLETE` or `ARRIVING`.
+
+        Returns:
+            A future that holds the answer, or `TritonError`, `DecodeError`, `GeometryError` or `OSError`. A failure
+            is forgotten at once, so that asking again tries again.
+
+        Raises:
+            ValueError: the gate did not let the package see the study.
+        """
+        if not admission.promising:
+            raise ValueError(f"study {owner} was not admitted: {admission.reason}")
+        members = tuple((frame.digest, frame.number) for frame in frames)
+        key = (package.name, package.files["model.onnx"], members, spacing_mm)
+        with self._lock:
+            if self._closed:
+                raise Closed("the engine is stopping", "inference", "it goes on at the next start")
+            job = self._known.get(key)
+            if job is None:
+                job = self._known[key] = _Job(key, package, owner, tuple(frames), spacing_mm, urgency)
+                self._forget()
+            else:
+                self._known.move_to_end(key)
+                if job.taken or job.future.done() or urgency >= job.urgency:
+                    if job.taken and urgency < job.urgency:
+                        job.urgency = urgency
+                        self._promote(job)
+                    return job.future
+                job.urgency = urgency
+            heapq.heappush(self._waiting, (urgency, next(self._order), job))
+            self._lock.notify_all()
+            return job.future
+
+    def _promote(self, job: _Job) -> None:
+        for place, (_, number, one) in enumerate(self._ready):
+            if one is job:
+                self._ready[place] = (job.urgency, number, job)
+                heapq.heapify(self._ready)
+
+    def _forget(self) -> None:
+        for key in list(itertools.islice(self._known, max(0, len(self._known) - REMEMBERED))):
+            if self._known[key].future.done():
+                del self._known[key]
+
+    # --- decoding ---------------------------------------------------------------------------------------
+
+    def _decoder(self) -> None:
+        while (job := self._next_job()) is not None:
+            try:
+                self._prepare(job)
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            with self._lock:
+                # However much is asked for, no more than two batches lie ready, and a decoder holds one slab more.
+                limit = 2 * job.package.model.maximum_batch
+                self._lock.wait_for(lambda: self._closed or len(self._ready) < limit)  # noqa: B023
+                heapq.heappush(self._ready, (job.urgency, next(self._order), job))
+                self._lock.notify_all()
+
+    def _next_job(self) -> _Job | None:
+        with self._lock:
+            while True:
+                self._lock.wait_for(lambda: self._closed or self._waiting)
+                if self._closed:
+                    return None
+                job = heapq.heappop(self._waiting)[2]
+                if not job.taken:
+                    job.taken = True
+                    return job
+
+    def _prepare(self, job: _Job) -> None:
+        decoded = self._decoded(job.frames)
+        planes = []
+        for frame, one in zip(job.frames, decoded, strict=True):
+            if frame.number >= len(one.hu):
+                raise DecodeError(
+                    f"the header speaks of frame {frame.number + 1}, the pixel data holds {len(one.hu)}",
+                    str(frame.path),
+                    "send the instance again",
+                )
+            planes.append(one.hu[frame.number])
+        hu = slab_hu(planes, f"study {job.owner}")
+        preprocessing = job.package.preprocessing
+        job.tensor = model_input(
+            hu,
+            job.spacing_mm,
+            windows=[(window.center, window.width) for window in preprocessing.windows],
+            size=preprocessing.size,
+            pixel_mm=preprocessing.spacing_mm,
+        )
+        job.brain_mm2 = brain_area_mm2(hu, job.spacing_mm)
+        job.shape = (hu.shape[0], hu.shape[1])
+        job.codecs = tuple(sorted({one.codec for one in decoded}))
+        job.looks = tuple(look_at(plane, job.spacing_mm) for plane in planes)
+
+    def _decoded(self, frames: Sequence[Frame]) -> Sequence[Decoded]:
+        """The file of each frame; one of several frames is decoded once for all slabs that want some of it."""
+        if all(frame.frames == 1 for frame in frames):
+            return self._decode([(frame.path, frame.digest) for frame in frames])
+        return [self._whole_file(frame) for frame in frames]
+
+    def _whole_file(self, frame: Frame) -> Decoded:
+        with self._lock:
+            lock = self._whole_locks.setdefault(frame.digest, threading.Lock())
+        with lock:
+            with self._lock:
+                known = self._whole.get(frame.digest)
+            if known is None:
+                (known,) = self._decode([(frame.path, frame.digest)])
+            with self._lock:
+                self._whole[frame.digest] = known
+                self._whole.move_to_end(frame.digest)
+                while len(self._whole) > WHOLE_FILES:
+                    self._whole.popitem(last=False)
+                if len(self._whole_locks) > 64:
+                    self._whole_locks = {digest: self._whole_locks[digest] for digest in self._whole}
+        return known
+
+    # --- the model --------------------------------------------------------------------------------------
+
+    def _sender(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closed or self._ready)
+                if self._closed:
+                    return
+                batch = self._next_batch()
+                self._lock.notify_all()
+            try:
+                self._run(batch)
+            except TritonError as error:
+                self._run_apart(batch, error)
+            except Exception as error:
+                for job in batch:
+                    self._fail(job, error)
+
+    def _next_batch(self) -> list[_Job]:
+        """The most urgent slab, and as many of the same package as go with it, the most urgent first."""
+        ordered = sorted(self._ready)
+        package = ordered[0][2].package
+        batch = [entry for entry in ordered if entry[2].package is package][: package.model.maximum_batch]
+        self._ready = [entry for entry in ordered if entry not in batch]  # sorted is a heap
+        return [job for _, _, job in batch]
+
+    def _run(self, batch: Sequence[_Job]) -> None:
+        slabs = np.stack([job.tensor for job in batch if job.tensor is not None])
+        urgent = any(job.urgency == STAT for job in batch)
+        output = self._client.infer(batch[0].package, slabs, urgent=urgent)
+        for job, probabilities, lesion_map in zip(batch, output.probabilities, output.lesion_map, strict=True):
+            answer = SlabAnswer(probabilities, lesion_map, job.brain_mm2, job.shape, job.codecs, job.looks)
+            with self._lock:
+                job.tensor = None
+                if not job.future.done():
+                    job.future.set_result(answer)
+
+    def _run_apart(self, batch: Sequence[_Job], error: TritonError) -> None:
+        """After a failure, each study by itself: what harms the server must cost no other study a try."""
+        owners = list(dict.fromkeys(job.owner for job in batch))
+        if len(owners) == 1:
+            for job in batch:
+                self._fail(job, error)
+            return
+        for owner in owners:
+            part = [job for job in batch if job.owner == owner]
+            try:
+                self._client.wait_ready(RECOVERY_SECONDS, [batch[0].package])
+                self._run(part)
+            except Exception as own:
+                for job in part:
+                    self._fail(job, own)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        with self._lock:
+            job.tensor = None
+            if self._known.get(job.key) is job:
+                del self._known[job.key]
+            if not job.future.done():
+                job.future.set_exception(error)
+
+
+def ask_for(
+    pipeline: Pipeline,
+    package: Package,
+    admission: Admission,
+    volume: Volume,
+    slabs: Sequence[Sequence[int]],
+    files: Mapping[str, tuple[Path, str, int]],
+    *,
+    owner: int,
+    urgency: int,
+) -> list[Future[SlabAnswer]]:
+    """Ask for slabs of a volume, given by their planes.
+
+    Args:
+        slabs: members as in `SlabPlan`.
+        files: SOP Instance UID → Part 10 file, the SHA-256 that it must have, and its number of frames.
+    """
+    futures = []
+    for members in slabs:
+        planes = [volume.planes[member] for member in members]
+        frames = [Frame(path, digest, plane.frame, count) for plane in planes
+                  for path, digest, count in (files[plane.sop_instance_uid],)]  # fmt: skip
+        spacing = planes[len(planes) // 2].geometry.spacing
+        futures.append(pipeline.ask(package, admission, frames, spacing, owner=owner, urgency=urgency))
+    return futures
+
+
+def read_volume(
+    pipeline: Pipeline,
+    package: Package,
+    admission: Admission,
+    volume: Volume,
+    files: Mapping[str, tuple[Path, str, int]],
+    *,
+    owner: int,
+    urgency: int = COMPLETE,
+) -> Reading:
+    """Put a whole volume through a package's model; what was foreseen right is known already.
+
+    Args:
+        files: as for `ask_for`.
 
     Raises:
         TritonError: the model gave no answer that can be used.
         GeometryError: the planes differ in size.
-        ScansideError: whatever ``hu_of_plane`` raises.
+        DecodeError: a frame that cannot be trusted, or a file that is no longer what was received.
+        ImplausibleImage: what was decoded without an error can be no CT.
     """
-    preprocessing = package.preprocessing
-    windows = [(window.center, window.width) for window in preprocessing.windows]
-    plans = plan_slabs(volume, preprocessing.slab_mm)
-    outputs: list[Output] = []
-    shape = (0, 0)
-    for start in range(0, len(plans), package.model.maximum_batch):
-        batch = plans[start : start + package.model.maximum_batch]
-        slabs = np.empty((len(batch), *package.model.input.shape), np.float32)
-        for slab, plan in zip(slabs, batch, strict=True):
-            hu = slab_hu(plan, hu_of_plane)
-            shape = (hu.shape[0], hu.shape[1])
-            slab[:] = model_input(
-                hu,
-                volume.planes[plan.representative].geometry.spacing,
-                windows=windows,
-                size=preprocessing.size,
-                pixel_mm=preprocessing.spacing_mm,
-            )
-        outputs.append(client.infer(package, slabs))
-    joined = Output(
-        np.concatenate([output.probabilities for output in outputs]),
-        np.concatenate([output.lesion_map for output in outputs]),
-    )
+    plans = plan_slabs(volume, package.preprocessing.slab_mm)
+    slabs = [plan.members for plan in plans]
+    asked = ask_for(pipeline, package, admission, volume, slabs, files, owner=owner, urgency=urgency)
+    reading = Reading(plans, tuple(future.result() for future in asked))
+    looks = {
+        member: look
+        for plan, answer in zip(plans, reading.answers, strict=True)
+        for member, look in zip(plan.members, answer.looks, strict=True)
+    }
+    check_plausible(volume, [looks[member] for member in range(len(volume.planes))])
+    if len({answer.shape for answer in reading.answers}) > 1:
+        raise GeometryError("its slabs have different sizes", f"study {owner}", "analyse them as separate series")
+    return reading
+
+
+def verdict_on(
+    package: Package,
+    volume: Volume,
+    reading: Reading,
+    *,
+    study_uid: str,
+    series_uid: str,
+    limitations: Sequence[str] = (),
+) -> Verdict:
+    """The verdict that a reading of a volume gives.
+
+    Args:
+        limitations: sentences that it carries.
+    """
+    answers = reading.answers
     return aggregate(
         package,
         volume,
-        plans,
-        joined,
+        reading.plans,
+        Output(np.stack([a.probabilities for a in answers]), np.stack([a.lesion_map for a in answers])),
         study_uid=study_uid,
         series_uid=series_uid,
-        shape=shape,
-        codecs=codecs,
+        shape=answers[0].shape,
+        codecs=sorted({codec for answer in answers for codec in answer.codecs}),
         limitations=limitations,
     )

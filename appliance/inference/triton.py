@@ -34,6 +34,9 @@ VERSION = "1"
 DIGEST_PARAMETER = "scanside_model_digest"
 """Parameter of a model's configuration that holds the digest of the package's model.onnx."""
 
+URGENT, ROUTINE = 1, 2
+"""Priority levels of a model's queue in the server; the lower goes first."""
+
 _PREFIX = "scanside-tensors-"
 _HEALTH_SECONDS = 2.0
 _TOO_LATE = "StatusCode.DEADLINE_EXCEEDED"
@@ -144,7 +147,7 @@ class TritonClient:
                     raise TritonError(problem, self.url, "see the server's log; `scanside check` tries again")
                 time.sleep(0.05)
 
-    def infer(self, package: Package, slabs: NDArray[np.float32]) -> Output:
+    def infer(self, package: Package, slabs: NDArray[np.float32], *, urgent: bool = False) -> Output:
         """Run the package's model.
 
         A server that was restarted since the last call is no error.
@@ -152,6 +155,7 @@ class TritonClient:
         Args:
             slabs: (n, channels, size, size) float32, finite; more than the model's maximum batch goes in several
                 requests, one after the other.
+            urgent: goes ahead of what waits in the server, also of other clients, and is not.
 
         Raises:
             ValueError: the slabs have another shape or type than the package's input, or are not all finite.
@@ -169,22 +173,22 @@ class TritonClient:
         lesion_map = np.empty((len(slabs), *field), np.float32)
         step = package.model.maximum_batch
         for start in range(0, len(slabs), step):
-            answers = self._batch(package, slabs[start : start + step])
+            answers = self._batch(package, slabs[start : start + step], urgent)
             probabilities[start : start + step] = answers["probabilities"]
             lesion_map[start : start + step] = answers["lesion_map"][:, 0]
         return Output(probabilities, lesion_map)
 
-    def _batch(self, package: Package, slabs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    def _batch(self, package: Package, slabs: NDArray[np.float32], urgent: bool) -> dict[str, NDArray[np.float32]]:
         """One batch; a failure that a restart of the server explains is tried once more on fresh ground."""
         for last in (False, True):
             try:
                 if package.name not in self._proven:
                     self._verify(package)
                 if not self._shared_memory:
-                    answers = self._by_message(package, slabs)
+                    answers = self._by_message(package, slabs, urgent)
                 else:
                     with self._region(package, fresh=last) as region:
-                        answers = self._by_region(package, slabs, region)
+                        answers = self._by_region(package, slabs, region, urgent)
                 _check(answers, self.url)
             except InferenceServerException as error:
                 self._proven.discard(package.name)
@@ -198,15 +202,15 @@ class TritonClient:
                 return answers
         raise AssertionError("the second try returns or raises")
 
-    def _by_message(self, package: Package, slabs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    def _by_message(self, package: Package, slabs: NDArray[np.float32], urgent: bool) -> dict[str, NDArray[np.float32]]:
         tensor = grpcclient.InferInput(package.model.input.name, slabs.shape, package.model.input.datatype)
         tensor.set_data_from_numpy(np.ascontiguousarray(slabs))
         outputs = [grpcclient.InferRequestedOutput(output.name) for output in package.model.outputs]
-        result = self._infer(package, [tensor], outputs, len(slabs))
+        result = self._infer(package, [tensor], outputs, len(slabs), urgent)
         return {output.name: result.as_numpy(output.name) for output in package.model.outputs}
 
     def _by_region(
-        self, package: Package, slabs: NDArray[np.float32], region: _Region
+        self, package: Package, slabs: NDArray[np.float32], region: _Region, urgent: bool
     ) -> dict[str, NDArray[np.float32]]:
         model = package.model
         tensor = grpcclient.InferInput(model.input.name, slabs.shape, model.input.datatype)
@@ -223,16 +227,17 @@ class TritonClient:
             outputs.append(requested)
             places[output.name] = place
             at += place.size
-        self._infer(package, [tensor], outputs, len(slabs))
+        self._infer(package, [tensor], outputs, len(slabs), urgent)
         return {name: place.copy() for name, place in places.items()}
 
-    def _infer(self, package: Package, inputs: list[Any], outputs: list[Any], count: int) -> Any:
+    def _infer(self, package: Package, inputs: list[Any], outputs: list[Any], count: int, urgent: bool) -> Any:
         """One request; checks what its answer says of itself."""
         result = self._grpc.infer(
             package.model.triton_name,
             inputs,
             model_version=VERSION,
             outputs=outputs,
+            priority=URGENT if urgent else ROUTINE,
             client_timeout=self._timeout,
         )
         for output in package.model.outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sqlite3
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.commitments import Commitments
-from appliance.ledger.database import Row, Statement, later, now
+from appliance.ledger.database import Row, Statement, later, now, seconds_between
 from appliance.ledger.outbox import Outbox
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
@@ -46,6 +46,8 @@ class Arriving:
         open_associations: how many of them are still open.
         last_closed_at: when the last of the others ended; None if none has.
         outcomes: how they ended, each way once, sorted: aborted, broken, lost, released.
+        calling_ae: the sender; '' if there were several.
+        longest_pause: the most seconds between the end of all associations so far and the next one's first instance.
     """
 
     id: int
@@ -53,6 +55,8 @@ class Arriving:
     open_associations: int
     last_closed_at: str | None
     outcomes: tuple[str, ...]
+    calling_ae: str = ""
+    longest_pause: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,18 @@ _UPDATE_STUDY = Statement(
     .where(t.study.c.id == sa.bindparam("id"))
     .values(state=sa.bindparam("state"), last_instance_at=sa.bindparam("last_instance_at"), removed_at=sa.null())
 )
+
+
+def _longest_pause(associations: Sequence[tuple[str, str | None]]) -> float:
+    """Of associations as (first instance, end or None), ordered by the first: the longest time in which none was."""
+    longest, ended = 0.0, ""
+    for first, closed in associations:
+        if ended and first > ended:
+            longest = max(longest, seconds_between(ended, first))
+        if closed is None:
+            break
+        ended = max(ended, closed)
+    return longest
 
 
 class Ledger(Outbox, Commitments, Retention):
@@ -237,12 +253,17 @@ class Ledger(Outbox, Commitments, Retention):
         """Studies that are receiving or reopened, oldest first."""
         a, i, s = t.association.c, t.instance.c, t.study.c
         arriving = sa.select(s.id).where(s.state.in_(("receiving", "reopened")))
-        brought = sa.select(i.study_id, i.association_id).where(i.study_id.in_(arriving)).distinct().subquery()
+        brought = (
+            sa.select(i.study_id, i.association_id, sa.func.min(i.received_at).label("first"))
+            .where(i.study_id.in_(arriving))
+            .group_by(i.study_id, i.association_id)
+            .subquery()
+        )
         query = (
-            sa.select(s.id, s.last_instance_at, a.closed_at, a.outcome)
+            sa.select(s.id, s.last_instance_at, a.closed_at, a.outcome, a.calling_ae, brought.c.first)
             .join(brought, brought.c.study_id == s.id)
             .join(t.association, a.id == brought.c.association_id)
-            .order_by(s.id)
+            .order_by(s.id, brought.c.first)
         )
         with self.read() as connection:
             rows = connection.execute(query).all()
@@ -251,13 +272,57 @@ class Ledger(Outbox, Commitments, Retention):
             members = list(group)
             closed = [row.closed_at for row in members if row.closed_at is not None]
             outcomes = tuple(sorted({row.outcome for row in members if row.outcome is not None}))
-            found.append(Arriving(key, last, len(members) - len(closed), max(closed, default=None), outcomes))
+            senders = {row.calling_ae for row in members}
+            found.append(
+                Arriving(
+                    key,
+                    last,
+                    len(members) - len(closed),
+                    max(closed, default=None),
+                    outcomes,
+                    senders.pop() if len(senders) == 1 else "",
+                    _longest_pause([(row.first, row.closed_at) for row in members]),
+                )
+            )
         return found
+
+    def earlier_evidence(self, calling_ae: str, limit: int) -> list[dict[str, Any]]:
+        """The evidence on which the newest complete studies of a sender were complete, the newest first."""
+        s = t.study.c
+        newest = sa.select(s.evidence, s.completed_at).where(s.completed_at.is_not(None), s.state == "complete")
+        newest_few = newest.order_by(s.completed_at.desc()).limit(20 * limit).subquery()
+        sender = newest_few.c.evidence["calling_ae"].as_string()
+        query = sa.select(newest_few.c.evidence).where(sender == calling_ae)
+        with self.read() as connection:
+            found = connection.scalars(query.order_by(newest_few.c.completed_at.desc()).limit(limit)).all()
+        return [dict(one) for one in found]
 
     def instances(self, study_id: int) -> list[StoredInstance]:
         """The current instances of a study that have their files, in the order in which they came."""
         c = t.instance.c
         return self._stored(c.study_id == study_id, c.is_current)
+
+    def changes(self, study_id: int, known: Set[int]) -> tuple[dict[int, StoredInstance], set[int]]:
+        """What of `instances` is new to one who knows some rows of them already.
+
+        Returns:
+            The new rows by number, in the order in which they came; and the known ones that are no longer among them.
+        """
+        c = t.instance.c
+        mine = (c.study_id == study_id, c.is_current, c.removed_at.is_(None))
+        with self.read() as connection:
+            current = set(connection.scalars(sa.select(c.id).where(*mine)))
+            query = sa.select(c.id, c.sop_instance_uid, c.digest, c.header).where(*mine).order_by(c.id)
+            new = current - known
+            if known and new:
+                query = query.where(c.id.in_(new) if len(new) < 500 else c.id >= min(new))
+            rows = connection.execute(query).all() if new else []
+        found = {
+            row.id: StoredInstance(row.sop_instance_uid, row.digest, Header.from_json(row.header))
+            for row in rows
+            if row.id in new
+        }
+        return found, set(known) - current
 
     def inputs(self, study_id: int, inputs: Inputs) -> list[StoredInstance]:
         """The instances that an analysis was admitted on and that have their files, in that order, current or not."""
@@ -404,15 +469,26 @@ class Ledger(Outbox, Commitments, Retention):
         with self.read() as connection:
             return set(connection.scalars(query))
 
-    def take_analysis(self, packages: Collection[str]) -> Row | None:
-        """Start the next analysis of one of these packages: its row with ``study_instance_uid``, or None."""
+    def take_analysis(
+        self, packages: Collection[str], urgent: Collection[int] = (), urgent_senders: Collection[str] = ()
+    ) -> Row | None:
+        """Start the next analysis of one of these packages, or None.
+
+        Args:
+            urgent: studies that go before all others.
+            urgent_senders: AE titles whose studies do so too.
+
+        Returns:
+            The row, with the study's ``study_instance_uid`` and ``evidence``.
+        """
         c = t.analysis.c
+        sender = t.study.c.evidence["calling_ae"].as_string()
         query = (
-            sa.select(t.analysis, t.study.c.study_instance_uid)
+            sa.select(t.analysis, t.study.c.study_instance_uid, t.study.c.evidence)
             .join(t.study)
             .where(self._waiting(), c.package.in_(packages))
             # One that failed goes behind the others, so that it delays none.
-            .order_by(c.attempts, c.id)
+            .order_by(c.attempts, ~(c.study_id.in_(urgent) | sender.in_(urgent_senders)), c.id)
             .limit(1)
         )
         with self._write() as connection:
@@ -432,13 +508,18 @@ class Ledger(Outbox, Commitments, Retention):
         )
         return row
 
-    def park_analyses(self, attempts: int) -> int:
+    def park_analyses(self, attempts: int, working: Collection[int] = ()) -> int:
         """Take up again what the engine was working on when it died or stumbled. Returns how many.
 
         One that was being worked on at the end of that many engines is set aside: it may be what ends them.
+
+        Args:
+            working: analyses that are still being worked on.
         """
+        c = t.analysis.c
         with self._write() as connection:
-            rows = connection.execute(sa.select(t.analysis).where(t.analysis.c.state == "running")).mappings().all()
+            query = sa.select(t.analysis).where(c.state == "running", c.id.not_in(working))
+            rows = connection.execute(query).mappings().all()
             for row in rows:
                 if row["attempts"] >= attempts:
                     reason = f"the engine ended or stumbled {row['attempts']} times while it worked on it"
@@ -476,6 +557,13 @@ class Ledger(Outbox, Commitments, Retention):
             name = Event.ANALYSIS_FAILED if final else Event.ANALYSIS_ATTEMPT_FAILED
             self._append(connection, name, row["study_id"], package=row["package"], attempt=tried, reason=reason)
             return final
+
+    def quarantine(self, analysis_id: int, reason: str) -> None:
+        """Set aside at once an analysis whose images were decoded and cannot be what was scanned."""
+        with self._write() as connection:
+            row = self._move_analysis(connection, analysis_id, "fail", reason=reason)
+            for name in (Event.ANALYSIS_QUARANTINED, Event.ANALYSIS_FAILED):
+                self._append(connection, name, row["study_id"], package=row["package"], reason=reason)
 
     def requeue_analyses(self, study_id: int) -> int:
         """Try the failed analyses of a study again, because somebody asked for it. Returns how many.

@@ -44,7 +44,7 @@ def engine_beside(box: Box) -> Engine:
     """An engine with the shipped package under the name that the box's studies know; no study may reach Triton."""
     package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
     settings = box.settings.model_copy(update={"study": StudySettings(settle_seconds=0, quiet_seconds=0.001)})
-    return Engine(settings, box.ledger, [package], cast(Any, None))
+    return Engine(settings, box.ledger, [package], cast(Any, None), cast(Any, None))
 
 
 def come_again(box: Box, one: Header) -> None:

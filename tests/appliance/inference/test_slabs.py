@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
+from appliance.inference.slabs import SlabPlan, foreseen_slabs, plan_slabs, slab_hu
 from dicom_io.errors import GeometryError
 from dicom_io.header import FramePlane, read_header
 from dicom_io.volume import Plane, Volume, assemble, planes_of
@@ -179,32 +178,84 @@ def test_a_slab_has_a_thickness(slab_mm: float) -> None:
         plan_slabs(volume_of([(0.0, 1.0)]), slab_mm)
 
 
-def test_a_slab_is_the_mean_of_its_planes_and_asks_for_each_once() -> None:
-    plan = plan_slabs(volume_of(stack(5, 1.0, 1.0)), 5.0)[0]
+def test_a_slab_is_the_mean_of_its_planes_and_takes_each_once() -> None:
     planes = np.random.default_rng(1).integers(-1024, 3072, (5, 7, 9)).astype(np.int16)
-    asked = []
-
-    def hu_of_plane(index: int) -> NDArray[Any]:
-        asked.append(index)
-        plane: NDArray[Any] = planes[index]
-        return plane
-
     before = planes.copy()
-    slab = slab_hu(plan, hu_of_plane)
+    slab = slab_hu(iter(planes), "slab 0")
     assert slab.dtype == np.float32
     np.testing.assert_allclose(slab, planes.astype(np.float64).mean(axis=0), rtol=1e-6)
-    assert asked == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(planes, before)
 
 
 def test_a_slab_of_one_plane_is_a_copy() -> None:
-    plan = plan_slabs(volume_of([(0.0, 5.0)]), 5.0)[0]
     plane = np.ones((3, 3), np.float32)
-    slab_hu(plan, lambda _: plane)[:] = 9
+    slab_hu([plane], "slab 0")[:] = 9
     assert plane.max() == 1
 
 
 def test_planes_of_one_slab_have_one_size() -> None:
-    plan = plan_slabs(volume_of(stack(5, 1.0, 1.0)), 5.0)[0]
     with pytest.raises(GeometryError, match="different sizes"):
-        slab_hu(plan, lambda index: np.zeros((4, 4 + index % 2), np.float32))
+        slab_hu([np.zeros((4, 4 + index % 2), np.float32) for index in range(5)], "slab 0")
+
+
+# --- while the study arrives --------------------------------------------------------------------------------
+
+
+def numbered(slices: Slices, *, down: bool) -> list[Plane]:
+    """Planes in the order in which the scanner numbers them: from the feet, or from the head."""
+    count = len(slices)
+    planes = [
+        Plane(
+            f"1.2.{index}",
+            0,
+            FramePlane((0.0, 0.0, z), AXIAL, (0.5, 0.5), thickness),
+            (count - index if down else index + 1),
+        )
+        for index, (z, thickness) in enumerate(slices)
+    ]
+    return planes[::-1] if down else planes
+
+
+def names(volume: Volume, slabs: Iterable[tuple[int, ...]]) -> set[tuple[str, ...]]:
+    return {tuple(volume.planes[member].sop_instance_uid for member in members) for members in slabs}
+
+
+even = st.tuples(st.integers(2, 200), st.floats(0.4, 6.0)).map(lambda one: stack(one[0], one[1], one[1]))
+
+
+@settings(deadline=None)
+@given(even, st.booleans(), st.sampled_from([1, 2, 4]), st.data())
+def test_what_is_foreseen_comes_true_but_for_the_last_slab(
+    slices: Slices, down: bool, streams: int, data: st.DataObject
+) -> None:
+    """Slices in the order of their numbers, split over associations as a sender splits a list, at any moment."""
+    planes = numbered(slices, down=down)
+    plans = plan_slabs(assemble(planes), 5.0)
+    final = names(assemble(planes), [plan.members for plan in plans])
+    blocks = [planes[len(planes) * k // streams : len(planes) * (k + 1) // streams] for k in range(streams)]
+    blocks = [block for block in blocks if block]
+    arrived = [plane for block in blocks for plane in block[: data.draw(st.integers(1, len(block)))]]
+    volume = assemble(arrived)
+    foreseen = names(volume, foreseen_slabs(volume, 5.0))
+    assert len(foreseen - final) <= 1
+    if streams == 1 and len(arrived) == len(planes):
+        assert len(final - foreseen) <= 2
+
+
+@settings(deadline=None)
+@given(any_slices(), st.floats(1.0, 10.0), st.integers(0, 5))
+def test_what_is_foreseen_has_the_planes_that_it_needs(slices: Slices, slab_mm: float, order: int) -> None:
+    volume = volume_of(slices, order)
+    foreseen = foreseen_slabs(volume, slab_mm)
+    flat = [member for members in foreseen for member in members]
+    assert len(flat) == len(set(flat))
+    assert set(flat) <= set(range(len(volume.planes)))
+    assert all(list(members) == sorted(members) for members in foreseen)
+
+
+def test_a_head_that_is_scanned_downwards_is_divided_from_the_top() -> None:
+    up = assemble(numbered(stack(13, 1.0, 1.0), down=False))
+    down = assemble(numbered(stack(13, 1.0, 1.0), down=True))
+    assert members(plan_slabs(up, 5.0)) == [5, 5, 3]
+    assert members(plan_slabs(down, 5.0)) == [3, 5, 5]
+    assert [plan.index for plan in plan_slabs(down, 5.0)] == [0, 1, 2]

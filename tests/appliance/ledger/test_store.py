@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -505,3 +506,63 @@ def test_a_verdict_stands_when_nothing_that_was_analysed_changed(ledger: Ledger)
     ledger.keep_verdict(study, "pkg", [])
     assert ledger.undecided_studies({"pkg": "1"}) == []
     assert len(study_report(ledger, study)["verdicts"]) == 1
+
+
+# --- what a sender does -------------------------------------------------------------------------------------
+
+
+def test_the_longest_pause_is_between_associations_that_do_not_overlap(ledger: Ledger) -> None:
+    """One ends, another comes much later; two at once leave no pause."""
+    for number, (study, pause) in enumerate([("1.1", True), ("1.2", False)]):
+        one = ledger.open_association("CT1", "SCANSIDE", "127.0.0.1")
+        two = ledger.open_association("CT1", "SCANSIDE", "127.0.0.1")
+        ledger.record_instances([NewInstance(header(1, study=study, series=f"{study}.1"), f"a{number}", 10, one)])
+        if pause:
+            ledger.close_association(one, "released")
+            time.sleep(0.05)
+        ledger.record_instances([NewInstance(header(2, study=study, series=f"{study}.1"), f"b{number}", 10, two)])
+        if not pause:
+            ledger.close_association(one, "released")
+        ledger.close_association(two, "released")
+    paused, parallel = ledger.arriving_studies()
+    assert paused.longest_pause >= 0.05
+    assert parallel.longest_pause == 0.0
+    assert paused.calling_ae == parallel.calling_ae == "CT1"
+
+
+def test_a_study_of_two_senders_is_nobodys_habit(ledger: Ledger) -> None:
+    for number, sender in enumerate(["CT1", "CT2"]):
+        association = ledger.open_association(sender, "SCANSIDE", "127.0.0.1")
+        ledger.record_instances([NewInstance(header(number), f"digest-{number}", 10, association)])
+        ledger.close_association(association, "released")
+    (row,) = ledger.arriving_studies()
+    assert row.calling_ae == ""
+
+
+def test_the_evidence_of_a_senders_last_studies(ledger: Ledger) -> None:
+    for number in range(1, 8):
+        sender = "CT1" if number % 2 else "CT2"
+        association = ledger.open_association(sender, "SCANSIDE", "127.0.0.1")
+        new = NewInstance(header(1, study=f"1.{number}", series=f"1.{number}.1"), f"digest-{number}", 10, association)
+        ledger.record_instances([new])
+        ledger.close_association(association, "released")
+        (row,) = ledger.arriving_studies()
+        assert row.calling_ae == sender
+        ledger.complete_study(row.id, row.last_instance_at, {"calling_ae": sender, "longest_pause_s": float(number)})
+    assert [one["longest_pause_s"] for one in ledger.earlier_evidence("CT1", 3)] == [7.0, 5.0, 3.0]
+    assert [one["longest_pause_s"] for one in ledger.earlier_evidence("CT2", 20)] == [6.0, 4.0, 2.0]
+    assert ledger.earlier_evidence("CT3", 20) == []
+
+
+def test_the_urgent_are_taken_first(ledger: Ledger) -> None:
+    for number, sender in enumerate(["CT1", "CT1", "ER", "CT1"], 1):
+        association = ledger.open_association(sender, "SCANSIDE", "127.0.0.1")
+        new = NewInstance(header(1, study=f"1.{number}", series=f"1.{number}.1"), f"digest-{number}", 10, association)
+        ledger.record_instances([new])
+        (row,) = ledger.arriving_studies()
+        ledger.complete_study(row.id, row.last_instance_at, {"calling_ae": sender})
+        admit(ledger, number)
+    taken = [ledger.take_analysis(["pkg"], {4}, ["ER"]) for _ in range(4)]
+    assert [row["study_id"] for row in taken if row] == [3, 4, 1, 2]
+    assert ledger.park_analyses(3, [row["id"] for row in taken[1:] if row]) == 1
+    assert [row["study_id"] for row in (ledger.take_analysis(["pkg"]),) if row] == [3]

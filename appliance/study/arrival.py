@@ -1,0 +1,68 @@
+"""What has arrived of the studies that are being watched, brought up to date row by row."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from appliance.ledger.store import Ledger, StoredInstance
+from appliance.study.grouping import Series, group
+from appliance.study.selection import Selection, considered, select
+
+log = logging.getLogger(__name__)
+
+WATCHED = 64
+"""Studies kept in memory, some 2 KB an instance; one that is forgotten is read again."""
+
+
+@dataclass(slots=True)
+class Arrival:
+    """The current instances of one study, and what is made of them.
+
+    Attributes:
+        rows: their numbers in the ledger.
+        instances: by SOP Instance UID.
+    """
+
+    rows: dict[int, StoredInstance] = field(default_factory=dict)
+    instances: dict[str, StoredInstance] = field(default_factory=dict)
+    series: tuple[Series, ...] = ()
+    selection: Selection = field(default_factory=lambda: Selection(None, None, ()))
+
+
+class Arrivals:
+    """The studies that one thread watches."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._studies: OrderedDict[int, Arrival] = OrderedDict()
+
+    def look(self, study_id: int) -> Arrival:
+        """A study as the ledger has it now. What is returned is brought up to date by the next look."""
+        arrival = self._studies.setdefault(study_id, Arrival())
+        self._studies.move_to_end(study_id)
+        while len(self._studies) > WATCHED:
+            self._studies.popitem(last=False)
+        new, gone = self._ledger.changes(study_id, arrival.rows.keys())
+        if new or gone:
+            kept = {row: one for row, one in arrival.rows.items() if row not in gone}
+            arrival.rows = kept | new
+            arrival.instances = {one.sop_instance_uid: one for one in arrival.rows.values()}
+            arrival.series = group(one.header for one in arrival.instances.values())
+            arrival.selection = _select(study_id, arrival.series)
+        return arrival
+
+    def forget(self, study_id: int) -> None:
+        """Nothing more of it is expected for now."""
+        self._studies.pop(study_id, None)
+
+
+def _select(study_id: int, series: tuple[Series, ...]) -> Selection:
+    try:
+        return select(series)
+    except Exception as error:
+        # A geometry that nobody foresaw: the study is refused with the reason, and stuck nowhere.
+        log.exception("study %d: the selection failed in a way nobody foresaw", study_id)
+        reason = f"the selection failed: {type(error).__name__}: {error}"
+        return Selection(None, None, tuple(considered(one, chosen=False, reason=reason) for one in series))
