@@ -70,7 +70,6 @@ class Stream:
     """What a codestream says of itself.
 
     Attributes:
-        predictor: JPEG Lossless: which of the predictors 1 to 7 (ISO/IEC 10918-1 H.1.2.1); else 0.
         whole: whether the walk proved that nothing is missing at its end.
     """
 
@@ -79,7 +78,6 @@ class Stream:
     components: int
     precision: int
     signed: bool
-    predictor: int = 0
     whole: bool = False
 
 
@@ -175,7 +173,7 @@ def _inspect_jpeg_lossless(frame: bytes, rows: int, columns: int) -> Stream:
     stream, scan = _inspect_jpeg(frame, 0xC3, "JPEG Lossless")
     if scan[-1] & 0x0F:
         raise DecodeError("the JPEG Lossless stream drops low bits (a point transform), so it is lossy")
-    return replace(stream, predictor=scan[1 + 2 * scan[0]])
+    return stream
 
 
 def _inspect_jpeg_ls(frame: bytes, rows: int, columns: int) -> Stream:

@@ -114,11 +114,14 @@ class _Format:
         return self.frames * self.rows * self.columns * 2
 
 
-def decode(path: Path) -> Decoded:
+def decode(path: Path, content: bytes | None = None) -> Decoded:
     """Decode all frames of a CT-like instance: one sample, MONOCHROME2, 16 bits allocated, rescaled to HU.
 
     Bits above Bits Stored may hold overlays that are declared (they are masked off), zeros, or the sign's
     extension. Anything else there is an error.
+
+    Args:
+        content: what the file holds, if that was read already.
 
     Raises:
         DecodeError: a transfer syntax that is lossy or not in `SUPPORTED_TRANSFER_SYNTAXES`; no, damaged, or
@@ -126,7 +129,7 @@ def decode(path: Path) -> Decoded:
             (PS3.3 C.8.2.1); padding that would erase tissue.
     """
     with reading(str(path), DecodeError):
-        packed = _unpack(path)
+        packed = _unpack(path, content)
         return _finish(packed, [None] * len(packed.frames), None)
 
 
@@ -134,7 +137,7 @@ def decoder_for(device: Literal["cpu", "gpu"]) -> FrameDecoder | None:
     """The decoder for a device; None is the reference.
 
     Raises:
-        ScansideError: there is no GPU, or nvImageCodec is missing, too old, or decodes wrongly.
+        ScansideError: there is no GPU, or nvImageCodec is missing or decodes wrongly.
     """
     if device == "cpu":
         return None
@@ -279,8 +282,8 @@ def _finished(packed: _Packed, cells: Sequence[Cells | None], name: str) -> Deco
         return _finish(packed, cells, name)
 
 
-def _unpack(path: Path) -> _Packed:
-    with path.open("rb") as file:
+def _unpack(path: Path, content: bytes | None = None) -> _Packed:
+    with path.open("rb") if content is None else BytesIO(content) as file:
         syntax, elements, stream = parse(file, _KEYWORDS, _OVERLAY_TAGS)
         _check_syntax(syntax)
         form = _format(elements)

@@ -1,5 +1,5 @@
-"""The intake beside its peers: how fast it receives, and at what cost.
+"""The box and its parts beside their peers: how fast, at what cost, and whether what comes out is right.
 
-Every contestant is a real program in a process of its own, on the same machine, fed the same images by the same
-senders in the same round, so that the figures can be compared with each other, and with nothing else.
+Every contestant does the same work on the same machine in the same round, so that the figures can be compared with
+each other, and with nothing else. A receiver is a real program in a process of its own, fed by the same senders.
 """

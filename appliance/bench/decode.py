@@ -173,7 +173,7 @@ def _versions() -> dict[str, str]:
 def _contestants() -> tuple[list[Contestant], list[dict[str, str]]]:
     """Those that can run here, and why the others cannot.
 
-    Each runs on one thread, but for those on a GPU and "scanside all cores".
+    Each runs on one thread, but for nvImageCodec, which has threads of its own, and "scanside all cores".
     """
     found = [
         Contestant(OURS, lambda case: [decode(path).stored[0] for path in case.paths]),

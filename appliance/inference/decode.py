@@ -38,7 +38,9 @@ def decode_verified(path: Path, digest: str) -> Decoded:
     Raises:
         DecodeError: its SHA-256 is not that digest, or its pixels cannot be trusted.
     """
-    return decode(verified(path, digest))
+    content = _read(path)
+    _check(path, hashlib.sha256(content).hexdigest(), digest)
+    return decode(path, content)
 
 
 def verified(path: Path, digest: str) -> Path:
@@ -47,12 +49,18 @@ def verified(path: Path, digest: str) -> Path:
     Raises:
         DecodeError: it is not, or there is no such file.
     """
+    _check(path, hashlib.sha256(_read(path)).hexdigest(), digest)
+    return path
+
+
+def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return path.read_bytes()
     except FileNotFoundError as error:
         # Unlike a disk that cannot be read for a moment, this does not pass.
         raise DecodeError("the file is gone", str(path), "restore the spool, or send it again") from error
+
+
+def _check(path: Path, found: str, digest: str) -> None:
     if found != digest:
         raise DecodeError("the file changed since it was received", str(path), "check the disk; send it again")
-    return path
