@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +12,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from appliance.console import Json, emit, err, guard, out
+from dicom_io.errors import ScansideError
 
 app = typer.Typer(help="Measure this box beside its peers.", no_args_is_help=True)
 
 MOST_ASSOCIATIONS = 64
+MOST_SCANNERS = 16
+"""An intake takes no more than 32 associations from one address, and one that was released may not have ended yet."""
+
+
+def _file_to_be(path: Path | None) -> Path | None:
+    """Complain before the measurement, which takes minutes, and not after it."""
+    if path and not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    return path
+
+
+Plot = Annotated[
+    Path | None, typer.Option("--plot", dir_okay=False, callback=_file_to_be, help="SVG file for a picture.")
+]
 
 
 @app.command()
@@ -38,21 +55,15 @@ def ingest(
     from appliance.bench.ingest import measure, plan
     from appliance.bench.report import tables
 
-    counts = [int(word) if word.strip().isdecimal() else 0 for word in associations.split(",")]
-    if min(counts) < 1 or max(counts) > MOST_ASSOCIATIONS:
-        wanted_form = f"a list of numbers from 1 to {MOST_ASSOCIATIONS}, such as 1,4,16"
-        raise typer.BadParameter(f"--associations {associations!r} is not {wanted_form}")
+    counts = _counts("--associations", associations, MOST_ASSOCIATIONS)
     wanted = plan(images, rounds, counts, _names(contestants), _names(senders))
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
-    ) as progress:
-        task = progress.add_task("starting", total=None)
+    with _bar() as (on_total, on_step, on_done):
         told = measure(
             wanted,
             directory,
-            on_total=lambda total: progress.update(task, total=total),
-            on_step=lambda what: progress.update(task, description=escape(what)),
-            on_done=lambda: progress.advance(task),
+            on_total=on_total,
+            on_step=on_step,
+            on_done=on_done,
         )
     if as_json:
         emit(told)
@@ -113,33 +124,96 @@ def latency(
     directory: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
     ] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Measure the way from the last image to the acknowledged alert, through a whole box (docs/performance.md)."""
+    from appliance.bench import plots
     from appliance.bench.latency import measure, plan, table
 
     try:
         quiet = [float(word) for word in _names(waiting)]
     except ValueError as error:
         raise typer.BadParameter(f"--waiting {waiting!r} is not a list of seconds, such as 5,60") from error
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
-    ) as progress:
-        task = progress.add_task("starting", total=None)
+    with _bar() as (on_total, on_step, on_done):
         told = measure(
             plan(_names(scenarios)),
             studies,
             triton,
             directory,
             waiting=quiet,
-            on_total=lambda total: progress.update(task, total=total),
-            on_step=lambda what: progress.update(task, description=escape(what)),
-            on_done=lambda: progress.advance(task),
+            on_total=on_total,
+            on_step=on_step,
+            on_done=on_done,
         )
+    if plot:
+        plot.write_text(plots.latency(told), encoding="utf-8")
     if as_json:
         emit(told)
     else:
         out.print(table(told))
+
+
+@app.command()
+@guard
+def throughput(
+    scanners: Annotated[str, typer.Option(help="Numbers of scanners at once, with commas between.")] = "1,2,4,8",
+    studies: Annotated[int, typer.Option(min=1, help="Studies of each scanner, one after another.")] = 16,
+    slices: Annotated[int, typer.Option(min=16, max=500, help="Slices of a study, such as 28 thick, 300 thin.")] = 28,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each number of scanners is measured.")] = 1,
+    triton: Annotated[Path, typer.Option(help="The virtual environment of Triton.")] = Path(".venv-triton"),
+    directory: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
+    ] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how many studies an hour a whole box takes, and what each costs it (docs/performance.md)."""
+    from appliance.bench import plots
+    from appliance.bench.throughput import measure, tables
+
+    counts = _counts("--scanners", scanners, MOST_SCANNERS)
+    with _bar() as (on_total, on_step, on_done):
+        told = measure(
+            counts,
+            studies,
+            slices,
+            rounds,
+            triton,
+            directory,
+            on_total=on_total,
+            on_step=on_step,
+            on_done=on_done,
+        )
+    if plot:
+        plot.write_text(plots.throughput(told), encoding="utf-8")
+    if as_json:
+        emit(told)
+    else:
+        out.print(tables(told))
+    if differ := sum(one["verdicts_that_differ"] for one in told["scanners"].values()):
+        raise ScansideError(f"the same images were judged differently in {differ} studies", "scanside engine")
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callable[[int], None], Callable[[str], None], Callable[[], None]]]:
+    """A progress bar, as what `measure` tells it: how many steps there are, what is done now, that a step is done."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        yield (
+            lambda total: progress.update(task, total=total),
+            lambda what: progress.update(task, description=escape(what)),
+            lambda: progress.advance(task),
+        )
+
+
+def _counts(option: str, text: str, most: int) -> list[int]:
+    counts = [int(word) if word.strip().isdecimal() else 0 for word in text.split(",")]
+    if min(counts) < 1 or max(counts) > most:
+        raise typer.BadParameter(f"{option} {text!r} is not a list of numbers from 1 to {most}, such as 1,4,16")
+    return counts
 
 
 def _names(text: str) -> list[str]:

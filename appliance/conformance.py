@@ -16,26 +16,47 @@ from pydicom.uid import UID
 from appliance.intake import receiver
 from appliance.settings import Intake, Tls
 from dicom_io import _association as association
-from dicom_io import commitment, sop_classes, tls
+from dicom_io import commitment, performed, sop_classes, tls
 from dicom_io._upper_layer import LONGEST_PDU, MAXIMUM_PDU, Rejection
 
 STATUSES: dict[int, tuple[str, str]] = {
     association.SUCCESS: (
         "Success",
         "file, folder and the ledger's row are synced to disk; also for an instance that came before with the same "
-        "bytes, and for C-ECHO",
+        "bytes; N-ACTION, N-CREATE, N-SET: the ledger's row is synced to disk; C-ECHO",
     ),
-    association.PROCESSING_FAILURE: ("Processing failure", "N-ACTION: the request could not be written down"),
-    association.INVALID_INSTANCE: ("Invalid SOP Instance", "Affected SOP Instance UID is no UID"),
+    performed.INVALID_VALUE: (
+        "Invalid attribute value",
+        "N-CREATE, N-SET: a status that the step cannot have, a UID that is none, several studies",
+    ),
+    association.PROCESSING_FAILURE: (
+        "Processing failure",
+        "N-ACTION, N-CREATE, N-SET: the request could not be written down; N-CREATE, N-SET: its data set is damaged; "
+        f"N-SET for a step that has ended, with Error ID 0x{performed.MAY_NOT_BE_UPDATED[1]:04X}",
+    ),
+    performed.DUPLICATE_INSTANCE: ("Duplicate SOP Instance", "N-CREATE with a UID that is there"),
+    association.INVALID_INSTANCE: ("Invalid SOP Instance", "the SOP Instance UID of the command is no UID"),
+    performed.MISSING_ATTRIBUTE: ("Missing attribute", "N-CREATE, N-SET: what is needed is not there"),
+    performed.MISSING_VALUE: (
+        "Missing attribute value",
+        "N-CREATE, N-SET: what is needed is empty; also a step that ends without a series",
+    ),
     association.CLASS_NOT_SUPPORTED: (
         "SOP Class not supported",
         "the class of the command is not that of its presentation context",
     ),
     association.NO_SUCH_ACTION: ("No such action type", "N-ACTION with another Action Type ID than 1"),
     association.UNRECOGNIZED_OPERATION: ("Unrecognized operation", "any other request"),
-    association.NO_SUCH_INSTANCE: ("No such SOP Instance", "N-ACTION on another than the well-known instance"),
+    association.NO_SUCH_INSTANCE: (
+        "No such SOP Instance",
+        "N-ACTION on another than the well-known instance; N-SET of a step that was not created",
+    ),
     commitment.INVALID_ARGUMENT: ("Invalid argument value", "N-ACTION: its data set is no request for commitment"),
-    commitment.RESOURCE_LIMITATION: ("Resource limitation", "N-ACTION: more than one request may ask for"),
+    commitment.RESOURCE_LIMITATION: (
+        "Resource limitation",
+        "N-ACTION, N-CREATE, N-SET: more instances than a request may name, or than are kept of one study; no room on "
+        "the disk",
+    ),
     receiver.OUT_OF_RESOURCES: (
         "Out of resources",
         "the disk is full or below its reserve (`intake.reserve_percent`, `intake.reserve_bytes`), or the ledger "
@@ -109,6 +130,23 @@ def classes() -> str:
     return _table(("SOP class", "UID"), ((UID(uid).name, uid) for uid in sop_classes.STORAGE_CLASSES))
 
 
+def performed_classes() -> str:
+    """What tells of performed steps and availability, and what is read of it."""
+    study = "Scheduled Step Attributes Sequence > Study Instance UID"
+    status = "Performed Procedure Step Status"
+    series = "Performed Series Sequence > Series Instance UID, Referenced SOP Instance UIDs"
+    referenced = "Referenced Series Sequence > Series Instance UID, Referenced SOP Instance UIDs, Instance Availability"
+    rows = (
+        (sop_classes.PERFORMED_STEP, "N-CREATE", f"{study}; {status} (IN PROGRESS); {series}"),
+        (sop_classes.PERFORMED_STEP, "N-SET", f"{status}; {series}"),
+        (sop_classes.AVAILABILITY, "N-CREATE", f"Study Instance UID; {referenced}"),
+    )
+    return _table(
+        ("SOP class", "UID", "operation", "what is read"),
+        ((UID(uid).name.removesuffix(" SOP Class"), uid, operation, read) for uid, operation, read in rows),
+    )
+
+
 def syntaxes() -> str:
     """Transfer syntaxes, each of which every storage class takes."""
     rows = ((UID(uid).name, uid) for uid in sop_classes.TRANSFER_SYNTAXES)
@@ -144,7 +182,8 @@ def security() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    one.__name__: one for one in (acceptor, rejections, classes, syntaxes, statuses, failures, security)
+    one.__name__: one
+    for one in (acceptor, rejections, classes, syntaxes, statuses, failures, performed_classes, security)
 }
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

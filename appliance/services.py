@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,9 +36,11 @@ from appliance.inference.slabs import foreseen_slabs, plan_slabs
 from appliance.inference.stream import (
     ARRIVING,
     COMPLETE,
+    PREPARED,
     STAT,
     Closed,
     Pipeline,
+    Reading,
     SlabAnswer,
     ask_for,
     read_volume,
@@ -51,7 +54,7 @@ from appliance.intake.spool import Spool, path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import LONGEST_PAUSE, Arriving, Inputs, Ledger, NewFinding, StoredInstance
+from appliance.ledger.store import LONGEST_PAUSE, Arriving, Inputs, Ledger, NewFinding, StoredInstance, Told
 from appliance.operations.health import LedgerMetrics
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
 from appliance.settings import DicomDestination, Hl7Destination, Intake, Settings, SettingsError
@@ -60,7 +63,7 @@ from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
 from appliance.study.selection import Considered
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
-from dicom_io.pixels import decoder_for
+from dicom_io.pixels import NATIVE_SYNTAXES, decoder_for
 from dicom_io.plausible import ImplausibleImage
 from dicom_io.scp import Listener, ServerOptions, start_server
 from dicom_io.scu import Peer
@@ -75,6 +78,9 @@ STOP_SECONDS = 8.0
 
 ANALYSES = 4
 """Complete studies whose answer is worked out at a time: one that waits for the model does not hold up the others."""
+
+URGENT_ANALYSES = 2
+"""So many more at a time if they are urgent."""
 
 LOOK_SECONDS = 0.1
 """While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
@@ -313,13 +319,18 @@ class Engine:
         self._packages = {package.name: package for package in packages}
         self._client = client
         self._pipeline = pipeline
-        self._answering = ThreadPoolExecutor(ANALYSES, "answer")
+        self._answering = ThreadPoolExecutor(ANALYSES + URGENT_ANALYSES, "answer")
         self._working: dict[int, tuple[int, Future[None]]] = {}
         self._arrivals = Arrivals(ledger)
-        self._looked: dict[int, float] = {}
-        self._ahead: dict[int, set[tuple[str, tuple[str, ...]]]] = {}
-        self._not_ahead: set[int] = set()
+        self._looked: dict[int, tuple[Arriving, float, float]] = {}
+        self._ahead: dict[int, dict[tuple[str, tuple[str, ...]], Future[SlabAnswer]]] = {}
+        # Work ahead costs no try. What was arriving when an engine ended may be what ended it: it waits for its
+        # analysis, which does.
+        self._not_ahead = {one.id for one in ledger.arriving_studies()}
         self._suspicious: set[int] = set()
+        self._begun: dict[int, set[str]] = {}
+        self._undecided: set[int] | None = None
+        self._alone = 0
         self._problems: dict[str, str] = {}
         self._complaints: dict[int, str] = {}
         self.issued = threading.Event()
@@ -332,15 +343,23 @@ class Engine:
     def step(self) -> float:
         """Do what there is to do; returns the seconds until there may be more."""
         self._settle()
+        self._decide_all()
+        self._answer()
         wait = self._watch_studies()
+        self._decide_all()
+        self._answer()
+        return wait
+
+    def _decide_all(self) -> None:
         versions = {package.name: package.version for package in self._packages.values()}
         busy = {study_id for study_id, _ in self._working.values()}
-        for study_id, name in self._ledger.undecided_studies(versions):
+        # Only what this engine completes can come to be undecided after its first look at all of them.
+        undecided = self._ledger.undecided_studies(versions, self._undecided)
+        self._undecided = {study_id for study_id, _ in undecided}
+        for study_id, name in undecided:
             if study_id not in busy:
                 with self._isolated(study_id):
                     self._decide(study_id, self._packages[name])
-        self._answer()
-        return wait
 
     @contextmanager
     def _isolated(self, study_id: int) -> Iterator[None]:
@@ -359,19 +378,25 @@ class Engine:
         arriving_studies = self._ledger.arriving_studies()
         here = {arriving.id for arriving in arriving_studies}
         self._looked = {study_id: at for study_id, at in self._looked.items() if study_id in here}
-        # The most urgent first: they are also the first in the decoders' queue.
         if self._settings.study.wait_then_infer:
             silent = [one for one in arriving_studies if self._silence(one) <= 0]
             soonest = min([soonest, *(self._silence(one) for one in arriving_studies if one not in silent)])
             arriving_studies = silent
+        # The most urgent first: they are also the first in the decoders' queue.
         for arriving in sorted(arriving_studies, key=lambda one: (not self._is_stat(one.id, one.calling_ae), one.id)):
-            since = time.monotonic() - self._looked.get(arriving.id, -LOOK_SECONDS)
-            if arriving.open_associations and since < LOOK_SECONDS:
-                soonest = min(soonest, LOOK_SECONDS - since)
-                continue
-            self._looked[arriving.id] = time.monotonic()
+            at = time.monotonic()
+            if before := self._looked.get(arriving.id):
+                known, looked, due = before
+                if known != arriving:
+                    due = looked + LOOK_SECONDS if arriving.open_associations else at
+                if at < due:
+                    soonest = min(soonest, due - at)
+                    continue
+            self._looked[arriving.id] = arriving, at, at
             with self._isolated(arriving.id):
-                soonest = min(soonest, self._watch(arriving))
+                wait = self._watch(arriving)
+                self._looked[arriving.id] = arriving, at, at + wait
+                soonest = min(soonest, wait)
         return soonest
 
     def _watch(self, arriving: Arriving) -> float:
@@ -381,60 +406,136 @@ class Engine:
             arrival.selection,
             arrival.series,
             habit_of(self._ledger.earlier_evidence(arriving.calling_ae, HABIT_MEMORY)),
+            self._ledger.said_of(arriving.id),
             now(),
             settle_seconds=self._settings.study.settle_seconds,
             quiet_seconds=self._settings.study.quiet_seconds,
         )
-        self._work_ahead(arriving, arrival)
         if not decision.complete:
-            return decision.wait_seconds
+            self._work_ahead(arriving, arrival, whole=False)
+            early = self._settings.provisional.alerts and arriving.open_associations
+            return min(decision.wait_seconds, POLL_SECONDS if early else decision.wait_seconds)
         if self._ledger.complete_study(arriving.id, arriving.last_instance_at, decision.evidence):
             log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
+            self._undecided = None if self._undecided is None else self._undecided | {arriving.id}
+            self._work_ahead(arriving, arrival, whole=True)
         self._ahead.pop(arriving.id, None)
+        self._begun.pop(arriving.id, None)
         self._not_ahead.discard(arriving.id)
         return POLL_SECONDS
 
     def _silence(self, arriving: Arriving) -> float:
         """Seconds until a study has been silent for so long that nothing more is waited for."""
-        return self._settings.study.quiet_seconds - seconds_between(arriving.last_instance_at, now())
+        silent = seconds_between(arriving.last_instance_at, now())
+        return self._settings.study.quiet_seconds - silent if silent >= 0 else 0.0
 
     def _is_stat(self, study_id: int, calling_ae: str) -> bool:
         return study_id in self._suspicious or calling_ae in self._settings.study.stat_calling_ae_titles
 
-    def _work_ahead(self, arriving: Arriving, arrival: Arrival) -> None:
+    def _work_ahead(self, arriving: Arriving, arrival: Arrival, *, whole: bool) -> None:
         """Put through the model what most likely are slabs of the study, once what is known of it lets the package.
 
-        When all associations have ended, that is every slab of what is there.
+        Args:
+            whole: it is complete; then that is every slab.
         """
         selection = arrival.selection
         if selection.series is None or selection.volume is None or arriving.id in self._not_ahead:
             return
         urgency = STAT if self._is_stat(arriving.id, arriving.calling_ae) else ARRIVING
-        done = self._ahead.setdefault(arriving.id, set())
+        asked = self._ahead.setdefault(arriving.id, {})
+        covered: set[int] | None = None
         for package in self._packages.values():
             slab_mm = package.preprocessing.slab_mm
-            if arriving.open_associations:
-                foreseen = foreseen_slabs(selection.volume, slab_mm)
-            else:
+            if whole:
                 foreseen = [plan.members for plan in plan_slabs(selection.volume, slab_mm)]
+            else:
+                foreseen = foreseen_slabs(selection.volume, slab_mm)
+                members = {member for slab in foreseen for member in slab}
+                covered = members if covered is None else covered & members
             planes = selection.volume.planes
             named = [(package.name, tuple(planes[member].sop_instance_uid for member in one)) for one in foreseen]
-            new = [members for members, name in zip(foreseen, named, strict=True) if name not in done]
+            new = {name: members for members, name in zip(foreseen, named, strict=True) if name not in asked}
             if not new:
                 continue
-            admission = admit(
-                package, selection.series.headers, selection.volume, len(foreseen), self._settings.exception
-            )
+            admission = self._admission(package, arrival, len(foreseen))
             if not admission.promising:
                 continue
-            done.update(named)
             files = self._spool_files(arrival.instances)
             threshold = package.operating_point.threshold
             any_place = package.labels.index(ANY)
-            for future in ask_for(
-                self._pipeline, package, admission, selection.volume, new, files, owner=arriving.id, urgency=urgency
-            ):
+            futures = ask_for(
+                self._pipeline,
+                package,
+                admission,
+                selection.volume,
+                list(new.values()),
+                files,
+                owner=arriving.id,
+                urgency=urgency,
+            )
+            asked.update(zip(new, futures, strict=True))
+            for future in futures:
                 future.add_done_callback(partial(self._ahead_done, arriving.id, any_place, threshold))
+        if covered is not None and asked:
+            self._prepare_slices(arriving.id, arrival, covered, urgency)
+        if self._settings.provisional.alerts and arriving.open_associations and not whole:
+            for package in self._packages.values():
+                self._alert_early(arriving.id, arrival, package)
+
+    def _prepare_slices(self, study_id: int, arrival: Arrival, covered: set[int], urgency: int) -> None:
+        """Decode slices whose slab is not there yet, where decoding takes long; else all of it comes at the end."""
+        volume = arrival.selection.volume
+        assert volume is not None
+        begun = self._begun.setdefault(study_id, set())
+        files = []
+        for place, plane in enumerate(volume.planes):
+            one = arrival.instances[plane.sop_instance_uid]
+            syntax = one.header.transfer_syntax_uid
+            if place not in covered and one.digest not in begun and one.header.number_of_frames == 1:
+                begun.add(one.digest)
+                if syntax not in NATIVE_SYNTAXES and self._settings.box.device == "cpu":
+                    files.append((self._spooled(one), one.digest))
+        # Of what arrives in no order, most is forgotten before it is needed.
+        self._pipeline.prepare(files[:PREPARED], urgency=urgency)
+
+    def _admission(self, package: Package, arrival: Arrival, slabs: int) -> Admission:
+        """What the gate says of what is there of a study's selected series."""
+        series, volume = arrival.selection.series, arrival.selection.volume
+        assert series is not None and volume is not None
+        return admit(package, series.headers, volume, slabs, self._settings.exception)
+
+    def _alert_early(self, study_id: int, arrival: Arrival, package: Package) -> None:
+        """Answer on what is there, once enough slabs next to one another leave no doubt."""
+        wanted, volume = self._settings.provisional, arrival.selection.volume
+        assert volume is not None
+        known = {name: future for name, future in self._ahead[study_id].items() if name[0] == package.name}
+        answers: dict[tuple[int, ...], SlabAnswer] = {}
+        plans = plan_slabs(volume, package.preprocessing.slab_mm)
+        for plan in plans:
+            name = package.name, tuple(volume.planes[member].sop_instance_uid for member in plan.members)
+            if (future := known.get(name)) and future.done() and not future.exception():
+                answers[plan.members] = future.result()
+        any_place = package.labels.index(ANY)
+        certain = [one for one in sorted(answers) if answers[one].probabilities[any_place] >= wanted.threshold]
+        if longest_run(certain, {gap.after for gap in volume.gaps}) < wanted.slabs:
+            return
+        read = [plan for plan in plans if plan.members in answers]
+        brain_ml = Reading(tuple(read), tuple(answers[plan.members] for plan in read)).brain_ml
+        admission = self._admission(package, arrival, len(plans))
+        if not admission.promising or brain_ml < package.indication.minimum_brain_ml:
+            return
+        uids = dict.fromkeys(plane.sop_instance_uid for plane in volume.planes)
+        row = self._ledger.begin_early(
+            study_id,
+            package.name,
+            package.version,
+            admission=admission.to_json(),
+            selection=arrival.selection.to_json(),
+            inputs=[[uid, arrival.instances[uid].digest] for uid in uids],
+        )
+        if row is not None:
+            log.info("study %d: %d slabs side by side leave no doubt; a provisional alert", study_id, wanted.slabs)
+            self._begin(row, early=True)
 
     def _ahead_done(self, study_id: int, any_place: int, threshold: float, future: Future[SlabAnswer]) -> None:
         """A slab that looks positive makes its study urgent; one that failed leaves it to the complete study."""
@@ -442,9 +543,11 @@ class Engine:
             if not isinstance(error, Closed) and study_id not in self._not_ahead:
                 self._not_ahead.add(study_id)
                 log.warning("study %d: nothing more is done ahead: %s", study_id, error)
-        elif future.result().probabilities[any_place] >= threshold and study_id not in self._suspicious:
-            self._suspicious.add(study_id)
-            log.info("study %d: a slab looks positive; the study goes first", study_id)
+        elif future.result().probabilities[any_place] >= threshold:
+            if study_id not in self._suspicious:
+                self._suspicious.add(study_id)
+                log.info("study %d: a slab looks positive; the study goes first", study_id)
+            ring(self._settings.run_directory, "engine")  # it may be enough for a provisional alert
 
     def _decide(self, study_id: int, package: Package) -> None:
         """Ask the gate about one complete study."""
@@ -468,7 +571,7 @@ class Engine:
         else:
             try:
                 slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
-                admission = admit(package, selection.series.headers, selection.volume, slabs, self._settings.exception)
+                admission = self._admission(package, arrival, slabs)
             except Exception as error:
                 # What nobody can judge is refused, where everybody sees it, and not tried for ever.
                 log.exception("study %d: the gate failed in a way nobody foresaw", study_id)
@@ -480,6 +583,7 @@ class Engine:
         if (
             admission.admitted
             and standing is not None
+            and not standing["result"].get("provisional")
             and standing["inputs"] == inputs
             and standing["result"]["package_version"] == package.version
         ):
@@ -500,23 +604,37 @@ class Engine:
         verb = "admitted" if admission.admitted else "refused"
         why = "" if admission.admitted else f" ({admission.reason})"
         log.info("study %d: %s by %s%s", study_id, verb, package.name, why)
-        if not admission.admitted and standing is not None and standing["positive"]:
-            log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
+        if not admission.admitted and standing is not None:
+            self._take_back(standing, arrival.instances, admission.reason)
 
     def _answer(self) -> None:
-        """Begin to answer what waits and whose package Triton serves, the most urgent first."""
-        while len(self._working) < ANALYSES:
+        """Begin to answer what waits and whose package Triton serves, the most urgent first.
+
+        What was tried before is answered alone: if it ends the engine, it must not take others with it.
+        """
+        while len(self._working) < ANALYSES + URGENT_ANALYSES and self._alone not in self._working:
             waiting = self._ledger.waiting_packages()
             ready = [name for name in sorted(waiting & set(self._packages)) if self._ready(self._packages[name])]
-            row = (
-                self._ledger.take_analysis(ready, self._suspicious, self._settings.study.stat_calling_ae_titles)
-                if ready
-                else None
+            if not ready:
+                return
+            row = self._ledger.take_analysis(
+                ready,
+                tuple(self._suspicious.copy()),
+                self._settings.study.stat_calling_ae_titles,
+                only_urgent=len(self._working) >= ANALYSES,
+                only_untried=bool(self._working),
             )
             if row is None:
                 return
             self._arrivals.forget(row["study_id"])
-            self._working[row["id"]] = row["study_id"], self._answering.submit(self._answer_one, row)
+            self._alone = row["id"] if row["attempts"] else 0
+            self._begin(row)
+
+    def _begin(self, row: Row, *, early: bool = False) -> None:
+        future = self._answering.submit(self._answer_one, row, early)
+        # Not from within: the engine would be awake before it is done.
+        future.add_done_callback(lambda _: ring(self._settings.run_directory, "engine"))
+        self._working[row["id"]] = row["study_id"], future
 
     def _settle(self) -> None:
         """Take leave of what was answered; what could not even be written down as failed is taken up again."""
@@ -529,11 +647,11 @@ class Engine:
                 self._ledger.park_analyses(self._settings.models.attempts, others)
             del self._working[key]
 
-    def _answer_one(self, row: Row) -> None:
+    def _answer_one(self, row: Row, early: bool) -> None:
         package = self._packages[row["package"]]
         attempt = row["attempts"] + 1
         try:
-            self._analyse(row, package)
+            self._analyse(row, package, early)
         except Closed as error:
             self._ledger.park_analysis(row["id"], error.what, 0)
         except (OSError, OperationalError) as error:
@@ -549,8 +667,9 @@ class Engine:
         except Exception as error:
             log.exception("study %d: the analysis failed in a way nobody foresaw", row["study_id"])
             self._failed(row, f"{type(error).__name__}: {error}", attempt)
-        finally:
-            ring(self._settings.run_directory, "engine")
+        else:
+            if not early:
+                self._suspicious.discard(row["study_id"])
 
     def _ready(self, package: Package) -> bool:
         said = self._client.problem(package)
@@ -570,7 +689,7 @@ class Engine:
             raise ScansideError("instances that were admitted are gone", f"study {study_id}", "report this fault")
         return found
 
-    def _analyse(self, row: Row, package: Package) -> None:
+    def _analyse(self, row: Row, package: Package, early: bool) -> None:
         """Run a package on exactly what the gate admitted, whatever arrived since."""
         study_id = row["study_id"]
         instances = self._files(study_id, row["inputs"])
@@ -590,24 +709,26 @@ class Engine:
         if not admission.admitted:
             self._ledger.withhold(row["id"], admission.reason, admission.to_json())
             log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
-            if any(one["positive"] for one in self._ledger.verdicts(row["id"])[-1:]):
-                log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
+            for one in self._ledger.verdicts(row["id"])[-1:]:
+                self._take_back(one, instances, admission.reason)
             return
         first = next(iter(instances.values()))
+        limitations = [f"The study was still arriving: {len(volume.planes)} slices were read."] if early else []
         verdict = verdict_on(
             package,
             volume,
             reading,
             study_uid=row["study_instance_uid"],
             series_uid=first.header.series_instance_uid,
-            limitations=[
+            limitations=limitations
+            + [
                 f"Series {one['series_number'] if one['series_number'] is not None else 'without number'} "
                 f"was not analysed: {one['reason']}."
                 for one in row["selection"]
                 if not one["chosen"]
             ],
         )
-        self._issue(row, verdict, admission, self._spooled(first))
+        self._issue(row, replace(verdict, provisional=early), admission, self._spooled(first))
 
     def _spool_files(self, instances: Mapping[str, StoredInstance]) -> dict[str, tuple[Path, str, int]]:
         return {uid: (self._spooled(one), one.digest, one.header.number_of_frames) for uid, one in instances.items()}
@@ -620,35 +741,8 @@ class Engine:
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
-        folder = _folder(row["study_id"], verdict.package, revision)
-        findings: list[NewFinding] = []
-        told = self._ledger.told(row["id"])
-        hl7 = [one for one in self._settings.destination if isinstance(one, Hl7Destination)]
-        header = pydicom.dcmread(source, stop_before_pixels=True)
-        for destination in hl7:
-            kind = alert_kind(told.get(destination.name, []), verdict.positive)
-            if kind is None:
-                continue
-            message = message_control_id(*key, str(revision), kind, destination.name)
-            text = render_alert(
-                verdict,
-                header,
-                control_id=message,
-                kind=kind,
-                revision=revision,
-                issued_at=datetime.fromisoformat(issued_at),
-                # What is only evaluated must not look like the real thing to an interface engine.
-                processing_id=destination.processing_id if self._packages[verdict.package].mode == "clinical" else "T",
-                sending_application=self._settings.box.name,
-                sending_facility=destination.sending_facility,
-                receiving_application=destination.receiving_application,
-                receiving_facility=destination.receiving_facility,
-            )
-            path = folder / f"{message}.hl7"
-            _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
-            # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
-            name = f"alert.{destination.name}"
-            findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
+        findings = self._alerts(row["id"], row["study_id"], verdict, revision, issued_at, source)
+        hl7 = any(isinstance(one, Hl7Destination) for one in self._settings.destination)
         for name in objects_for(verdict):
             wanted = tuple(
                 one.name
@@ -675,6 +769,60 @@ class Engine:
         log.info("study %d: %s (%.2f), revision %d", row["study_id"], answer, verdict.probability, revision)
         if untold:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
+
+    def _take_back(self, standing: Row, instances: Mapping[str, StoredInstance], reason: str) -> None:
+        """What becomes of a verdict on a study that was refused in the end: a provisional alert is withdrawn."""
+        study_id, verdict = self._ledger.study_of(standing["analysis_id"]), Verdict.from_json(standing["result"])
+        if not verdict.positive:
+            return
+        if not verdict.provisional:
+            log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
+            return
+        revision, issued_at = standing["revision"] + 1, now()
+        withdrawn = replace(
+            verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
+        )
+        source = self._spooled(next(iter(instances.values())))
+        findings = self._alerts(standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
+        self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
+        ring(self._settings.run_directory, "delivery")
+        log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)
+
+    def _alerts(
+        self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, source: Path
+    ) -> list[NewFinding]:
+        """Write the message to each HL7 destination that this verdict tells something new; what to deliver."""
+        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
+        told = self._ledger.told(analysis_id)
+        header = pydicom.dcmread(source, stop_before_pixels=True)
+        findings: list[NewFinding] = []
+        for destination in self._settings.destination:
+            if not isinstance(destination, Hl7Destination):
+                continue
+            kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
+            if kind is None:
+                continue
+            message = message_control_id(*key, str(revision), kind, destination.name)
+            text = render_alert(
+                verdict,
+                header,
+                control_id=message,
+                kind=kind,
+                revision=revision,
+                issued_at=datetime.fromisoformat(issued_at),
+                # What is only evaluated must not look like the real thing to an interface engine.
+                processing_id=destination.processing_id if self._packages[verdict.package].mode == "clinical" else "T",
+                sending_application=self._settings.box.name,
+                sending_facility=destination.sending_facility,
+                receiving_application=destination.receiving_application,
+                receiving_facility=destination.receiving_facility,
+            )
+            path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
+            _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
+            # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
+            name = f"alert.{destination.name}"
+            findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
+        return findings
 
     def render_findings(self) -> None:
         """Make the file of every finding that has none yet, most urgent first."""
@@ -715,17 +863,35 @@ class Engine:
         ring(self._settings.run_directory, "delivery")
 
 
-def alert_kind(positive_before: Sequence[bool], positive: bool) -> Kind | None:
-    """What a verdict tells the hospital: an alert once, and a withdrawal or correction when the answer changed.
+def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
+    """What a verdict tells the hospital: an alert once, and what became of it when that is known or has changed.
 
     Args:
-        positive_before: the answers of the earlier revisions, oldest first.
+        before: what it was told by the earlier revisions, oldest first.
     """
-    if positive_before and positive_before[-1]:
-        return None if positive else "withdrawal"
+    last = before[-1] if before else Told(positive=False)
     if not positive:
-        return None
-    return "correction" if any(positive_before) else "alert"
+        return "withdrawal" if last.positive else None
+    if last.positive:
+        return "confirmation" if last.provisional and not provisional else None
+    if any(one.positive for one in before):
+        return "correction"
+    return "provisional" if provisional else "alert"
+
+
+def longest_run(slabs: Sequence[tuple[int, ...]], gaps: Container[int]) -> int:
+    """How many slabs of a volume lie next to one another, at most.
+
+    Args:
+        slabs: their planes, sorted.
+        gaps: planes after which cover is missing.
+    """
+    longest = run = 0
+    for number, slab in enumerate(slabs):
+        below = slabs[number - 1][-1] if number else -2
+        run = run + 1 if slab[0] == below + 1 and below not in gaps else 1
+        longest = max(longest, run)
+    return longest
 
 
 def _number(series: Considered) -> str:

@@ -161,6 +161,14 @@ class Study(_Section):
     )
 
 
+class Provisional(_Section):
+    """Alerts on a study that is still arriving; the whole study confirms or withdraws them."""
+
+    alerts: bool = Field(False, description="Whether such alerts are sent.")
+    threshold: float = Field(0.95, gt=0, lt=1, description="Probability of haemorrhage that each slab must reach.")
+    slabs: int = Field(3, ge=1, le=20, description="How many slabs next to one another must reach it.")
+
+
 class Retention(_Section):
     """When the files of finished studies go. What is not finished, or went wrong, stays; see docs/operations.md."""
 
@@ -292,6 +300,7 @@ class Settings(BaseSettings):
     box: Box = Box()
     intake: Intake = Intake()
     study: Study = Study()
+    provisional: Provisional = Provisional()
     retention: Retention = Retention()
     triton: Triton = Triton()
     models: Models = Models()

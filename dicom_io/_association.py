@@ -43,7 +43,14 @@ from dicom_io.commitment import (
     encode_report,
 )
 from dicom_io.handlers import Answer, Outcome, Refusal, Session, Sink, StoreRequest
-from dicom_io.sop_classes import STORAGE_COMMITMENT, VERIFICATION
+from dicom_io.performed import (
+    PerformedError,
+    Request,
+    read_availability,
+    read_new_step,
+    read_step_change,
+)
+from dicom_io.sop_classes import AVAILABILITY, OTHER_CLASSES, PERFORMED_STEP, STORAGE_COMMITMENT
 from dicom_io.tls import client_subject
 
 if TYPE_CHECKING:
@@ -72,6 +79,7 @@ UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.21
 CANNOT_UNDERSTAND = 0xC000  # PS3.4 B.2.3
 
 _PDU = struct.Struct(">BxI")
+_GATHERED = (dimse.Field.N_ACTION_RQ, dimse.Field.N_CREATE_RQ, dimse.Field.N_SET_RQ)
 _TWO = struct.Struct(">IBB")  # a fragment's item length, context ID and message control header (PS3.8 9.3.5.1)
 
 
@@ -105,7 +113,7 @@ class _Message:
         self.answer: Answer | None = None  # known before the data came: a refusal
         self.fill = 0  # of the association's buffer
         self.size = 0  # of the data set, as far as it came
-        self.data = bytearray()  # of an N-ACTION
+        self.data = bytearray()  # of a request that is no C-STORE
 
 
 class Association(threading.Thread):
@@ -456,9 +464,9 @@ class Association(threading.Thread):
         message.size += size
         if message.size > self._options.maximum_instance_bytes:
             raise _Invalid("a message is longer than any instance may be")
-        if message.command is not None and message.command.field == dimse.Field.N_ACTION_RQ:
+        if message.command is not None and message.command.field in _GATHERED:
             if message.size > MAXIMUM_REQUEST_BYTES:
-                raise _Invalid("an N-ACTION request that does not end")
+                raise _Invalid("an N-ACTION, N-CREATE or N-SET request that does not end")
             self._read_into(message.data, size)
             return
         buffer = self._buffer
@@ -515,7 +523,7 @@ class Association(threading.Thread):
 
     def _begin_store(self, message: _Message, command: dimse.Command) -> None:
         abstract_syntax, transfer_syntax = self._contexts[message.context_id]
-        if command.affected_class != abstract_syntax or abstract_syntax in (VERIFICATION, STORAGE_COMMITMENT):
+        if command.affected_class != abstract_syntax or abstract_syntax in OTHER_CLASSES:
             said = "the SOP class is not that of its presentation context"
             message.answer = Answer(CLASS_NOT_SUPPORTED, said, "wrong class")
         elif not is_uid(command.affected_instance):
@@ -548,6 +556,8 @@ class Association(threading.Thread):
                 self._answer(message, Answer(SUCCESS))
             case dimse.Field.N_ACTION_RQ:
                 self._answer(message, self._commit(message, command))
+            case dimse.Field.N_CREATE_RQ | dimse.Field.N_SET_RQ:
+                self._answer(message, self._performed(message, command))
             case dimse.Field.N_EVENT_REPORT_RSP:
                 if self._reporting and command.responded_to == self._message_id:
                     self._reported(command.status)
@@ -559,7 +569,7 @@ class Association(threading.Thread):
 
     def _answer(self, message: _Message, answer: Answer) -> None:
         assert message.command is not None
-        encoded = dimse.response(message.command, answer.status, answer.comment)
+        encoded = dimse.response(message.command, answer.status, answer.comment, answer.error_id)
         self._happen(Event.SEND)
         self._send(p_data(message.context_id, encoded, command=True, maximum=self._peer_maximum))
 
@@ -602,6 +612,37 @@ class Association(threading.Thread):
         except Exception as error:
             logger.exception("a commitment request of association %d was not recorded", self.number)
             return Answer(PROCESSING_FAILURE, type(error).__name__)
+
+    def _performed(self, message: _Message, command: dimse.Command) -> Answer:
+        """N-CREATE and N-SET of a performed procedure step, N-CREATE of an availability notification."""
+        assert self.session is not None
+        handlers = self._server.handlers
+        try:
+            request = self._read_performed(message, command)
+            if not isinstance(request, Answer):
+                return handlers.performed(self.session, request)
+            handlers.performed_refused(self.session, request)
+            return request
+        except Exception as error:
+            logger.exception("what association %d says was performed was not recorded", self.number)
+            return Answer(PROCESSING_FAILURE, type(error).__name__)
+
+    def _read_performed(self, message: _Message, command: dimse.Command) -> Request | Answer:
+        abstract_syntax, transfer_syntax = self._contexts[message.context_id]
+        creates = command.field == dimse.Field.N_CREATE_RQ
+        sop_class = command.affected_class if creates else command.requested_class
+        uid = command.affected_instance if creates else command.requested_instance
+        if abstract_syntax not in (PERFORMED_STEP, AVAILABILITY) or sop_class != abstract_syntax:
+            return Answer(CLASS_NOT_SUPPORTED, "the SOP class is not that of its presentation context")
+        if not creates and abstract_syntax != PERFORMED_STEP:
+            return Answer(UNRECOGNIZED_OPERATION, "an availability notification is not changed")
+        if not is_uid(uid):
+            return Answer(INVALID_INSTANCE, "SOP Instance UID is missing or no UID")
+        read = read_availability if abstract_syntax == AVAILABILITY else read_new_step if creates else read_step_change
+        try:
+            return read(uid, bytes(message.data), transfer_syntax)
+        except PerformedError as error:
+            return Answer(error.status, error.what)
 
     def _reported(self, status: int | None) -> None:
         assert self.session is not None

@@ -24,7 +24,9 @@ class Field(IntEnum):
     C_ECHO_RQ = 0x0030
     C_CANCEL_RQ = 0x0FFF
     N_EVENT_REPORT_RQ = 0x0100
+    N_SET_RQ = 0x0120
     N_ACTION_RQ = 0x0130
+    N_CREATE_RQ = 0x0140
     N_EVENT_REPORT_RSP = 0x8100
 
 
@@ -48,6 +50,7 @@ class Command:
     event_type: int | None = None
     action_type: int | None = None
     comment: str = ""
+    error_id: int | None = None
 
     @property
     def has_data_set(self) -> bool:
@@ -65,6 +68,7 @@ _ELEMENTS = (
     (0x0800, "data_set_type", "US"),
     (0x0900, "status", "US"),
     (0x0902, "comment", "LO"),
+    (0x0903, "error_id", "US"),
     (0x1000, "affected_instance", "UI"),
     (0x1001, "requested_instance", "UI"),
     (0x1002, "event_type", "US"),
@@ -125,11 +129,12 @@ def encode(command: Command) -> bytes:
     return struct.pack("<HHII", 0, 0, 4, len(body)) + body
 
 
-def response(request: Command, status: int, comment: str = "") -> bytes:
+def response(request: Command, status: int, comment: str = "", error_id: int | None = None) -> bytes:
     """The encoded response without a data set (PS3.7 9.3, 10.3): what the request named, and the status.
 
     Args:
         comment: Error Comment (0000,0902); cut to the 64 characters of its VR.
+        error_id: Error ID (0000,0903).
     """
     return encode(
         Command(
@@ -140,5 +145,6 @@ def response(request: Command, status: int, comment: str = "") -> bytes:
             affected_instance=request.affected_instance or request.requested_instance,
             action_type=request.action_type,
             comment=comment[:64],
+            error_id=error_id,
         )
     )

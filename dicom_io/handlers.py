@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from dicom_io.commitment import CommitmentReport, CommitmentRequest
+from dicom_io.performed import Request
 
 Outcome = Literal["released", "aborted", "broken"]
 """How an association ended: released by the peer; aborted with an A-ABORT from either side (also ours, after a silent
@@ -47,11 +48,13 @@ class Answer:
     Attributes:
         reason: the kind of failure, for counting: never what a peer sent. The provider's own are "wrong class",
             "invalid UID", "no data set" and "unforeseen".
+        error_id: Error ID (0000,0903), where a service defines one.
     """
 
     status: int
     comment: str = ""
     reason: str = "other"
+    error_id: int | None = None
 
 
 class Refusal(Exception):
@@ -115,6 +118,12 @@ class Handlers(Protocol):
 
     def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
         """What the peer answered to a result; None if it did not."""
+
+    def performed(self, session: Session, request: Request) -> Answer:
+        """Write down what was performed or is available, and answer it."""
+
+    def performed_refused(self, session: Session, answer: Answer) -> None:
+        """Such a request that cannot be read is answered with that failure."""
 
     def closed(self, session: Session, outcome: Outcome) -> None:
         """An association has ended; nothing else of it is running or will come."""

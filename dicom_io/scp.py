@@ -1,4 +1,5 @@
-"""Storage, verification and storage commitment provider (PS3.4 Annexes B, A and J).
+"""Provider of storage, verification, storage commitment, and of what modalities and archives say that there is (PS3.4
+Annexes B, A, J, F and R).
 
 It receives, and hands on the bytes as they were sent: it neither parses a data set nor keeps anything. Each connection
 has a thread (`_association`); pynetdicom reads and answers association requests, the rest of the way of an instance is
@@ -27,11 +28,10 @@ from dicom_io._upper_layer import Rejection, State
 from dicom_io.errors import ScansideError
 from dicom_io.handlers import Handlers
 from dicom_io.sop_classes import (
+    OTHER_CLASSES,
+    OTHER_SYNTAXES,
     STORAGE_CLASSES,
-    STORAGE_COMMITMENT,
     TRANSFER_SYNTAXES,
-    VERIFICATION,
-    VERIFICATION_SYNTAXES,
 )
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class StorageServer:
 
 
 def start_server(options: ServerOptions, listeners: Sequence[Listener], handlers: Handlers) -> StorageServer:
-    """Listen for associations and serve C-ECHO, C-STORE and Storage Commitment, each association in its own thread.
+    """Listen for associations and serve the classes of this module, each association in its own thread.
 
     Raises:
         ScansideError: an address cannot be bound, or the AE title is not one (PS3.5 6.2: 1 to 16 characters).
@@ -264,7 +264,7 @@ def start_server(options: ServerOptions, listeners: Sequence[Listener], handlers
 
 def _contexts(options: ServerOptions) -> list[PresentationContext]:
     contexts = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in options.storage_classes]
-    contexts += [build_context(uid, list(VERIFICATION_SYNTAXES)) for uid in (VERIFICATION, STORAGE_COMMITMENT)]
+    contexts += [build_context(uid, list(OTHER_SYNTAXES)) for uid in OTHER_CLASSES]
     return contexts
 
 

@@ -1,4 +1,4 @@
-"""The storage classes and transfer syntaxes that the provider knows (PS3.4 B.5, PS3.5 Annex A, PS3.6 Table A-1)."""
+"""The SOP classes and transfer syntaxes that the provider knows (PS3.4 B.5, PS3.5 Annex A, PS3.6 Table A-1)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ from dicom_io.errors import ScansideError
 
 VERIFICATION = str(sop.Verification)
 STORAGE_COMMITMENT = str(sop.StorageCommitmentPushModel)
+PERFORMED_STEP = str(sop.ModalityPerformedProcedureStep)
+AVAILABILITY = str(sop.InstanceAvailabilityNotification)
+
+OTHER_CLASSES: tuple[str, ...] = (VERIFICATION, STORAGE_COMMITMENT, PERFORMED_STEP, AVAILABILITY)
+"""What is accepted beside storage, in `OTHER_SYNTAXES`."""
 
 STORAGE_CLASSES: tuple[str, ...] = (
     sop.CTImageStorage,
@@ -83,7 +88,7 @@ TRANSFER_SYNTAXES: tuple[str, ...] = (
 encode anew for what they find first), then lossless ones by how fast they decode, then the rest, which is kept as
 it came; whether it can be decoded is for a later stage to say."""
 
-VERIFICATION_SYNTAXES = PLAIN_SYNTAXES[:3]
+OTHER_SYNTAXES = PLAIN_SYNTAXES[:3]
 
 
 def storage_classes(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:

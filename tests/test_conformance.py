@@ -10,7 +10,7 @@ import pytest
 
 from appliance.conformance import STATUSES, TABLES, fill
 from appliance.intake import receiver
-from dicom_io import _association, commitment
+from dicom_io import _association, commitment, performed
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ def test_a_table_that_drifts_is_found(name: str) -> None:
 def test_every_status_that_the_code_knows_is_explained() -> None:
     known = {
         value
-        for module in (_association, receiver)
+        for module in (_association, receiver, performed)
         for name, value in vars(module).items()
         if name.isupper() and isinstance(value, int) and re.search(rf"^{name} = 0x", source(module), re.MULTILINE)
     }

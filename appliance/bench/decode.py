@@ -251,7 +251,7 @@ def _case(kind: Kind, images: int, folder: Path) -> Case:
         dataset.BitsStored, dataset.HighBit = 12, 11
         dataset.PixelRepresentation = int(kind.signed)
         dataset.RescaleIntercept = "0" if kind.signed else str(_INTERCEPT)
-        frame = _encoded(kind.syntax, values, dataset)
+        frame = encoded(kind.syntax, values, dataset)
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(kind.syntax)
         dataset.PixelData = frame if kind.syntax == ExplicitVRLittleEndian else encapsulate([frame])
         dataset["PixelData"].is_undefined_length = kind.syntax != ExplicitVRLittleEndian
@@ -263,7 +263,12 @@ def _case(kind: Kind, images: int, folder: Path) -> Case:
     return case
 
 
-def _encoded(syntax: str, values: NDArray[Any], dataset: pydicom.Dataset) -> bytes:
+def encoded(syntax: str, values: NDArray[Any], dataset: pydicom.Dataset) -> bytes:
+    """One frame of a data set in a transfer syntax, without loss.
+
+    Args:
+        values: (rows, columns), of 12 bits.
+    """
     if syntax == RLELossless:
         dataset.PixelData = values.tobytes()
         dataset.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)

@@ -150,7 +150,7 @@ def measure(
                 for name, one in sent.items():
                     waited[quiet][name] = _alert(box, one)
                     on_done()
-    return _document(streamed, waited, bare)
+    return document(streamed, waited, bare)
 
 
 def _send(box: Box, studies: Sequence[Study], every: float, folder: Path) -> None:
@@ -209,22 +209,29 @@ def _transfers(folder: Path, one: Study) -> dict[str, float]:
     return found
 
 
-def _document(
+def document(
     streamed: dict[str, list[Measured]], waited: dict[float, dict[str, Measured]], bare: dict[str, float]
 ) -> dict[str, Any]:
+    """The one JSON object of a run.
+
+    Args:
+        streamed: the studies of each scenario.
+        waited: quiet time in seconds → the first study of each scenario again, in the mode that waits.
+        bare: seconds of the transfers and of the inference alone; empty if ``thin_300_fast`` is no scenario.
+    """
     scenarios: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for name, found in streamed.items():
         slowest = {quiet: each[name] for quiet, each in waited.items()}
         scenarios[name] = {
-            "last_instance_to_ack_s": _spread([one.stages["alert_acknowledged"] for one in found]),
-            "first_instance_to_ack_s": _spread([one.whole for one in found]),
-            "stages_s": {stage: _spread([one.stages[stage] for one in found]) for stage in STAGES},
+            "last_instance_to_ack_s": spread([one.stages["alert_acknowledged"] for one in found]),
+            "first_instance_to_ack_s": spread([one.whole for one in found]),
+            "stages_s": {stage: spread([one.stages[stage] for one in found]) for stage in STAGES},
             "wait_then_infer": {
                 f"{quiet:g}_s": {"last_instance_to_ack_s": one.stages["alert_acknowledged"]}
                 for quiet, one in slowest.items()
             },
-            "verdicts_that_differ": sum(_said(one.answer) != _said(found[0].answer) for one in slowest.values()),
+            "verdicts_that_differ": sum(said(one.answer) != said(found[0].answer) for one in slowest.values()),
         }
         for quiet, one in slowest.items():
             mine = scenarios[name]["last_instance_to_ack_s"]["p50"]
@@ -236,11 +243,14 @@ def _document(
     return {"scenarios": scenarios, "bare": {name: round(one, 4) for name, one in bare.items()}, "ratios": ratios}
 
 
-def _said(answer: dict[str, Any]) -> dict[str, Any]:
-    return answer
+def said(answer: Any) -> Any:
+    """What a verdict says, without the UIDs, by which copies of one study differ."""
+    if isinstance(answer, dict):
+        return {key: said(value) for key, value in answer.items() if not key.endswith("_uid")}
+    return [said(one) for one in answer] if isinstance(answer, list) else answer
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | int]:
+def spread(values: Sequence[float]) -> dict[str, float | int]:
     """The median and the upper percentiles; of a few values the 99th is the largest."""
     p50, p95, p99 = (float(np.percentile(values, share, method="higher")) for share in (50, 95, 99))
     return {"p50": round(p50, 3), "p95": round(p95, 3), "p99": round(p99, 3), "n": len(values)}

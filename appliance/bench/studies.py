@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import pydicom
+from pydicom.encaps import encapsulate
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
+from appliance.bench.decode import encoded
 from dicom_io.header import read_header
 from triton_models.training.phantom import Phantom, simulate, write_study
 
@@ -51,7 +53,10 @@ def original(folder: Path, slices: int, syntax: str = "explicit") -> Study:
     if syntax != "explicit":
         for path in paths:
             dataset = pydicom.dcmread(path)
-            dataset.compress(UID(SYNTAXES[syntax]), generate_instance_uid=False)
+            frame = encoded(SYNTAXES[syntax], dataset.pixel_array, dataset)
+            dataset.file_meta.TransferSyntaxUID = UID(SYNTAXES[syntax])
+            dataset.PixelData = encapsulate([frame])
+            dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
             dataset.save_as(path, enforce_file_format=True)
     return Study(read_header(paths[0]).study_instance_uid, tuple(paths))
 

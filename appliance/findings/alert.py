@@ -1,9 +1,9 @@
 """The alert: an HL7 v2.5.1 unsolicited result, ORU^R01 (chapter 7), from a verdict.
 
 Every result in it is preliminary (P): this box never finalises one, so it never sends F; and as table 0085 lets C
-replace final results only, a correction is a preliminary result again. A receiver tells the three kinds of message
-apart by the observation MESSAGE-KIND, and finds the message that they replace by the same patient, order numbers and
-study UID with a lower REVISION.
+replace final results only, a correction is a preliminary result again. A receiver tells the kinds of message apart by
+the observation MESSAGE-KIND, and finds the message that they replace by the same patient, order numbers and study UID
+with a lower REVISION.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from appliance.ledger.records import Verdict
 from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
 
-Kind = Literal["alert", "correction", "withdrawal"]
+Kind = Literal["provisional", "alert", "confirmation", "correction", "withdrawal"]
 
 _CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
@@ -55,7 +55,8 @@ def render_alert(
     Args:
         source: header of an analysed image; patient, visit and order are its.
         control_id: MSH-10, see `message_control_id`.
-        kind: "alert" and "correction" say that haemorrhage is suspected, "withdrawal" that it no longer is.
+        kind: "provisional" says that haemorrhage is suspected on a part of the study, "confirmation" that it still is
+            on the whole, "alert" and "correction" that it is, "withdrawal" that it no longer is.
         issued_at: when the verdict was issued (aware).
 
     Raises: ValueError if `kind` contradicts the verdict, or `control_id` is not 1 to 20 printable ASCII characters.
@@ -124,6 +125,10 @@ def _order(source: Dataset, sent: str) -> list[str]:
 
 def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list[str]:
     lines = [wording.TRIAGE_ONLY, verdict.notice]
+    if kind == "provisional":
+        lines.insert(0, "PROVISIONAL: the study was still arriving. This alert will be confirmed or withdrawn.")
+    if kind == "confirmation":
+        lines.insert(0, f"CONFIRMATION: revision {revision} of this verdict, on the whole study, confirms the alert.")
     if kind == "correction":
         lines.insert(0, f"CORRECTION: revision {revision} of this verdict replaces the earlier alert.")
     if kind == "withdrawal":

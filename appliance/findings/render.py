@@ -33,7 +33,9 @@ Hounsfield = Callable[[str, int], NDArray[np.float32]]
 
 
 def objects_for(verdict: Verdict) -> tuple[str, ...]:
-    """The names of the objects made from this verdict, in order of urgency."""
+    """The names of the objects made from this verdict, in order of urgency; none of one that is soon superseded."""
+    if verdict.provisional or verdict.withdrawn:
+        return ()
     return (REPORT, *(f"capture.{number}" for number in range(1, len(verdict.key_slabs) + 1)))
 
 

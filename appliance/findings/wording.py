@@ -32,6 +32,8 @@ def judged_by(verdict: Verdict) -> str:
 
 def impression(verdict: Verdict) -> str:
     """What the package says of the study, in one sentence or two."""
+    if verdict.withdrawn:
+        return f"The complete study was not analysed: {verdict.withdrawn}. Nothing is said of haemorrhage."
     if verdict.positive:
         return (
             f"Intracranial haemorrhage suspected ({kinds(verdict.subtypes)}), "

@@ -32,7 +32,7 @@ from .brain import brain_area_mm2
 from .decode import decode_each
 from .preprocess import model_input
 from .slabs import SlabPlan, plan_slabs, slab_hu
-from .triton import Output, TritonClient, TritonError
+from .triton import Output, TritonClient
 from .verdict import aggregate
 
 STAT, COMPLETE, ARRIVING = 0, 1, 2
@@ -43,6 +43,9 @@ REMEMBERED = 4096
 
 WHOLE_FILES = 2
 """Decoded multi-frame instances that are kept while their slabs are worked on."""
+
+PREPARED = 64
+"""Decoded slices that are kept until their slab is there, 1.5 MB each at 512 x 512."""
 
 RECOVERY_SECONDS = 30.0
 """Longest wait for a server that died under a batch, before every study of it loses a try."""
@@ -112,6 +115,16 @@ class _Job:
     looks: tuple[Look, ...] = ()
 
 
+@dataclass(slots=True)
+class _Slice:
+    """A file of one frame that is decoded before its slab is there."""
+
+    path: Path
+    digest: str
+    future: Future[Decoded] = field(default_factory=Future)
+    taken: bool = False
+
+
 class Closed(ScansideError):
     """The pipeline was closed before the answer came."""
 
@@ -139,7 +152,8 @@ class Pipeline:
         self._order = itertools.count()
         self._lock = threading.Condition()
         self._known: OrderedDict[_Key, _Job] = OrderedDict()
-        self._waiting: list[tuple[int, int, _Job]] = []
+        self._waiting: list[tuple[int, int, _Job | _Slice]] = []
+        self._slices: OrderedDict[str, _Slice] = OrderedDict()
         self._ready: list[tuple[int, int, _Job]] = []
         self._whole: OrderedDict[str, Decoded] = OrderedDict()
         self._whole_locks: dict[str, threading.Lock] = {}
@@ -210,6 +224,19 @@ class Pipeline:
             self._lock.notify_all()
             return job.future
 
+    def prepare(self, files: Sequence[tuple[Path, str]], *, urgency: int) -> None:
+        """Decode files of one frame whose slab is not there yet, where decoding takes long.
+
+        What is not asked for soon is forgotten, beyond `PREPARED` files the oldest first.
+        """
+        with self._lock:
+            for path, digest in files:
+                one = self._slices[digest] = _Slice(path, digest)
+                heapq.heappush(self._waiting, (urgency, next(self._order), one))
+            while len(self._slices) > PREPARED:
+                self._slices.popitem(last=False)[1].taken = True
+            self._lock.notify_all()
+
     def _promote(self, job: _Job) -> None:
         for place, (_, number, one) in enumerate(self._ready):
             if one is job:
@@ -225,26 +252,37 @@ class Pipeline:
 
     def _decoder(self) -> None:
         while (job := self._next_job()) is not None:
+            if isinstance(job, _Slice):
+                try:
+                    job.future.set_result(self._decode([(job.path, job.digest)])[0])
+                except Exception as error:
+                    job.future.set_exception(error)
+                continue
             try:
                 self._prepare(job)
             except Exception as error:
                 self._fail(job, error)
                 continue
             with self._lock:
-                # However much is asked for, no more than two batches lie ready, and a decoder holds one slab more.
+                # However much is asked for, no more than two batches of a package lie ready, and a decoder holds one
+                # slab more.
                 limit = 2 * job.package.model.maximum_batch
-                self._lock.wait_for(lambda: self._closed or len(self._ready) < limit)  # noqa: B023
-                heapq.heappush(self._ready, (job.urgency, next(self._order), job))
-                self._lock.notify_all()
+                self._lock.wait_for(lambda: self._closed or self._ready_of(job.package) < limit)  # noqa: B023
+                if not job.future.done():
+                    heapq.heappush(self._ready, (job.urgency, next(self._order), job))
+                    self._lock.notify_all()
 
-    def _next_job(self) -> _Job | None:
+    def _ready_of(self, package: Package) -> int:
+        return sum(job.package is package for _, _, job in self._ready)
+
+    def _next_job(self) -> _Job | _Slice | None:
         with self._lock:
             while True:
                 self._lock.wait_for(lambda: self._closed or self._waiting)
                 if self._closed:
                     return None
                 job = heapq.heappop(self._waiting)[2]
-                if not job.taken:
+                if not job.taken and not job.future.done():
                     job.taken = True
                     return job
 
@@ -275,9 +313,21 @@ class Pipeline:
 
     def _decoded(self, frames: Sequence[Frame]) -> Sequence[Decoded]:
         """The file of each frame; one of several frames is decoded once for all slabs that want some of it."""
-        if all(frame.frames == 1 for frame in frames):
-            return self._decode([(frame.path, frame.digest) for frame in frames])
-        return [self._whole_file(frame) for frame in frames]
+        if any(frame.frames != 1 for frame in frames):
+            return [self._whole_file(frame) for frame in frames]
+        begun: dict[str, _Slice] = {}
+        with self._lock:
+            for frame in frames:
+                one = self._slices.pop(frame.digest, None)
+                if one is not None and one.taken:
+                    begun[frame.digest] = one
+                elif one is not None:
+                    one.taken = True  # nobody needs to any more
+        rest = [(frame.path, frame.digest) for frame in frames if frame.digest not in begun]
+        decoded = dict(zip((digest for _, digest in rest), self._decode(rest), strict=True)) if rest else {}
+        return [
+            begun[frame.digest].future.result() if frame.digest in begun else decoded[frame.digest] for frame in frames
+        ]
 
     def _whole_file(self, frame: Frame) -> Decoded:
         with self._lock:
@@ -299,6 +349,7 @@ class Pipeline:
     # --- the model --------------------------------------------------------------------------------------
 
     def _sender(self) -> None:
+        doubtful = False
         while True:
             with self._lock:
                 self._lock.wait_for(lambda: self._closed or self._ready)
@@ -307,12 +358,14 @@ class Pipeline:
                 batch = self._next_batch()
                 self._lock.notify_all()
             try:
+                if doubtful:
+                    # It may be starting again after what the batch before did to it.
+                    self._client.wait_ready(RECOVERY_SECONDS, [batch[0].package])
+                doubtful = False
                 self._run(batch)
-            except TritonError as error:
-                self._run_apart(batch, error)
             except Exception as error:
-                for job in batch:
-                    self._fail(job, error)
+                doubtful = True
+                self._run_apart(batch, error)
 
     def _next_batch(self) -> list[_Job]:
         """The most urgent slab, and as many of the same package as go with it, the most urgent first."""
@@ -323,31 +376,47 @@ class Pipeline:
         return [job for _, _, job in batch]
 
     def _run(self, batch: Sequence[_Job]) -> None:
-        slabs = np.stack([job.tensor for job in batch if job.tensor is not None])
-        urgent = any(job.urgency == STAT for job in batch)
-        output = self._client.infer(batch[0].package, slabs, urgent=urgent)
-        for job, probabilities, lesion_map in zip(batch, output.probabilities, output.lesion_map, strict=True):
+        with self._lock:
+            # Whoever was failed meanwhile has no tensor any more; the others must not get one another's answers.
+            there = [(job, job.tensor) for job in batch if job.tensor is not None and not job.future.done()]
+        if not there:
+            return
+        urgent = any(job.urgency == STAT for job, _ in there)
+        output = self._client.infer(batch[0].package, np.stack([tensor for _, tensor in there]), urgent=urgent)
+        for (job, _), probabilities, lesion_map in zip(there, output.probabilities, output.lesion_map, strict=True):
             answer = SlabAnswer(probabilities, lesion_map, job.brain_mm2, job.shape, job.codecs, job.looks)
             with self._lock:
                 job.tensor = None
                 if not job.future.done():
                     job.future.set_result(answer)
 
-    def _run_apart(self, batch: Sequence[_Job], error: TritonError) -> None:
+    def _run_apart(self, batch: Sequence[_Job], error: Exception) -> None:
         """After a failure, each study by itself: what harms the server must cost no other study a try."""
         owners = list(dict.fromkeys(job.owner for job in batch))
         if len(owners) == 1:
-            for job in batch:
-                self._fail(job, error)
+            self._fail_study(owners[0], error)
             return
-        for owner in owners:
-            part = [job for job in batch if job.owner == owner]
+        for place, owner in enumerate(owners):
             try:
                 self._client.wait_ready(RECOVERY_SECONDS, [batch[0].package])
-                self._run(part)
+            except Exception as gone:
+                for left in owners[place:]:
+                    self._fail_study(left, gone)
+                return
+            try:
+                self._run([job for job in batch if job.owner == owner])
             except Exception as own:
-                for job in part:
-                    self._fail(job, own)
+                self._fail_study(owner, own)
+
+    def _fail_study(self, owner: int, error: Exception) -> None:
+        """Whoever asked gives the study up for now: its other slabs must not harm the server as well."""
+        with self._lock:
+            left = [job for job in self._known.values() if job.owner == owner and not job.future.done()]
+            self._ready = [entry for entry in self._ready if entry[2].owner != owner]
+            heapq.heapify(self._ready)
+            self._lock.notify_all()
+        for job in left:
+            self._fail(job, error)
 
     def _fail(self, job: _Job, error: Exception) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from appliance.events import Event
 from appliance.intake.commitment import CommitmentProvider
 from appliance.intake.committer import Committer
+from appliance.intake.performed import PerformedProvider
 from appliance.intake.spool import Incoming, Lane, Spool
 from appliance.ledger.store import Ledger, NewInstance
 from appliance.operations.metrics import IntakeMetrics
@@ -20,6 +21,7 @@ from dicom_io.commitment import CommitmentReport, CommitmentRequest
 from dicom_io.errors import HeaderCutOff, HeaderError
 from dicom_io.handlers import Answer, Outcome, Refusal, Session, StoreRequest
 from dicom_io.header import Header, read_header
+from dicom_io.performed import Request
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Receiver:
         self._commitments = commitments
         self._shortage = shortage
         self._metrics = metrics or IntakeMetrics()
+        self._performed = PerformedProvider(ledger, ring, shortage)
         self.committer = Committer(ledger, spool, ring, self._metrics)
         self._associations: dict[int, tuple[int, Lane]] = {}  # number in the ledger, and lane in the spool
         # (address, reason) → when that was last written down, and how often it happened since.
@@ -118,6 +121,14 @@ class Receiver:
     def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
         """Write down what became of that answer."""
         self._commitments.reported(session, transaction_uid, status)
+
+    def performed(self, session: Session, request: Request) -> Answer:
+        """Write down what was performed or is available; what to answer."""
+        return self._performed.performed(session, request)
+
+    def performed_refused(self, session: Session, answer: Answer) -> None:
+        """Write down that such a request could not be read."""
+        self._performed.refused(session, answer)
 
     def closed(self, session: Session, outcome: Outcome) -> None:
         """Write down how the association ended."""

@@ -46,6 +46,8 @@ class Verdict:
         codecs: the decoders that produced the pixels, sorted, each once.
         limitations: what was not analysed or is doubtful, in sentences.
         notice: the package's regulatory notice, to be shown wherever the verdict is.
+        provisional: it is about what had arrived of a study that was still arriving.
+        withdrawn: why an earlier verdict is taken back although nothing was read in its place; "" where it is not.
     """
 
     study_instance_uid: str
@@ -62,6 +64,8 @@ class Verdict:
     key_slabs: tuple[int, ...]
     codecs: tuple[str, ...]
     limitations: tuple[str, ...]
+    provisional: bool = False
+    withdrawn: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal record."""

@@ -45,7 +45,7 @@ study = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("study_instance_uid", String, nullable=False, unique=True),
-    Column("state", String, nullable=False, index=True),
+    Column("state", String, nullable=False),
     Column("completions", Integer, nullable=False, default=0),
     Column("first_instance_at", String, nullable=False),
     Column("last_instance_at", String, nullable=False),
@@ -53,6 +53,8 @@ study = Table(
     Column("evidence", JSON),
     Column("released_at", String),  # when somebody said that its troubles need not hold its files
     Column("removed_at", String),  # when retention removed its files; null again once an instance came since
+    # What senders did last; and the state alone.
+    Index(None, "state", "completed_at"),
     # The studies whose files lie on the disk.
     Index("ix_study_kept", "completed_at", sqlite_where=sa.text("removed_at IS NULL")),
 )
@@ -163,6 +165,20 @@ commitment = Table(
     Column("reason", String, nullable=False, default=""),
     UniqueConstraint("calling_ae", "transaction_uid"),
     Index(None, "calling_ae", "state", "due_at"),
+)
+
+performed = Table(
+    "performed",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("sop_instance_uid", String, nullable=False, unique=True),  # of the step, or of the notification
+    Column("calling_ae", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("study_instance_uid", String, nullable=False, index=True),  # it may be said before an instance comes
+    Column("series", JSON, nullable=False),  # {Series Instance UID: [SOP Instance UID, …], …}
+    Column("instances", Integer, nullable=False),  # how many those are
+    Column("created_at", String, nullable=False),
+    Column("changed_at", String, nullable=False),
 )
 
 event = Table(

@@ -1,4 +1,7 @@
-"""What may become of a study, an analysis, a delivery and a commitment: explicit tables of (state, event) → state."""
+"""What may become of a study, an analysis, a delivery, a commitment and a performed step.
+
+Explicit tables of (state, event) → state.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,16 @@ COMMITMENT: Final = {
     ("reporting", "retry"): "requested",
     ("reporting", "park"): "requested",
     ("reporting", "give_up"): "dead",
+}
+
+PERFORMED: Final = {
+    # A performed procedure step (PS3.4 F.7); one that has ended is changed no more.
+    ("", "create"): "in_progress",
+    ("in_progress", "update"): "in_progress",
+    ("in_progress", "complete"): "completed",
+    ("in_progress", "discontinue"): "discontinued",
+    # An instance availability notification (PS3.4 Annex R).
+    ("", "announce"): "announced",
 }
 
 

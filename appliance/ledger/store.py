@@ -14,8 +14,9 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.commitments import Commitments
-from appliance.ledger.database import Row, Statement, later, now, seconds_between
+from appliance.ledger.database import Row, Statement, later, now
 from appliance.ledger.outbox import Outbox
+from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.states import ANALYSIS, DELIVERY, STUDY, step
@@ -46,8 +47,10 @@ class Arriving:
         open_associations: how many of them are still open.
         last_closed_at: when the last of the others ended; None if none has.
         outcomes: how they ended, each way once, sorted: aborted, broken, lost, released.
-        calling_ae: the sender; '' if there were several.
-        longest_pause: the most seconds between the end of all associations so far and the next one's first instance.
+        calling_ae: the sender of the first instance.
+        visits: for each series and association that brought some of it: the series, when the first of these instances
+            came, and when the association ended, None while it is open; in the order of their coming.
+        said_at: when a performed step or a notification last said something of it; None if none did.
     """
 
     id: int
@@ -56,7 +59,8 @@ class Arriving:
     last_closed_at: str | None
     outcomes: tuple[str, ...]
     calling_ae: str = ""
-    longest_pause: float = 0.0
+    visits: tuple[tuple[str, str, str | None], ...] = ()
+    said_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,14 @@ class NewInstance:
     digest: str
     size: int
     association_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An answer that a destination was told."""
+
+    positive: bool
+    provisional: bool = False
 
 
 Stored = Literal["stored", "duplicate", "conflict"]
@@ -126,19 +138,7 @@ _UPDATE_STUDY = Statement(
 )
 
 
-def _longest_pause(associations: Sequence[tuple[str, str | None]]) -> float:
-    """Of associations as (first instance, end or None), ordered by the first: the longest time in which none was."""
-    longest, ended = 0.0, ""
-    for first, closed in associations:
-        if ended and first > ended:
-            longest = max(longest, seconds_between(ended, first))
-        if closed is None:
-            break
-        ended = max(ended, closed)
-    return longest
-
-
-class Ledger(Outbox, Commitments, Retention):
+class Ledger(Outbox, Commitments, Performed, Retention):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -254,13 +254,30 @@ class Ledger(Outbox, Commitments, Retention):
         a, i, s = t.association.c, t.instance.c, t.study.c
         arriving = sa.select(s.id).where(s.state.in_(("receiving", "reopened")))
         brought = (
-            sa.select(i.study_id, i.association_id, sa.func.min(i.received_at).label("first"))
+            sa.select(i.study_id, i.association_id, i.series_instance_uid, sa.func.min(i.received_at).label("first"))
             .where(i.study_id.in_(arriving))
-            .group_by(i.study_id, i.association_id)
+            .group_by(i.study_id, i.association_id, i.series_instance_uid)
             .subquery()
         )
+        p = t.performed.c
+        said = (
+            sa.select(sa.func.max(p.changed_at))
+            .where(p.study_instance_uid == s.study_instance_uid)
+            .correlate(t.study)
+            .scalar_subquery()
+        )
         query = (
-            sa.select(s.id, s.last_instance_at, a.closed_at, a.outcome, a.calling_ae, brought.c.first)
+            sa.select(
+                s.id,
+                s.last_instance_at,
+                a.id.label("association"),
+                a.closed_at,
+                a.outcome,
+                a.calling_ae,
+                brought.c.series_instance_uid,
+                brought.c.first,
+                said.label("said_at"),
+            )
             .join(brought, brought.c.study_id == s.id)
             .join(t.association, a.id == brought.c.association_id)
             .order_by(s.id, brought.c.first)
@@ -272,16 +289,16 @@ class Ledger(Outbox, Commitments, Retention):
             members = list(group)
             closed = [row.closed_at for row in members if row.closed_at is not None]
             outcomes = tuple(sorted({row.outcome for row in members if row.outcome is not None}))
-            senders = {row.calling_ae for row in members}
             found.append(
                 Arriving(
                     key,
                     last,
-                    len(members) - len(closed),
+                    len({row.association for row in members if row.closed_at is None}),
                     max(closed, default=None),
                     outcomes,
-                    senders.pop() if len(senders) == 1 else "",
-                    _longest_pause([(row.first, row.closed_at) for row in members]),
+                    members[0].calling_ae,
+                    tuple((row.series_instance_uid, row.first, row.closed_at) for row in members),
+                    members[0].said_at,
                 )
             )
         return found
@@ -358,13 +375,16 @@ class Ledger(Outbox, Commitments, Retention):
             self._append(connection, Event.STUDY_COMPLETED, study_id, **evidence)
             return True
 
-    def undecided_studies(self, packages: Mapping[str, str]) -> list[tuple[int, str]]:
+    def undecided_studies(
+        self, packages: Mapping[str, str], among: Collection[int] | None = None
+    ) -> list[tuple[int, str]]:
         """Complete studies that a package must be asked about: (study, package).
 
         It has not been asked since their last completion, or it was admitted in another version and not run.
 
         Args:
             packages: name → version.
+            among: look only at these studies; None: at all, which takes as long as there are complete studies.
         """
         a, s = t.analysis.c, t.study.c
         found: list[tuple[int, str]] = []
@@ -380,7 +400,8 @@ class Ledger(Outbox, Commitments, Retention):
                     )
                     .exists()
                 )
-                keys = connection.scalars(sa.select(s.id).where(s.state == "complete", ~decided).order_by(s.id))
+                query = sa.select(s.id).where(s.state == "complete", ~decided).order_by(s.id)
+                keys = connection.scalars(query if among is None else query.where(s.id.in_(among)))
                 found += [(key, package) for key in keys]
         return sorted(found)
 
@@ -430,6 +451,44 @@ class Ledger(Outbox, Commitments, Retention):
             name = Event.STUDY_ADMITTED if admitted else Event.STUDY_REFUSED
             self._append(connection, name, study_id, package=package, version=version, reason=reason)
 
+    def begin_early(
+        self,
+        study_id: int,
+        package: str,
+        version: str,
+        *,
+        admission: list[dict[str, Any]],
+        selection: list[dict[str, Any]],
+        inputs: Inputs,
+    ) -> Row | None:
+        """Start an analysis of what has arrived of a study; None if a package was asked about that study before.
+
+        Returns:
+            As `take_analysis`.
+        """
+        with self._write() as connection:
+            if self._analysis_of(connection, study_id, package) is not None:
+                return None
+            connection.execute(
+                t.analysis.insert().values(
+                    study_id=study_id,
+                    package=package,
+                    state=step(ANALYSIS, step(ANALYSIS, "", "admit"), "start"),
+                    package_version=version,
+                    completion=self._completions(connection, study_id),
+                    attempts=1,
+                    due_at=now(),
+                    admission=admission,
+                    selection=selection,
+                    inputs=[list(one) for one in inputs],
+                    reason="",
+                )
+            )
+            self._append(connection, Event.ANALYSIS_STARTED, study_id, package=package, attempt=1, early=True)
+            query = sa.select(t.analysis, t.study.c.study_instance_uid, t.study.c.evidence).join(t.study)
+            query = query.where(t.analysis.c.study_id == study_id, t.analysis.c.package == package)
+            return connection.execute(query).mappings().one()
+
     def keep_verdict(self, study_id: int, package: str, selection: list[dict[str, Any]]) -> None:
         """Record that a study came again to completion with nothing changed that was analysed."""
         with self._write() as connection:
@@ -470,27 +529,39 @@ class Ledger(Outbox, Commitments, Retention):
             return set(connection.scalars(query))
 
     def take_analysis(
-        self, packages: Collection[str], urgent: Collection[int] = (), urgent_senders: Collection[str] = ()
+        self,
+        packages: Collection[str],
+        urgent: Collection[int] = (),
+        urgent_senders: Collection[str] = (),
+        *,
+        only_urgent: bool = False,
+        only_untried: bool = False,
     ) -> Row | None:
         """Start the next analysis of one of these packages, or None.
 
         Args:
             urgent: studies that go before all others.
             urgent_senders: AE titles whose studies do so too.
+            only_urgent: leave the others.
+            only_untried: leave what was tried before.
 
         Returns:
             The row, with the study's ``study_instance_uid`` and ``evidence``.
         """
         c = t.analysis.c
-        sender = t.study.c.evidence["calling_ae"].as_string()
+        goes_first = c.study_id.in_(urgent) | t.study.c.evidence["calling_ae"].as_string().in_(urgent_senders)
         query = (
             sa.select(t.analysis, t.study.c.study_instance_uid, t.study.c.evidence)
             .join(t.study)
             .where(self._waiting(), c.package.in_(packages))
             # One that failed goes behind the others, so that it delays none.
-            .order_by(c.attempts, ~(c.study_id.in_(urgent) | sender.in_(urgent_senders)), c.id)
+            .order_by(c.attempts, ~goes_first, c.id)
             .limit(1)
         )
+        if only_urgent:
+            query = query.where(goes_first)
+        if only_untried:
+            query = query.where(c.attempts == 0)
         with self._write() as connection:
             row = connection.execute(query).mappings().first()
             if row is None:
@@ -588,18 +659,27 @@ class Ledger(Outbox, Commitments, Retention):
         with self.read() as connection:
             return connection.execute(query).mappings().all()
 
-    def told(self, analysis_id: int) -> dict[str, list[bool]]:
+    def study_of(self, analysis_id: int) -> int:
+        """The study that an analysis is of."""
+        with self.read() as connection:
+            return int(connection.scalars(sa.select(t.analysis.c.study_id).where(t.analysis.c.id == analysis_id)).one())
+
+    def told(self, analysis_id: int) -> dict[str, list[Told]]:
         """What each HL7 destination was told of an analysis so far: destination → answers, oldest first."""
         query = (
-            sa.select(t.delivery.c.destination, t.verdict.c.positive)
+            sa.select(
+                t.delivery.c.destination,
+                t.verdict.c.positive,
+                sa.func.coalesce(t.verdict.c.result["provisional"].as_boolean(), sa.false()),
+            )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith("alert."))
             .order_by(t.verdict.c.revision)
         )
-        answers: dict[str, list[bool]] = {}
+        answers: dict[str, list[Told]] = {}
         with self.read() as connection:
-            for destination, positive in connection.execute(query):
-                answers.setdefault(destination, []).append(positive)
+            for destination, positive, provisional in connection.execute(query):
+                answers.setdefault(destination, []).append(Told(positive, bool(provisional)))
         return answers
 
     def last_instance_at(self, study_id: int) -> str:
@@ -627,34 +707,7 @@ class Ledger(Outbox, Commitments, Retention):
         """
         with self._write() as connection:
             row = self._move_analysis(connection, analysis_id, "issue", reason="", admission=admission)
-            result = connection.execute(
-                t.verdict.insert().values(
-                    analysis_id=analysis_id,
-                    revision=revision,
-                    positive=verdict.positive,
-                    probability=verdict.probability,
-                    result=verdict.to_json(),
-                    inputs=row["inputs"],
-                    issued_at=issued_at,
-                    late=late,
-                )
-            )
-            verdict_id = int(result.inserted_primary_key[0])  # type: ignore[index]
-            for new in findings:
-                result = connection.execute(
-                    t.finding.insert().values(verdict_id=verdict_id, object=new.object, uid=new.uid, path=new.path)
-                )
-                key = int(result.inserted_primary_key[0])  # type: ignore[index]
-                for destination in new.destinations:
-                    connection.execute(
-                        t.delivery.insert().values(
-                            finding_id=key,
-                            destination=destination,
-                            urgency=new.urgency,
-                            state=step(DELIVERY, "", "create"),
-                            due_at=issued_at,
-                        )
-                    )
+            verdict_id = self._insert_verdict(connection, row, revision, verdict, issued_at, findings, late=late)
             self._append(
                 connection,
                 Event.VERDICT_ISSUED,
@@ -664,9 +717,62 @@ class Ledger(Outbox, Commitments, Retention):
                 revision=revision,
                 positive=verdict.positive,
                 probability=round(verdict.probability, 6),
+                **({"provisional": True} if verdict.provisional else {}),
             )
             if untold:
                 self._append(connection, Event.ALERT_UNDELIVERABLE, row["study_id"], reason=untold)
             if late:
                 self._append(connection, Event.STUDY_LATE, row["study_id"], at="verdict")
             return verdict_id
+
+    def withdraw_verdict(
+        self, analysis_id: int, revision: int, verdict: Verdict, issued_at: str, findings: Sequence[NewFinding]
+    ) -> int:
+        """Take back the verdict on a study that was refused in the end; returns the number of the one that says so."""
+        with self._write() as connection:
+            row = connection.execute(sa.select(t.analysis).where(t.analysis.c.id == analysis_id)).mappings().one()
+            verdict_id = self._insert_verdict(connection, row, revision, verdict, issued_at, findings, late=False)
+            detail = {"package": verdict.package, "revision": revision, "reason": verdict.withdrawn}
+            self._append(connection, Event.VERDICT_WITHDRAWN, row["study_id"], **detail)
+            return verdict_id
+
+    @staticmethod
+    def _insert_verdict(
+        connection: sa.Connection,
+        analysis: Row,
+        revision: int,
+        verdict: Verdict,
+        issued_at: str,
+        findings: Sequence[NewFinding],
+        *,
+        late: bool,
+    ) -> int:
+        result = connection.execute(
+            t.verdict.insert().values(
+                analysis_id=analysis["id"],
+                revision=revision,
+                positive=verdict.positive,
+                probability=verdict.probability,
+                result=verdict.to_json(),
+                inputs=analysis["inputs"],
+                issued_at=issued_at,
+                late=late,
+            )
+        )
+        verdict_id = int(result.inserted_primary_key[0])  # type: ignore[index]
+        for new in findings:
+            result = connection.execute(
+                t.finding.insert().values(verdict_id=verdict_id, object=new.object, uid=new.uid, path=new.path)
+            )
+            key = int(result.inserted_primary_key[0])  # type: ignore[index]
+            for destination in new.destinations:
+                connection.execute(
+                    t.delivery.insert().values(
+                        finding_id=key,
+                        destination=destination,
+                        urgency=new.urgency,
+                        state=step(DELIVERY, "", "create"),
+                        due_at=issued_at,
+                    )
+                )
+        return verdict_id

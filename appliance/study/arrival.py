@@ -12,7 +12,7 @@ from appliance.study.selection import Selection, considered, select
 
 log = logging.getLogger(__name__)
 
-WATCHED = 64
+WATCHED = 256
 """Studies kept in memory, some 2 KB an instance; one that is forgotten is read again."""
 
 

@@ -65,7 +65,9 @@ SUSPECTED = Concept("TRIAGE-SUSPECTED", PRIVATE_SCHEME, "Hemorrhage suspected, u
 NONE_FOUND = Concept("TRIAGE-NONEFOUND", PRIVATE_SCHEME, "No hemorrhage found, triage only", OWN)
 LIMITATION = Concept("LIMITATION", PRIVATE_SCHEME, "Limitation of the analysis", OWN)
 REVISION = Concept("REVISION", PRIVATE_SCHEME, "Revision of the verdict", OWN)
-MESSAGE_KIND = Concept("MESSAGE-KIND", PRIVATE_SCHEME, "Alert, correction or withdrawal", OWN)
+MESSAGE_KIND = Concept(
+    "MESSAGE-KIND", PRIVATE_SCHEME, "Provisional, alert, confirmation, correction or withdrawal", OWN
+)
 
 # Numbers and their units
 PROBABILITY = Concept("122157", "DCM", "Probability", PS3_16_DCM)

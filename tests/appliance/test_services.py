@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,34 +14,56 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.governance.package import load_configured
+from appliance.inference.stream import Closed
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
+from appliance.ledger.store import Told
 from appliance.ledger.views import event_counts, study_report
-from appliance.services import Engine, alert_kind
+from appliance.services import ANALYSES, Engine, alert_kind, longest_run
 from appliance.settings import Settings
 from appliance.settings import Study as StudySettings
+from dicom_io.errors import DecodeError
 from dicom_io.header import Header
 from tests.appliance.intake.test_retention import Box
 from tests.builders import header
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=8))
-def test_the_hospital_always_knows_the_newest_answer_and_is_told_only_changes(answers: list[bool]) -> None:
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.booleans())
+def test_the_hospital_always_knows_the_newest_answer_and_is_told_only_changes(answers: list[bool], early: bool) -> None:
+    """Of a provisional answer, which only the first can be, it is told as well what became of it."""
     known = False
-    told = []
+    told: list[str] = []
     for number, positive in enumerate(answers):
-        kind = alert_kind(answers[:number], positive)
+        before = [Told(one, early and place == 0) for place, one in enumerate(answers[:number])]
+        kind = alert_kind(before, positive, provisional=early and number == 0)
         if positive == known:
-            assert kind is None
+            assert kind == ("confirmation" if positive and early and number == 1 else None)
         elif positive:
-            assert kind == ("correction" if told else "alert")
+            assert kind == ("correction" if told else "provisional" if early and number == 0 else "alert")
         else:
             assert kind == "withdrawal"
         if kind:
             told.append(kind)
         known = positive
-    assert told.count("alert") <= 1
-    assert (told[:1] == ["alert"]) == any(answers)
+    assert told.count("alert") + told.count("provisional") <= 1
+    assert (told[:1] in (["alert"], ["provisional"])) == any(answers)
+
+
+@given(st.lists(st.integers(1, 4), max_size=12), st.sets(st.integers(0, 40), max_size=4), st.sets(st.integers(0, 11)))
+def test_slabs_lie_next_to_one_another_where_nothing_is_between(
+    sizes: list[int], gaps: set[int], left_out: set[int]
+) -> None:
+    ends = [0, *itertools.accumulate(sizes)]
+    slabs = [tuple(range(a, b)) for a, b in itertools.pairwise(ends)]
+    kept = [slab for number, slab in enumerate(slabs) if number not in left_out]
+    longest = 0
+    for start in range(len(slabs)):
+        for end in range(start + 1, len(slabs) + 1):
+            part = slabs[start:end]
+            inner = [slab[-1] for slab in part[:-1]]
+            if all(slab in kept for slab in part) and not gaps & set(inner):
+                longest = max(longest, len(part))
+    assert longest_run(kept, gaps) == longest
 
 
 def engine_beside(box: Box) -> Engine:
@@ -81,4 +107,131 @@ def test_a_study_of_which_only_a_part_came_again_is_refused(tmp_path: Path) -> N
     (analysis,) = study_report(box.ledger, 1)["analyses"]
     assert analysis["state"] == "refused"
     assert "2 instances were removed by retention" in analysis["reason"]
+    box.ledger.close()
+
+
+# --- the engine's order of work; its pipeline is one that only notes what it is asked for --------------------------
+
+
+@dataclasses.dataclass
+class Asked:
+    """Stands for the pipeline: what is asked for is never answered until the test does."""
+
+    futures: dict[int, list[Future[Any]]] = dataclasses.field(default_factory=dict)
+    closed: bool = False
+
+    def ask(self, package: Any, admission: Any, frames: Any, spacing: Any, *, owner: int, urgency: int) -> Future[Any]:
+        if self.closed:
+            raise Closed("the test is over", "here", "none")
+        future: Future[Any] = Future()
+        self.futures.setdefault(owner, []).append(future)
+        return future
+
+    def prepare(self, files: Any, *, urgency: int) -> None:
+        assert not files, "these are not compressed"
+
+    def close(self) -> None:
+        self.closed = True
+        for owner in list(self.futures):
+            self.fail(owner)
+
+    def fail(self, owner: int) -> None:
+        for future in self.futures.pop(owner):
+            if not future.done():
+                future.set_exception(DecodeError("it is broken", "here", "none"))
+
+
+class Ready:
+    """Stands for the client of a server that is ready."""
+
+    def problem(self, package: Any) -> str:
+        return ""
+
+
+def busy_engine(box: Box) -> tuple[Engine, Asked]:
+    package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
+    settings = box.settings.model_copy(update={"study": StudySettings(settle_seconds=0, quiet_seconds=0.001)})
+    asked = Asked()
+    return Engine(settings, box.ledger, [package], cast(Any, Ready()), cast(Any, asked)), asked
+
+
+def bring(box: Box, study: int, slices: int = 30) -> None:
+    """A head on the association that is open."""
+    for number in range(1, slices + 1):
+        one = header(number, study=f"1.{study}", series=f"1.{study}.1", z=5.0 * number)
+        assert box.store(one, f"{study}/{number}".encode() * 10) == "stored"
+
+
+def states(box: Box, count: int) -> list[str]:
+    """Of the analysis of each study; "" where nothing was decided."""
+    reports = [study_report(box.ledger, study) for study in range(1, count + 1)]
+    return [one["analyses"][0]["state"] if one["analyses"] else "" for one in reports]
+
+
+def wait_until(engine: Engine, done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline
+        engine.step()
+        time.sleep(0.01)
+
+
+def test_what_was_arriving_when_an_engine_ended_waits_for_its_analysis(tmp_path: Path) -> None:
+    """It may be what ended it: work ahead costs no try, so it would end one engine after the other."""
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    bring(box, 1)
+    engine, asked = busy_engine(box)
+    bring(box, 2)
+    engine._settings = engine._settings.model_copy(update={"study": StudySettings(quiet_seconds=60)})
+    engine.step()
+    assert set(asked.futures) == {2}
+    engine.close()
+    box.ledger.close()
+
+
+def test_what_failed_is_answered_alone(tmp_path: Path) -> None:
+    """If it is what ends the engine, no other study is with it when it does."""
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    for study in range(1, 4):
+        bring(box, study)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 3) == ["running"] * 3)
+    with box.ledger._write() as connection:  # as at the next start, after the engine died with all three
+        connection.execute(t.analysis.update().values(state="admitted", due_at=later(-1)))
+    before, (engine, asked) = asked, busy_engine(box)
+    wait_until(engine, lambda: "running" in states(box, 3))
+    for _ in range(3):
+        engine.step()
+    assert states(box, 3) == ["running", "admitted", "admitted"]
+    wait_until(engine, lambda: 1 in asked.futures)
+    asked.fail(1)
+    wait_until(engine, lambda: states(box, 3)[1] == "running")
+    assert states(box, 3)[2] == "admitted"
+    engine.close()
+    before.close()
+    box.ledger.close()
+
+
+def test_a_study_that_cannot_wait_finds_a_place_when_all_are_taken(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    for study in range(1, ANALYSES + 3):
+        bring(box, study, 25)
+    box.ledger.close_association(box.association, "released")
+    engine, _ = busy_engine(box)
+    wait_until(engine, lambda: states(box, ANALYSES) == ["running"] * ANALYSES)
+    engine.step()
+    assert states(box, ANALYSES + 2)[-2:] == ["admitted"] * 2
+    box.association = box.ledger.open_association("ER", "B", "127.0.0.1")
+    bring(box, 99, 25)
+    box.ledger.close_association(box.association, "released")
+    study = StudySettings(settle_seconds=0, quiet_seconds=0.001, stat_calling_ae_titles=["ER"])
+    engine._settings = engine._settings.model_copy(update={"study": study})
+    wait_until(engine, lambda: len(study_report(box.ledger, ANALYSES + 3)["analyses"]) == 1)
+    wait_until(engine, lambda: states(box, ANALYSES + 3)[-1] == "running")
+    assert states(box, ANALYSES + 2)[-2:] == ["admitted"] * 2
+    engine.close()
     box.ledger.close()

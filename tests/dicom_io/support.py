@@ -20,6 +20,7 @@ from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRL
 
 from dicom_io.commitment import CommitmentReport, CommitmentRequest
 from dicom_io.handlers import Answer, Handlers, Outcome, Refusal, Session, Sink, StoreRequest
+from dicom_io.performed import Request
 from dicom_io.scp import Listener, ServerOptions, StorageServer, start_server
 
 ROWS, COLUMNS = 48, 40  # not square, so that an exchange of the two shows
@@ -182,6 +183,8 @@ class Recorder:
         self.requests: list[CommitmentRequest] = []
         self.reports: list[CommitmentReport] = []
         self.reported_calls: list[tuple[str, int | None]] = []
+        self.performed_calls: list[Request] = []
+        self.performed_refusals: list[Answer] = []
         self.discarded = 0
         self._changed = threading.Condition()
 
@@ -219,6 +222,14 @@ class Recorder:
 
     def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
         self.reported_calls.append((transaction_uid, status))
+
+    def performed(self, session: Session, request: Request) -> Answer:
+        self.performed_calls.append(request)
+        return Answer(self.status)
+
+    def performed_refused(self, session: Session, answer: Answer) -> None:
+        assert answer.comment
+        self.performed_refusals.append(answer)
 
     def closed(self, session: Session, outcome: Outcome) -> None:
         with self._changed:

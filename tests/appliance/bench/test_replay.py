@@ -125,3 +125,18 @@ def test_the_sink_answers_a_sender_of_pynetdicom_and_names_what_it_answered(
     results = send([one.path for one in slices], sink.peer, "BENCH")
     assert [result.error for result in results] == [""] * 5
     assert set(sink.kept()) == {one.uid for one in slices}
+
+
+def test_replay_sends_no_image_sooner_than_so_long_after_the_one_before(
+    slices: list[Slice], sink: Receiver, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "appliance.bench.replay", "--every", "0.25", "127.0.0.1", str(sink.peer.port)]
+    command += ["BENCH", sink.peer.ae_title, str(listed(tmp_path, slices))]
+    done = subprocess.run(command, input="go\n", capture_output=True, text=True, timeout=60)
+    told = json.loads(done.stdout.splitlines()[1])
+    assert (told["error"], len(told["responses_ms"])) == ("", 5)
+    assert set(sink.kept()) == {one.uid for one in slices}
+    # The fifth image is not due before four pauses have passed, however fast or slow this machine is; and a response
+    # time leaves the pause out, so that it cannot be as long as all of them together.
+    assert told["seconds"] >= 4 * 0.25
+    assert sum(told["responses_ms"]) / 1000 <= told["seconds"]

@@ -24,6 +24,7 @@ from appliance.inference.slabs import foreseen_slabs
 from appliance.inference.stream import (
     ARRIVING,
     COMPLETE,
+    PREPARED,
     STAT,
     Closed,
     Frame,
@@ -58,9 +59,12 @@ class Model:
     deadly: float = 2.0
     batches: list[list[float]] = field(default_factory=list)
     urgent: list[bool] = field(default_factory=list)
+    waiting: int = 0
+    waited: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
 
     def infer(self, package: Package, slabs: NDArray[np.float32], *, urgent: bool = False) -> Output:
+        self.waiting += 1
         assert self.gate.wait(30)
         means = slabs[:, :, 127:129, 127:129].mean(axis=(1, 2, 3))
         self.batches.append([float(mean) for mean in means])
@@ -70,7 +74,7 @@ class Model:
         return Output(np.repeat(means[:, None], 6, axis=1), np.broadcast_to(means[:, None, None], (len(means), 64, 64)))
 
     def wait_ready(self, timeout: float, packages: Sequence[Package]) -> None:
-        pass
+        self.waited += 1
 
     @property
     def slabs(self) -> int:
@@ -160,6 +164,36 @@ def test_the_most_urgent_study_goes_first(reference: Package) -> None:
     assert any(model.urgent) and not all(model.urgent)
 
 
+def test_what_lies_ready_goes_first_when_it_becomes_urgent(reference: Package) -> None:
+    model, files = Model(), Files()
+    with pipeline(model, files, workers=1, running=False) as made:
+        first = ask(made, reference, frame(10), urgency=ARRIVING)
+        while not model.waiting:
+            time.sleep(0.01)
+        ready = {value: ask(made, reference, frame(value), urgency=ARRIVING) for value in range(20, 50)}
+        while len(files.decoded) < 31:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        urgent = ask(made, reference, frame(49), urgency=STAT)
+        model.gate.set()
+        for future in (first, *ready.values()):
+            future.result(10)
+    assert urgent is ready[49]
+    sizes = [len(batch) for batch in model.batches]
+    assert sizes == [1, reference.model.maximum_batch, 30 - reference.model.maximum_batch]
+    assert model.urgent == [False, True, False]
+    assert max(model.batches[1]) == max(max(batch) for batch in model.batches)
+
+
+def test_another_spacing_or_another_model_is_another_answer(reference: Package) -> None:
+    model, files = Model(), Files()
+    other = replace(reference, files={**reference.files, "model.onnx": f"sha256:{0:064x}"})
+    with pipeline(model, files) as made:
+        for package, spacing in ((reference, (0.5, 0.5)), (reference, (1.0, 0.5)), (other, (0.5, 0.5))) * 2:
+            made.ask(package, ADMITTED, [frame(40)], spacing, owner=1, urgency=COMPLETE).result(10)
+    assert model.slabs == 3
+
+
 def test_however_much_is_asked_for_little_lies_ready(reference: Package) -> None:
     model, files = Model(), Files()
     with pipeline(model, files, workers=2, running=False) as made:
@@ -199,6 +233,77 @@ def test_what_the_server_dies_of_costs_no_other_study_anything(reference: Packag
         with pytest.raises(TritonError, match="died"):
             deadly.result(10)
         assert all(future.result(10).shape == (8, 8) for future in (*mine, *others))
+    assert model.waited >= 1, "a server that died needs time to come back"
+
+
+def test_a_study_that_harms_the_server_gives_up_what_it_still_asks_for(reference: Package) -> None:
+    model, files = Model(deadly=0.9), Files()
+    with pipeline(model, files) as made:
+        deadly = [ask(made, reference, frame(9_000 + value), owner=2) for value in range(100)]
+        for future in deadly:
+            with pytest.raises(TritonError, match="died"):
+                future.result(10)
+        harmed = len(model.batches)
+        assert ask(made, reference, frame(40), owner=1).result(10).shape == (8, 8)
+    # One batch was on its way; what a decoder had in hand may have made another.
+    assert harmed <= 3
+    assert model.waited == harmed, "after each failure the server is given time before the next batch"
+
+
+def test_a_package_is_not_held_up_by_what_lies_ready_for_another(reference: Package) -> None:
+    """Its model takes one slab at a time; of the other's, two batches of 16 lie ready."""
+    small = replace(reference, name="small", model=replace(reference.model, maximum_batch=1))
+    model, files = Model(), Files()
+    with pipeline(model, files, workers=2, running=False) as made:
+        many = [ask(made, reference, frame(value), urgency=ARRIVING) for value in range(100)]
+        while len(files.decoded) < 30:
+            time.sleep(0.01)
+        urgent = ask(made, small, frame(200), owner=2, urgency=STAT)
+        model.gate.set()
+        urgent.result(10)
+        for future in many:
+            future.result(10)
+
+
+def test_slices_that_were_prepared_are_decoded_once(reference: Package) -> None:
+    model, files = Model(), Files()
+    with pipeline(model, files) as made:
+        plain = ask(made, reference, *(frame(value) for value in range(30, 36))).result(10)
+        files.decoded.clear()
+        made.prepare([(frame(value).path, frame(value).digest) for value in range(40, 45)], urgency=ARRIVING)
+        while len(files.decoded) < 5:
+            time.sleep(0.01)
+        prepared = ask(made, reference, *(frame(value) for value in range(40, 46))).result(10)
+        assert sorted(files.decoded) == [str(value) for value in range(40, 46)]
+        made.prepare([(frame(value).path, frame(value).digest) for value in range(30, 34)], urgency=ARRIVING)
+        again = ask(made, reference, *(frame(value) for value in range(30, 37)))
+        assert again.result(10).probabilities[0] > plain.probabilities[0]
+    assert prepared.probabilities[0] > plain.probabilities[0]
+
+
+def test_a_slice_that_could_not_be_prepared_fails_its_slab_once(reference: Package) -> None:
+    model, files = Model(), Files(broken={"41"})
+    with pipeline(model, files) as made:
+        made.prepare([(frame(41).path, frame(41).digest)], urgency=ARRIVING)
+        while not files.decoded:
+            time.sleep(0.01)
+        with pytest.raises(DecodeError, match="broken"):
+            ask(made, reference, frame(40), frame(41)).result(10)
+        files.broken.clear()
+        assert ask(made, reference, frame(40), frame(41)).result(10).shape == (8, 8)
+
+
+def test_of_many_prepared_slices_the_oldest_are_forgotten(reference: Package) -> None:
+    model, files = Model(), Files()
+    with pipeline(model, files, workers=1) as made:
+        many = [(frame(value).path, frame(value).digest) for value in range(3 * PREPARED)]
+        made.prepare(many, urgency=ARRIVING)
+        slabs = [ask(made, reference, frame(value)) for value in range(3 * PREPARED)]
+        for slab in slabs:
+            slab.result(30)
+        assert len(made._slices) <= PREPARED
+    assert set(files.decoded) == {str(value) for value in range(3 * PREPARED)}
+    assert len(files.decoded) == 3 * PREPARED
 
 
 def test_a_multi_frame_file_is_decoded_once(reference: Package) -> None:

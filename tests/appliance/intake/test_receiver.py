@@ -28,6 +28,7 @@ from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts, find_study
 from dicom_io.handlers import Answer, Refusal, Session, StoreRequest
 from dicom_io.header import read_header
+from dicom_io.performed import NewStep
 
 SUCCESS = 0x0000
 
@@ -356,3 +357,14 @@ def test_a_sender_is_told_no_path_of_ours(bench: Bench, slice_: bytes, monkeypat
     monkeypatch.setattr(os, "fdatasync", broken)
     assert bench.store(slice_) == OUT_OF_RESOURCES
     assert bench.refusals == ["cannot store: Input/output error"]
+
+
+def test_what_was_performed_is_written_down_and_wakes_the_engine(bench: Bench) -> None:
+    assert bench.receiver.performed(bench.session, NewStep("1.7", "1.2.3", {})).status == SUCCESS
+    assert bench.rings == 1
+    bench.receiver.performed_refused(bench.session, Answer(0x0120, "StudyInstanceUID is missing"))
+    bench.shortage = "the disk is nearly full"
+    assert bench.receiver.performed(bench.session, NewStep("1.8", "1.2.3", {})).status == 0x0213
+    assert bench.rings == 1
+    events = bench.events()
+    assert (events["step.created"], events["performed.refused"]) == (1, 2)

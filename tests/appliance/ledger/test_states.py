@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.ledger.states import ANALYSIS, COMMITMENT, DELIVERY, STUDY, StateError, step
+from appliance.ledger.states import ANALYSIS, COMMITMENT, DELIVERY, PERFORMED, STUDY, StateError, step
 
-TABLES = {"study": STUDY, "analysis": ANALYSIS, "delivery": DELIVERY, "commitment": COMMITMENT}
+TABLES = {
+    "study": STUDY,
+    "analysis": ANALYSIS,
+    "delivery": DELIVERY,
+    "commitment": COMMITMENT,
+    "performed": PERFORMED,
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -45,6 +51,7 @@ def test_every_state_can_be_reached(name: str) -> None:
         (ANALYSIS, "", "start"),
         (ANALYSIS, "issued", "issue"),
         (STUDY, "complete", "complete"),
+        (PERFORMED, "discontinued", "complete"),
     ],
 )
 def test_what_would_harm_a_patient_is_impossible(table: dict[tuple[str, str], str], state: str, event: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from appliance.ledger.database import LedgerError, now
 from appliance.ledger.records import SlabResult, Verdict
 from appliance.ledger.schema import metadata
-from appliance.ledger.store import Ledger, NewFinding, NewInstance
+from appliance.ledger.store import Ledger, NewFinding, NewInstance, Told
 from appliance.ledger.views import (
     event_counts,
     find_study,
@@ -489,7 +488,7 @@ def test_what_a_destination_was_told(ledger: Ledger) -> None:
     complete(ledger, study)
     issue(ledger, study)
     analysis = study_report(ledger, study)["analyses"][0]["id"]
-    assert ledger.told(analysis) == {"er": [True]}
+    assert ledger.told(analysis) == {"er": [Told(True)]}
     assert [one["revision"] for one in ledger.verdicts(analysis)] == [1]
 
 
@@ -511,32 +510,22 @@ def test_a_verdict_stands_when_nothing_that_was_analysed_changed(ledger: Ledger)
 # --- what a sender does -------------------------------------------------------------------------------------
 
 
-def test_the_longest_pause_is_between_associations_that_do_not_overlap(ledger: Ledger) -> None:
-    """One ends, another comes much later; two at once leave no pause."""
-    for number, (study, pause) in enumerate([("1.1", True), ("1.2", False)]):
-        one = ledger.open_association("CT1", "SCANSIDE", "127.0.0.1")
-        two = ledger.open_association("CT1", "SCANSIDE", "127.0.0.1")
-        ledger.record_instances([NewInstance(header(1, study=study, series=f"{study}.1"), f"a{number}", 10, one)])
-        if pause:
-            ledger.close_association(one, "released")
-            time.sleep(0.05)
-        ledger.record_instances([NewInstance(header(2, study=study, series=f"{study}.1"), f"b{number}", 10, two)])
-        if not pause:
-            ledger.close_association(one, "released")
-        ledger.close_association(two, "released")
-    paused, parallel = ledger.arriving_studies()
-    assert paused.longest_pause >= 0.05
-    assert parallel.longest_pause == 0.0
-    assert paused.calling_ae == parallel.calling_ae == "CT1"
-
-
-def test_a_study_of_two_senders_is_nobodys_habit(ledger: Ledger) -> None:
-    for number, sender in enumerate(["CT1", "CT2"]):
-        association = ledger.open_association(sender, "SCANSIDE", "127.0.0.1")
-        ledger.record_instances([NewInstance(header(number), f"digest-{number}", 10, association)])
-        ledger.close_association(association, "released")
+def test_each_association_that_brought_some_of_a_series_is_a_visit(ledger: Ledger) -> None:
+    """The scout's came first; of the head, two are open at once."""
+    scout, one, two = (ledger.open_association(sender, "SCANSIDE", "127.0.0.1") for sender in ("CT1", "CT1", "PACS"))
+    ledger.record_instances([NewInstance(header(1, series="1.2.3.9"), "scout", 10, scout)])
+    ledger.close_association(scout, "released")
+    ledger.record_instances([NewInstance(header(number), f"{number}", 10, one) for number in (1, 2)])
+    ledger.record_instances([NewInstance(header(3), "3", 10, two), NewInstance(header(4), "4", 10, one)])
+    ledger.close_association(one, "released")
     (row,) = ledger.arriving_studies()
-    assert row.calling_ae == ""
+    assert row.calling_ae == "CT1", "who brought the first instance"
+    assert row.open_associations == 1
+    assert [(series, closed is None) for series, _, closed in row.visits] == [
+        ("1.2.3.9", False), ("1.2.3.1", False), ("1.2.3.1", True)
+    ]  # fmt: skip
+    assert [first for _, first, _ in row.visits] == sorted(first for _, first, _ in row.visits)
+    assert row.said_at is None
 
 
 def test_the_evidence_of_a_senders_last_studies(ledger: Ledger) -> None:
@@ -562,7 +551,9 @@ def test_the_urgent_are_taken_first(ledger: Ledger) -> None:
         (row,) = ledger.arriving_studies()
         ledger.complete_study(row.id, row.last_instance_at, {"calling_ae": sender})
         admit(ledger, number)
+    assert ledger.take_analysis(["pkg"], [], ["NOBODY"], only_urgent=True) is None
     taken = [ledger.take_analysis(["pkg"], {4}, ["ER"]) for _ in range(4)]
     assert [row["study_id"] for row in taken if row] == [3, 4, 1, 2]
     assert ledger.park_analyses(3, [row["id"] for row in taken[1:] if row]) == 1
+    assert ledger.take_analysis(["pkg"], only_untried=True) is None
     assert [row["study_id"] for row in (ledger.take_analysis(["pkg"]),) if row] == [3]

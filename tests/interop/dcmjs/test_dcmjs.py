@@ -23,7 +23,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from dicom_io.performed import Availability, NewStep, StepChange
 from dicom_io.pixels import decode
+from dicom_io.sop_classes import AVAILABILITY, PERFORMED_STEP
 from tests.dicom_io.support import Recorder, ct, head, run, save, serving
 from tests.interop.intake import Intake, running_intake
 from tests.peers import encode, node_packages
@@ -84,6 +86,74 @@ def test_dcmjs_stores_a_real_head(node_modules: Path, ge_head: Path, tmp_path: P
 def test_dcmjs_learns_that_it_may_not_call(node_modules: Path) -> None:
     with serving(Recorder(), accepted_calling=["SCANNER"]) as server:
         assert dcmjs(node_modules, server.port)["outcome"] == "rejected"
+
+
+HEAD = {"1.2.3.1": ("1.2.3.1.1", "1.2.3.1.2")}
+REFERENCES = [
+    {"ReferencedSOPClassUID": "1.2.840.10008.5.1.4.1.1.2", "ReferencedSOPInstanceUID": uid} for uid in HEAD["1.2.3.1"]
+]
+STEP = {
+    "ScheduledStepAttributesSequence": [{"StudyInstanceUID": "1.2.3", "AccessionNumber": ""}],
+    "PatientName": "Nobody",
+    "PerformedProcedureStepStatus": "IN PROGRESS",
+    "PerformedSeriesSequence": [],
+}
+DONE = {
+    "PerformedProcedureStepStatus": "COMPLETED",
+    "PerformedSeriesSequence": [{"SeriesInstanceUID": "1.2.3.1", "ReferencedImageSequence": REFERENCES}],
+}
+ANNOUNCED = {
+    "StudyInstanceUID": "1.2.3",
+    "ReferencedSeriesSequence": [
+        {
+            "SeriesInstanceUID": "1.2.3.1",
+            "ReferencedSOPSequence": [
+                one | {"InstanceAvailability": "ONLINE", "RetrieveAETitle": "PACS"} for one in REFERENCES
+            ],
+        }
+    ],
+}
+
+
+def tell(folder: Path, port: int, *asked: tuple[str, str, str, dict[str, Any]]) -> dict[str, Any]:
+    command = ["node", HERE / "steps.cjs", port, "DCMJS", "SCANSIDE", json.dumps(asked)]
+    done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_dcmjs_tells_what_was_performed_and_what_there_is(node_modules: Path) -> None:
+    recorder = Recorder()
+    with serving(recorder) as server:
+        result = tell(
+            node_modules,
+            server.port,
+            ("create", PERFORMED_STEP, "1.2.7", STEP),
+            ("set", PERFORMED_STEP, "1.2.7", DONE),
+            ("create", AVAILABILITY, "1.2.8", ANNOUNCED),
+        )
+    assert result == {"outcome": "released", "answers": [[0, ""]] * 3}
+    assert recorder.performed_calls == [
+        NewStep("1.2.7", "1.2.3", {}),
+        StepChange("1.2.7", "COMPLETED", HEAD),
+        Availability("1.2.8", "1.2.3", HEAD, 0),
+    ]
+
+
+def test_dcmjs_hears_what_is_wrong(node_modules: Path, intake: Intake) -> None:
+    result = tell(
+        node_modules,
+        intake.port,
+        ("set", PERFORMED_STEP, "1.2.7", DONE),
+        ("create", PERFORMED_STEP, "1.2.7", STEP | {"PerformedProcedureStepStatus": "COMPLETED"}),
+        ("create", PERFORMED_STEP, "1.2.7", STEP),
+        ("create", PERFORMED_STEP, "1.2.7", STEP),
+        ("set", PERFORMED_STEP, "1.2.7", DONE),
+        ("set", PERFORMED_STEP, "1.2.7", DONE),
+    )
+    assert [status for status, _ in result["answers"]] == [0x0112, 0x0106, 0, 0x0111, 0, 0x0110]
+    assert result["answers"][-1][1] == "Performed Procedure Step Object may no longer be updated"
 
 
 @pytest.fixture(scope="module")
