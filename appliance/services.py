@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import pydicom
+from pydicom.errors import InvalidDicomError
 from sqlalchemy.exc import OperationalError
 
 from appliance import __version__
@@ -584,6 +585,7 @@ class Engine:
             admission.admitted
             and standing is not None
             and not standing["result"].get("provisional")
+            and not standing["result"].get("withdrawn")
             and standing["inputs"] == inputs
             and standing["result"]["package_version"] == package.version
         ):
@@ -591,6 +593,9 @@ class Engine:
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.info("study %d: nothing that was analysed changed, the verdict stands", study_id)
             return
+        if not admission.admitted and standing is not None:
+            # First, so that a death between the two leaves it to be done again, and done once.
+            self._take_back(standing, arrival.instances, admission.reason)
         self._ledger.decide(
             study_id,
             package.name,
@@ -604,8 +609,6 @@ class Engine:
         verb = "admitted" if admission.admitted else "refused"
         why = "" if admission.admitted else f" ({admission.reason})"
         log.info("study %d: %s by %s%s", study_id, verb, package.name, why)
-        if not admission.admitted and standing is not None:
-            self._take_back(standing, arrival.instances, admission.reason)
 
     def _answer(self) -> None:
         """Begin to answer what waits and whose package Triton serves, the most urgent first.
@@ -707,10 +710,10 @@ class Engine:
         )
         admission = admit_pixels(package, admission, reading.brain_ml)
         if not admission.admitted:
-            self._ledger.withhold(row["id"], admission.reason, admission.to_json())
-            log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
             for one in self._ledger.verdicts(row["id"])[-1:]:
                 self._take_back(one, instances, admission.reason)
+            self._ledger.withhold(row["id"], admission.reason, admission.to_json())
+            log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
             return
         first = next(iter(instances.values()))
         limitations = [f"The study was still arriving: {len(volume.planes)} slices were read."] if early else []
@@ -782,8 +785,12 @@ class Engine:
         withdrawn = replace(
             verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
         )
-        source = self._spooled(next(iter(instances.values())))
-        findings = self._alerts(standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
+        try:
+            source = self._spooled(next(iter(instances.values())))
+            findings = self._alerts(standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
+        except (InvalidDicomError, FileNotFoundError, StopIteration):
+            log.exception("study %d: its provisional alert could not be withdrawn, and stands", study_id)
+            return
         self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
         ring(self._settings.run_directory, "delivery")
         log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)

@@ -7,9 +7,11 @@ import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,15 +19,17 @@ from appliance.governance.package import load_configured
 from appliance.inference.stream import Closed
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
-from appliance.ledger.store import Told
+from appliance.ledger.records import Verdict
+from appliance.ledger.store import NewFinding, Told
 from appliance.ledger.views import event_counts, study_report
 from appliance.services import ANALYSES, Engine, alert_kind, longest_run
-from appliance.settings import Settings
+from appliance.settings import Hl7Destination, Settings
 from appliance.settings import Study as StudySettings
 from dicom_io.errors import DecodeError
 from dicom_io.header import Header
 from tests.appliance.intake.test_retention import Box
 from tests.builders import header
+from tests.dicom_io.support import ct, head
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.booleans())
@@ -235,3 +239,44 @@ def test_a_study_that_cannot_wait_finds_a_place_when_all_are_taken(tmp_path: Pat
     assert states(box, ANALYSES + 2)[-2:] == ["admitted"] * 2
     engine.close()
     box.ledger.close()
+
+
+def test_a_provisional_alert_is_withdrawn_once_although_the_engine_dies_between(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    hl7 = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575)
+    box.settings = box.settings.model_copy(update={"destination": [hl7]})
+    file = BytesIO()
+    image = ct(head(12, False), 12, position=(0.0, 0.0, 5.0), instance_number=1)
+    image.save_as(file, enforce_file_format=True)
+    one = header(1, study="1.1", series="1.1.1")
+    assert box.store(one, file.getvalue()) == "stored"
+    verdict = Verdict(
+        study_instance_uid="1.1", series_instance_uid="1.1.1", package="pkg", package_version="1", notice="",
+        positive=True, probability=0.99, threshold=0.5, subtypes={}, volume_ml=1.0, slabs=(), key_slabs=(),
+        codecs=("raw",), limitations=(), provisional=True,
+    )  # fmt: skip
+    row = box.ledger.begin_early(1, "pkg", "1", admission=[], selection=[], inputs=[])
+    assert row is not None
+    alert = NewFinding("alert.er", "CONTROL1", "a.hl7", ("er",), 0)
+    box.ledger.issue_verdict(row["id"], 1, verdict, later(0), [alert], admission=[], late=False)
+    box.ledger.close_association(box.association, "released")
+    dying, _ = busy_engine(box)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(box.ledger, "decide", _die)
+        wait_until(dying, lambda: len(box.ledger.verdicts(row["id"])) == 2)
+        dying.step()
+    dying.close()
+    engine, _ = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["refused"])
+    engine.close()
+    told = box.ledger.told(row["id"])["er"]
+    assert told == [Told(True, True), Told(False)]
+    (message,) = box.settings.findings_directory.rglob("*.hl7")
+    assert "WITHDRAWAL" in message.read_text(encoding="utf-8")
+    assert event_counts(box.ledger)["verdict.withdrawn"] == 1
+    box.ledger.close()
+
+
+def _die(*_: object, **__: object) -> None:
+    raise RuntimeError("the engine dies here")
