@@ -83,6 +83,9 @@ ANALYSES = 4
 URGENT_ANALYSES = 2
 """So many more at a time if they are urgent."""
 
+RETRY_PATIENCE_SECONDS = 5.0
+"""So long a study that failed lets others go first. Then only what is urgent is still begun until it had its turn."""
+
 LOOK_SECONDS = 0.1
 """While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
 
@@ -620,12 +623,13 @@ class Engine:
             ready = [name for name in sorted(waiting & set(self._packages)) if self._ready(self._packages[name])]
             if not ready:
                 return
+            waits = self._ledger.retry_waits(ready, RETRY_PATIENCE_SECONDS)
             row = self._ledger.take_analysis(
                 ready,
                 tuple(self._suspicious.copy()),
                 self._settings.study.stat_calling_ae_titles,
-                only_urgent=len(self._working) >= ANALYSES,
-                only_untried=bool(self._working),
+                only_urgent=len(self._working) >= ANALYSES or (waits and bool(self._working)),
+                tried=False if self._working else True if waits else None,
             )
             if row is None:
                 return

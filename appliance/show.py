@@ -15,7 +15,9 @@ from appliance.ledger.views import is_late, timeline
 
 def summary(report: dict[str, Any], budget_seconds: float) -> dict[str, Any]:
     """One study in a line's worth of fields, JSON-ready."""
-    verdicts = report["verdicts"]
+    newest = report["verdicts"][-1] if report["verdicts"] else None
+    if newest and newest["result"].get("withdrawn"):
+        newest = None
     steps = timeline(report)
     acknowledged = steps["alert_acknowledged"]
     states = [delivery["state"] for delivery in report["deliveries"]]
@@ -28,8 +30,10 @@ def summary(report: dict[str, Any], budget_seconds: float) -> dict[str, Any]:
         "analyses": [
             {"package": one["package"], "state": one["state"], "reason": one["reason"]} for one in report["analyses"]
         ],
-        "positive": verdicts[-1]["positive"] if verdicts else None,
-        "probability": verdicts[-1]["probability"] if verdicts else None,
+        # Of a verdict that was withdrawn nothing is left: the complete study was not analysed.
+        "positive": newest["positive"] if newest else None,
+        "probability": newest["probability"] if newest else None,
+        "provisional": bool(newest and newest["result"].get("provisional")),
         "late": is_late(report, budget_seconds),
         "alert_seconds": acknowledged["seconds"] if acknowledged else None,
         "deliveries": {state: states.count(state) for state in sorted(set(states))},
@@ -151,7 +155,11 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
     parts += ["", gate]
     for one in verdicts:
         result = one["result"]
+        if result.get("withdrawn"):
+            parts += ["", f"Verdict, revision {one['revision']}: [yellow]withdrawn[/], {escape(result['withdrawn'])}"]
+            continue
         told = "[bold red]positive[/]" if one["positive"] else "[green]negative[/]"
+        told += ", [yellow]provisional[/]" if result.get("provisional") else ""
         late = " [bold red]late[/]" if one["late"] else ""
         subtypes = ", ".join(f"{name} {value:.2f}" for name, value in result["subtypes"].items())
         parts += [
@@ -172,6 +180,7 @@ def _or_dash(value: object) -> str:
 def _verdict(one: dict[str, Any]) -> str:
     if one["positive"] is not None:
         colour, word = ("bold red", "positive") if one["positive"] else ("green", "negative")
+        word = f"provisional: {word}" if one["provisional"] else word
         since = [a["state"] for a in one["analyses"] if a["state"] != "issued"]
         then = f", then {_coloured(since[0])}" if since else ""
         return f"[{colour}]{word}[/] {one['probability']:.2f}{then}"

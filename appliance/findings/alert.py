@@ -162,9 +162,12 @@ def _observations(verdict: Verdict, kind: Kind, revision: int, acquired: str, se
             {2: "CE", 3: _coded(codes.FINDING), 4: str(number), 5: _coded(concept)}
             for number, concept in enumerate([codes.INTRACRANIAL_HEMORRHAGE, *found], start=1)
         ]
+    if not verdict.withdrawn:  # what was measured before is no longer said of the study
+        rows += [
+            {2: "NM", 3: _coded(codes.PROBABILITY), 5: f"{verdict.probability:.4f}", 6: _coded(codes.NO_UNITS)},
+            {2: "NM", 3: _coded(codes.VOLUME), 5: f"{verdict.volume_ml:.2f}", 6: _coded(codes.MILLILITER)},
+        ]
     rows += [
-        {2: "NM", 3: _coded(codes.PROBABILITY), 5: f"{verdict.probability:.4f}", 6: _coded(codes.NO_UNITS)},
-        {2: "NM", 3: _coded(codes.VOLUME), 5: f"{verdict.volume_ml:.2f}", 6: _coded(codes.MILLILITER)},
         {2: "ST", 3: _coded(codes.ALGORITHM_NAME), 5: _text(verdict.package)},
         {2: "ST", 3: _coded(codes.ALGORITHM_VERSION), 5: _text(verdict.package_version)},
         {2: "NM", 3: _coded(codes.REVISION), 5: str(revision)},

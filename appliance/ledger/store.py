@@ -535,7 +535,7 @@ class Ledger(Outbox, Commitments, Performed, Retention):
         urgent_senders: Collection[str] = (),
         *,
         only_urgent: bool = False,
-        only_untried: bool = False,
+        tried: bool | None = None,
     ) -> Row | None:
         """Start the next analysis of one of these packages, or None.
 
@@ -543,7 +543,7 @@ class Ledger(Outbox, Commitments, Performed, Retention):
             urgent: studies that go before all others.
             urgent_senders: AE titles whose studies do so too.
             only_urgent: leave the others.
-            only_untried: leave what was tried before.
+            tried: only what was tried before, or only what was not.
 
         Returns:
             The row, with the study's ``study_instance_uid`` and ``evidence``.
@@ -560,8 +560,8 @@ class Ledger(Outbox, Commitments, Performed, Retention):
         )
         if only_urgent:
             query = query.where(goes_first)
-        if only_untried:
-            query = query.where(c.attempts == 0)
+        if tried is not None:
+            query = query.where((c.attempts > 0) == tried)
         with self._write() as connection:
             row = connection.execute(query).mappings().first()
             if row is None:
@@ -570,6 +570,17 @@ class Ledger(Outbox, Commitments, Performed, Retention):
             self._move_analysis(connection, row["id"], "start", attempts=attempt)
             self._append(connection, Event.ANALYSIS_STARTED, row["study_id"], package=row["package"], attempt=attempt)
             return row
+
+    def retry_waits(self, packages: Collection[str], seconds: float) -> bool:
+        """Whether an analysis of one of these packages that failed before is due since so many seconds."""
+        c = t.analysis.c
+        query = (
+            sa.select(c.id)
+            .join(t.study)
+            .where(self._waiting(), c.package.in_(packages), c.attempts > 0, c.due_at <= later(-seconds))
+        )
+        with self.read() as connection:
+            return connection.execute(query.limit(1)).first() is not None
 
     def _move_analysis(self, connection: sa.Connection, key: int, event: str, **values: Any) -> Row:
         c = t.analysis.c

@@ -219,6 +219,32 @@ def test_what_failed_is_answered_alone(tmp_path: Path) -> None:
     box.ledger.close()
 
 
+def test_what_failed_has_its_turn_although_others_keep_coming(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    for study in (1, 2):
+        bring(box, study)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 2) == ["running"] * 2)
+    asked.fail(1)
+    wait_until(engine, lambda: states(box, 2) == ["admitted", "running"])
+    with box.ledger._write() as connection:  # its pause is over, and it waited
+        connection.execute(t.analysis.update().where(t.analysis.c.study_id == 1).values(due_at=later(-60)))
+    box.association = box.ledger.open_association("S", "B", "127.0.0.1")
+    bring(box, 3)
+    box.ledger.close_association(box.association, "released")
+    wait_until(engine, lambda: states(box, 3)[2] == "admitted")
+    for _ in range(3):
+        engine.step()
+    assert states(box, 3) == ["admitted", "running", "admitted"]
+    asked.fail(2)
+    wait_until(engine, lambda: states(box, 3)[0] == "running")
+    assert states(box, 3)[2] == "admitted"
+    engine.close()
+    box.ledger.close()
+
+
 def test_a_study_that_cannot_wait_finds_a_place_when_all_are_taken(tmp_path: Path) -> None:
     box = Box(tmp_path)
     box.settings.run_directory.mkdir(exist_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
@@ -23,7 +25,9 @@ pytestmark = [pytest.mark.interop, pytest.mark.xdist_group("provisional")]
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     with running_box(
-        tmp_path_factory.mktemp("provisional"), provisional={"alerts": True, "threshold": 0.8, "slabs": 2}
+        tmp_path_factory.mktemp("provisional"),
+        provisional={"alerts": True, "threshold": 0.8, "slabs": 2},
+        study={"quiet_seconds": 60.0, "settle_seconds": 0.5},
     ) as made:
         yield made
 
@@ -61,6 +65,12 @@ def told(box: Box, uid: str, count: int) -> list[str]:
     )
 
 
+def listed(box: Box, uid: str) -> dict[str, Any]:
+    """What `scanside studies` says of a study."""
+    (one,) = [row for row in json.loads(box.command("studies", "--json").stdout) if row["study_instance_uid"] == uid]
+    return dict(one)
+
+
 def test_a_provisional_alert_is_confirmed_by_the_whole_study(box: Box, tmp_path: Path) -> None:
     uid, files = study(tmp_path, "intraparenchymal", "EARLY1")
     with scanner(box) as association:
@@ -71,6 +81,8 @@ def test_a_provisional_alert_is_confirmed_by_the_whole_study(box: Box, tmp_path:
         assert report["state"] == "receiving"
         assert report["verdicts"][0]["result"]["provisional"]
         assert [one["object"] for one in report["findings"]] == ["alert.er"]
+        assert listed(box, uid)["provisional"] and listed(box, uid)["positive"]
+        assert "positive, provisional" in box.command("study", uid).stdout
         (message,) = box.messages(uid)
         text = message.read_text(encoding="utf-8")
         assert "PROVISIONAL: the study was still arriving." in text
@@ -99,8 +111,14 @@ def test_a_provisional_alert_is_withdrawn_when_the_whole_study_is_refused(box: B
     message = box.messages(uid)[-1].read_text(encoding="utf-8")
     assert "Nothing is said of haemorrhage" in message
     assert "No haemorrhage found" not in message
+    assert "|122157^" not in message, "a probability of what is no longer said"
     names = [event["name"] for event in report["events"]]
     assert names.count("verdict.withdrawn") == 1
+    # Nobody may read a negative answer from it.
+    assert listed(box, uid)["positive"] is None
+    shown = box.command("study", uid).stdout
+    assert "withdrawn, patient" in shown
+    assert "negative" not in shown
 
 
 def test_a_study_without_haemorrhage_says_nothing_early(box: Box, tmp_path: Path) -> None:

@@ -61,11 +61,13 @@ class Model:
     urgent: list[bool] = field(default_factory=list)
     waiting: int = 0
     waited: int = 0
+    pause: float = 0.0
     gate: threading.Event = field(default_factory=threading.Event)
 
     def infer(self, package: Package, slabs: NDArray[np.float32], *, urgent: bool = False) -> Output:
         self.waiting += 1
         assert self.gate.wait(30)
+        time.sleep(self.pause)
         means = slabs[:, :, 127:129, 127:129].mean(axis=(1, 2, 3))
         self.batches.append([float(mean) for mean in means])
         self.urgent.append(urgent)
@@ -253,16 +255,18 @@ def test_a_study_that_harms_the_server_gives_up_what_it_still_asks_for(reference
 def test_a_package_is_not_held_up_by_what_lies_ready_for_another(reference: Package) -> None:
     """Its model takes one slab at a time; of the other's, two batches of 16 lie ready."""
     small = replace(reference, name="small", model=replace(reference.model, maximum_batch=1))
-    model, files = Model(), Files()
+    model, files = Model(pause=0.1), Files()  # slower than the decoders, so that there is always something ready
     with pipeline(model, files, workers=2, running=False) as made:
-        many = [ask(made, reference, frame(value), urgency=ARRIVING) for value in range(100)]
+        many = [ask(made, reference, frame(value), urgency=ARRIVING) for value in range(200)]
         while len(files.decoded) < 30:
             time.sleep(0.01)
         urgent = ask(made, small, frame(200), owner=2, urgency=STAT)
         model.gate.set()
         urgent.result(10)
+        answered = sum(future.done() for future in many)
         for future in many:
             future.result(10)
+    assert answered <= 3 * reference.model.maximum_batch, "it waited until nothing else lay ready"
 
 
 def test_slices_that_were_prepared_are_decoded_once(reference: Package) -> None:

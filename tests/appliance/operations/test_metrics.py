@@ -546,7 +546,11 @@ def test_a_port_in_use_says_so_with_its_key() -> None:
 def test_after_its_stop_the_port_is_free() -> None:
     with serving() as exporter:
         port = exporter.port
-    serve_metrics("127.0.0.1", port, ()).stop()
+    again = serve_metrics("127.0.0.1", port, ())
+    assert again.port == port
+    again.stop()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 @pytest.mark.parametrize("bait", [b"", b"GET /metrics HTTP/1.1\r\n", b"\xff\r\n\r\n", b"GET " + b"x" * 100_000])
