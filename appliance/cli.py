@@ -147,7 +147,7 @@ def check(as_json: Json = False) -> None:
 
 
 def _serve(service: Callable[[Settings], None]) -> None:
-    from appliance.services import log_as
+    from appliance.services.process import log_as
 
     settings, _ = read_settings()
     log_as(settings.box.log_level, machine=State.json_log)
@@ -168,7 +168,7 @@ def run() -> None:
 @guard
 def intake() -> None:
     """Run the DICOM intake."""
-    from appliance.services import run_intake
+    from appliance.services.intake import run_intake
 
     _serve(run_intake)
 
@@ -177,7 +177,7 @@ def intake() -> None:
 @guard
 def engine() -> None:
     """Run the engine: completeness, admission, inference, findings."""
-    from appliance.services import run_engine
+    from appliance.services.engine import run_engine
 
     _serve(run_engine)
 
@@ -186,7 +186,7 @@ def engine() -> None:
 @guard
 def deliver() -> None:
     """Run the delivery of alerts and findings."""
-    from appliance.services import run_delivery
+    from appliance.services.delivery import run_delivery
 
     _serve(run_delivery)
 
@@ -413,7 +413,7 @@ def retention(
     from appliance import show
     from appliance.intake.retention import Retention
     from appliance.ledger.views import find_study
-    from appliance.services import only_one
+    from appliance.services.process import only_one
 
     settings, _ = read_settings()
     with _ledger() as ledger:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from appliance.governance.package import load_configured
 from appliance.inference.server import prepare
-from appliance.services import only_one, stop_signal
+from appliance.services.process import only_one, stop_signal
 from appliance.settings import Settings
 
 log = logging.getLogger(__name__)

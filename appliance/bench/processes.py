@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -15,8 +16,14 @@ def cpu_seconds_below(pid: int) -> float:
 
     A child that ended and was not waited for yet is a zombie, which /proc still lists with its time.
     """
+    parents, seconds = processes()
+    return sum(seconds[key] for key in parents if is_below(key, pid, parents))
+
+
+def processes() -> tuple[dict[int, int], dict[int, float]]:
+    """Of every process its parent, and the user and system time of it and of the children that it waited for."""
     parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
+    seconds: dict[int, float] = {}
     for entry in _PROC.glob("[0-9]*/stat"):
         try:
             # The name in parentheses may hold anything, blanks and parentheses too.
@@ -25,11 +32,12 @@ def cpu_seconds_below(pid: int) -> float:
             continue  # it ended meanwhile
         key = int(entry.parent.name)
         parents[key] = int(fields[1])
-        ticks[key] = sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
-    return sum(used for key, used in ticks.items() if _is_below(key, pid, parents)) / _TICKS
+        seconds[key] = sum(map(int, fields[11:15])) / _TICKS  # utime, stime, cutime, cstime
+    return parents, seconds
 
 
-def _is_below(key: int, ancestor: int, parents: dict[int, int]) -> bool:
+def is_below(key: int, ancestor: int, parents: Mapping[int, int]) -> bool:
+    """Whether one process comes from another."""
     while (key := parents.get(key, 0)) > 1:
         if key == ancestor:
             return True

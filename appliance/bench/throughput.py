@@ -22,7 +22,7 @@ from rich.table import Table
 
 from appliance.bench.box import SCANNER, Box, running_box
 from appliance.bench.latency import WARM_UP, said, spread
-from appliance.bench.processes import file_system
+from appliance.bench.processes import file_system, is_below, processes
 from appliance.bench.replay import Association, Image, load
 from appliance.bench.slices import PIXEL_BYTES
 from appliance.bench.studies import Study, copies, original
@@ -35,7 +35,6 @@ from dicom_io.errors import PeerError, ScansideError
 SERVICES = ("intake", "engine", "deliver", "triton")
 SILENT_SECONDS = 120.0
 """A box in which nothing happens for so long has stopped; longer than the last resort of completeness."""
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,26 +271,11 @@ def used(keeper: int) -> dict[str, Used]:
     Args:
         keeper: the process whose only child is `scanside run`, whose children are the services.
     """
-    parents: dict[int, int] = {}
-    seconds: dict[int, float] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The name in parentheses may hold anything, blanks and parentheses too.
-            fields = entry.read_text("utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        parents[int(entry.parent.name)] = int(fields[1])
-        seconds[int(entry.parent.name)] = sum(map(int, fields[11:15])) / _TICKS  # utime, stime, cutime, cstime
-
-    def within(pid: int, ancestor: int) -> bool:
-        while pid > 1 and pid != ancestor:
-            pid = parents.get(pid, 0)
-        return pid == ancestor
-
+    parents, seconds = processes()
     found: dict[str, Used] = {}
     for pid, parent in parents.items():
         if parents.get(parent) == keeper and (name := _service(pid)):
-            family = [one for one in parents if within(one, pid)]
+            family = [one for one in parents if one == pid or is_below(one, pid, parents)]
             found[name] = Used(pid, sum(seconds[one] for one in family), sum(map(_peak_mb, family)))
     if missing := [name for name in SERVICES if name not in found]:
         raise PeerError(f"{missing[0]} does not run", "scanside run", "see its log")

@@ -15,7 +15,7 @@ from appliance.intake.spool import Spool, path_of
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
 from appliance.ledger.store import Ledger, NewInstance
-from appliance.services import only_one
+from appliance.services.process import only_one
 from appliance.settings import Settings, load_settings
 from tests.builders import header, spooled
 

@@ -22,7 +22,8 @@ from appliance.ledger.database import later
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import NewFinding, Told
 from appliance.ledger.views import event_counts, study_report
-from appliance.services import ANALYSES, Engine, alert_kind, longest_run
+from appliance.services.engine import ANALYSES, Engine, longest_run
+from appliance.services.issuing import Issuer, alert_kind
 from appliance.settings import Hl7Destination, Settings
 from appliance.settings import Study as StudySettings
 from dicom_io.errors import DecodeError
@@ -74,7 +75,9 @@ def engine_beside(box: Box) -> Engine:
     """An engine with the shipped package under the name that the box's studies know; no study may reach Triton."""
     package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
     settings = box.settings.model_copy(update={"study": StudySettings(settle_seconds=0, quiet_seconds=0.001)})
-    return Engine(settings, box.ledger, [package], cast(Any, None), cast(Any, None))
+    return Engine(
+        settings, box.ledger, [package], cast(Any, None), cast(Any, None), Issuer(settings, box.ledger, [package])
+    )
 
 
 def come_again(box: Box, one: Header) -> None:
@@ -156,7 +159,8 @@ def busy_engine(box: Box) -> tuple[Engine, Asked]:
     package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
     settings = box.settings.model_copy(update={"study": StudySettings(settle_seconds=0, quiet_seconds=0.001)})
     asked = Asked()
-    return Engine(settings, box.ledger, [package], cast(Any, Ready()), cast(Any, asked)), asked
+    issuer = Issuer(settings, box.ledger, [package])
+    return Engine(settings, box.ledger, [package], cast(Any, Ready()), cast(Any, asked), issuer), asked
 
 
 def bring(box: Box, study: int, slices: int = 30) -> None:

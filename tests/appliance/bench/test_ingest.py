@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -22,6 +20,7 @@ from appliance.cli import app
 from appliance.demo.orthanc import free_port
 from appliance.operations.leash import Leashed
 from dicom_io.errors import PeerError, ScansideError
+from tests.builders import mentioning
 from tests.peers import program as installed
 
 KNOWN = {one.name: one for one in CONTESTANTS}
@@ -157,17 +156,4 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         bench.kill()
         bench.wait()
     assert list(tmp_path.iterdir()) == []
-    assert not _mentioning(str(tmp_path))
-
-
-def _mentioning(words: str) -> list[Any]:
-    """The command lines of processes that hold these words."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes()
-        except OSError:
-            continue
-        if words.encode() in line and entry.parent.name != str(os.getpid()):
-            found.append(line)
-    return found
+    assert not mentioning(str(tmp_path))

@@ -34,6 +34,7 @@ from appliance.ledger.store import Ledger
 from appliance.operations.leash import Leashed
 from appliance.settings import load_settings
 from dicom_io.errors import PeerError, ScansideError
+from tests.builders import mentioning
 from tests.interop.box import triton_environment
 
 
@@ -237,7 +238,7 @@ def test_a_tiny_run_has_every_figure(tmp_path: Path) -> None:
         assert 20 < one["peak_mb_after_a_quarter"][name] <= one["peak_mb"][name]
     assert picture.read_text().startswith("<svg")
     assert list((tmp_path / "run").iterdir()) == []
-    assert _mentioning(str(tmp_path)) == []
+    assert mentioning(str(tmp_path)) == []
 
 
 @pytest.mark.interop
@@ -259,17 +260,4 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         bench.kill()
         bench.wait()
     assert list(tmp_path.iterdir()) == []
-    assert _mentioning(str(tmp_path)) == []
-
-
-def _mentioning(words: str) -> list[int]:
-    """The processes whose command line holds these words."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes()
-        except OSError:
-            continue
-        if words.encode() in line and entry.parent.name != str(os.getpid()):
-            found.append(int(entry.parent.name))
-    return found
+    assert mentioning(str(tmp_path)) == []

@@ -15,7 +15,8 @@ import signal
 import sys
 from pathlib import Path
 
-from appliance.services import log_as, run_intake
+from appliance.services.intake import run_intake
+from appliance.services.process import log_as
 from appliance.settings import Settings, load_settings
 
 

@@ -1,38 +1,23 @@
-"""The services, and the only place that wires the stages together."""
+"""`scanside engine`: watch what arrives, decide, answer; what comes of an answer is in `issuing`."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import pydicom
-from pydicom.errors import InvalidDicomError
 from sqlalchemy.exc import OperationalError
 
-from appliance import __version__
-from appliance.delivery.dicom import store
-from appliance.delivery.hl7 import MllpClient, outcome
-from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
-from appliance.events import Event
-from appliance.findings.alert import Kind, message_control_id, render_alert
-from appliance.findings.render import object_uid, objects_for, package_device, render
+from appliance.delivery.outbox import POLL_SECONDS
 from appliance.governance.indication import Admission, Criterion, admit, admit_pixels
 from appliance.governance.package import ANY, Package, load_configured
-from appliance.inference.decode import decode_each, decode_verified, decode_verified_many, verified
+from appliance.inference.decode import decode_each, decode_verified_many
 from appliance.inference.slabs import foreseen_slabs, plan_slabs
 from appliance.inference.stream import (
     ARRIVING,
@@ -48,34 +33,22 @@ from appliance.inference.stream import (
     verdict_on,
 )
 from appliance.inference.triton import TritonClient
-from appliance.intake.commitment import CommitmentProvider, Reporter
-from appliance.intake.receiver import Receiver
-from appliance.intake.retention import Retention
-from appliance.intake.spool import Spool, path_of
+from appliance.intake.spool import Spool
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
-from appliance.ledger.records import Verdict
-from appliance.ledger.store import LONGEST_PAUSE, Arriving, Inputs, Ledger, NewFinding, StoredInstance, Told
-from appliance.operations.health import LedgerMetrics
-from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
-from appliance.settings import DicomDestination, Hl7Destination, Intake, Settings, SettingsError
+from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, StoredInstance
+from appliance.services.issuing import Issuer
+from appliance.services.process import service
+from appliance.settings import Settings
 from appliance.study.arrival import Arrival, Arrivals
 from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
 from appliance.study.selection import Considered
 from dicom_io.errors import ScansideError
-from dicom_io.objects.common import part10
 from dicom_io.pixels import NATIVE_SYNTAXES, decoder_for
 from dicom_io.plausible import ImplausibleImage
-from dicom_io.scp import Listener, ServerOptions, start_server
-from dicom_io.scu import Peer
-from dicom_io.sop_classes import storage_classes
-from dicom_io.tls import ServerCertificates
 from dicom_io.volume import assemble, planes_of
 
 log = logging.getLogger(__name__)
-
-STOP_SECONDS = 8.0
-"""A service that was told to stop finishes what it does within this time, or leaves it to the next start."""
 
 ANALYSES = 4
 """Complete studies whose answer is worked out at a time: one that waits for the model does not hold up the others."""
@@ -89,168 +62,6 @@ RETRY_PATIENCE_SECONDS = 5.0
 LOOK_SECONDS = 0.1
 """While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
 
-URGENCY = {"alert": 0, "report": 10}
-OTHER_URGENCY = 20
-"""Captures come after the report: larger, and of use only once somebody looks."""
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; for the main thread."""
-    stopping = threading.Event()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stopping.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def only_one(settings: Settings, name: str) -> Iterator[None]:
-    """Hold the lock of a service: two intakes on one spool would sweep each other's files away.
-
-    Raises:
-        ScansideError: another process holds it.
-    """
-    path = settings.run_directory / f"{name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-    except OSError as error:
-        where = f"box.state_directory ({settings.box.state_directory})"
-        raise SettingsError(error.strerror or str(error), where, "make it a folder that this user can write") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "stop the other one first, or give this one another state_directory"
-            raise ScansideError(f"{name} runs already", str(settings.box.state_directory), remedy) from None
-        yield
-
-
-@contextmanager
-def _service(settings: Settings, name: str) -> Iterator[tuple[Ledger, threading.Event]]:
-    """What every service does at both ends: one process only, the ledger opened, the signals caught."""
-    with only_one(settings, name), stop_signal() as stopping:
-        ledger = Ledger(settings.ledger_path)
-        threading.Thread(target=_end_in_time, args=(stopping, name), daemon=True).start()
-        try:
-            ledger.log(Event.SERVICE_STARTED, service=name, version=__version__, pid=os.getpid())
-            yield ledger, stopping
-            ledger.log(Event.SERVICE_STOPPED, service=name, pid=os.getpid())
-        finally:
-            ledger.close()
-
-
-def _end_in_time(stopping: threading.Event, name: str) -> None:
-    """End the process when it was told to stop and a peer, a codec or Triton holds it up.
-
-    Nothing is lost by it: what is under way is in the ledger, and the next start takes it up.
-    """
-    stopping.wait()
-    time.sleep(STOP_SECONDS)
-    log.warning("%s: something holds it up; what is under way is taken up at the next start", name)
-    logging.shutdown()
-    os._exit(0)
-
-
-# --- intake ---------------------------------------------------------------------------------------------
-
-
-def run_intake(settings: Settings) -> None:
-    """Receive instances until told to stop; then let associations end, for a moment.
-
-    Raises:
-        ScansideError: a port cannot be had, the ledger or the spool cannot be used.
-    """
-    with _service(settings, "intake") as (ledger, stopping), ExitStack() as stack:
-        lost = ledger.abandon_associations()
-        try:
-            spool = Spool(settings.spool_directory)
-            swept = spool.sweep(ledger.digests())
-        except OSError as error:
-            where = f"box.state_directory ({settings.spool_directory})"
-            raise ScansideError(error.strerror or str(error), where, "make the folder writable") from error
-        shortage = partial(spool.shortage, settings.intake.reserve_percent, settings.intake.reserve_bytes)
-        if reason := shortage():
-            log.error("intake: %s; every instance is refused until there is room", reason)
-        peers = {one.ae_title: Peer(one.ae_title, one.host, one.port) for one in settings.commitment_peer}
-        reporters: list[Reporter] = []
-
-        def wake_reporters() -> None:
-            for reporter in reporters:
-                reporter.wake()
-
-        commitments = CommitmentProvider(
-            ledger,
-            settings.spool_directory,
-            peers,
-            attempts=settings.delivery.attempts,
-            first_retry_seconds=settings.delivery.first_retry_seconds,
-            longest_retry_seconds=settings.delivery.longest_retry_seconds,
-            shortage=shortage,
-            due=wake_reporters,
-        )
-        ledger.park_commitments(peers)
-        metrics = IntakeMetrics()
-        if settings.intake.metrics_port is not None:
-            parts = (metrics.registry, SpoolMetrics(settings.spool_directory, shortage), LedgerMetrics(ledger))
-            exporter = serve_metrics(settings.intake.metrics_host, settings.intake.metrics_port, parts)
-            stack.callback(exporter.stop)
-        wake_engine = partial(ring, settings.run_directory, "engine")
-        receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
-        server = start_server(_server_options(settings.intake), _listeners(settings.intake), receiver)
-        reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
-        for reporter in reporters:
-            reporter.start()
-        retention = Retention(ledger, settings, receiver.committer.paused)
-        threading.Thread(target=retention.run, args=(stopping,), name="retention", daemon=True).start()
-        log.info(
-            "intake: %s listens on %s:%s (%d associations lost, %d unacknowledged files removed since the last run)",
-            settings.intake.ae_title,
-            settings.intake.host,
-            " and ".join(map(str, server.ports)),
-            lost,
-            swept,
-        )
-        stopping.wait()
-        for reporter in reporters:
-            reporter.stop()
-        server.stop(STOP_SECONDS / 2)
-
-
-def _server_options(intake: Intake) -> ServerOptions:
-    return ServerOptions(
-        ae_title=intake.ae_title,
-        storage_classes=storage_classes(intake.storage_classes),
-        accepted_calling=tuple(intake.accepted_calling_ae_titles),
-        accepted_addresses=tuple(intake.accepted_addresses),
-        require_called=intake.require_called_ae_title,
-        maximum_associations=intake.maximum_associations,
-        maximum_associations_per_address=intake.maximum_associations_per_address,
-        artim_seconds=intake.request_seconds,
-        idle_seconds=intake.idle_seconds,
-        minimum_bytes_per_second=intake.minimum_bytes_per_second,
-        maximum_instance_bytes=intake.maximum_instance_bytes,
-    )
-
-
-def _listeners(intake: Intake) -> list[Listener]:
-    listeners = [Listener(intake.host, intake.port)] if intake.plain else []
-    if intake.tls is not None:
-        tls = intake.tls
-        certificates = ServerCertificates(tls.certificate, tls.key, tls.client_authorities, tls.profile)
-        listeners.append(Listener(intake.host, tls.port, certificates))
-    return listeners
-
-
-# --- engine ---------------------------------------------------------------------------------------------
-
 
 def run_engine(settings: Settings) -> None:
     """Complete, admit, analyse and render studies until told to stop.
@@ -259,7 +70,7 @@ def run_engine(settings: Settings) -> None:
         ScansideError: a model package is not what it says, or the ledger cannot be used.
     """
     packages = load_configured(settings)
-    with _service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
+    with service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
         settings.findings_directory.mkdir(parents=True, exist_ok=True)
         Spool(settings.spool_directory).recover(ledger.digests())  # intake does so as well, but may start later
         bell = Doorbell(settings.run_directory, "engine")
@@ -271,14 +82,15 @@ def run_engine(settings: Settings) -> None:
         # Fails here if there is no GPU, or its decoder is not to be trusted.
         decoder = decoder_for(settings.box.device)
         decode = partial(decode_verified_many, decoder=decoder) if decoder else decode_each
-        engine = Engine(settings, ledger, packages, client, Pipeline(client, decode=decode))
+        issuer = Issuer(settings, ledger, packages)
+        engine = Engine(settings, ledger, packages, client, Pipeline(client, decode=decode), issuer)
         stack.callback(engine.close)
         parked = ledger.park_analyses(settings.models.attempts)
         log.info("engine: runs %s (%d analyses taken up again)", ", ".join(settings.models.packages), parked)
         for package in packages:
             if not package.signed_by:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
-        threading.Thread(target=_render, args=(engine, stopping), name="renderer", daemon=True).start()
+        threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
         while not stopping.is_set():
             try:
                 wait = engine.step()
@@ -289,15 +101,15 @@ def run_engine(settings: Settings) -> None:
                 bell.wait(min(wait, POLL_SECONDS))
 
 
-def _render(engine: Engine, stopping: threading.Event) -> None:
+def _render(issuer: Issuer, stopping: threading.Event) -> None:
     """Make the files of findings beside the analyses: no alert waits for a picture of another study."""
     while not stopping.is_set():
         try:
-            engine.render_findings()
+            issuer.render()
         except Exception:
             log.exception("rendering stumbled; it goes on")
-        engine.issued.wait(POLL_SECONDS)
-        engine.issued.clear()
+        issuer.issued.wait(POLL_SECONDS)
+        issuer.issued.clear()
 
 
 class Engine:
@@ -305,9 +117,6 @@ class Engine:
 
     One thread watches and decides; a study that it found complete is answered by one of `ANALYSES` others. Nothing
     else decides on a study while it is being answered.
-
-    Attributes:
-        issued: set whenever there are findings to render.
     """
 
     def __init__(
@@ -317,12 +126,14 @@ class Engine:
         packages: Sequence[Package],
         client: TritonClient,
         pipeline: Pipeline,
+        issuer: Issuer,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._packages = {package.name: package for package in packages}
         self._client = client
         self._pipeline = pipeline
+        self._issuer = issuer
         self._answering = ThreadPoolExecutor(ANALYSES + URGENT_ANALYSES, "answer")
         self._working: dict[int, tuple[int, Future[None]]] = {}
         self._arrivals = Arrivals(ledger)
@@ -337,7 +148,6 @@ class Engine:
         self._alone = 0
         self._problems: dict[str, str] = {}
         self._complaints: dict[int, str] = {}
-        self.issued = threading.Event()
 
     def close(self) -> None:
         """End what is under way; it is taken up at the next start."""
@@ -498,7 +308,7 @@ class Engine:
             if place not in covered and one.digest not in begun and one.header.number_of_frames == 1:
                 begun.add(one.digest)
                 if syntax not in NATIVE_SYNTAXES and self._settings.box.device == "cpu":
-                    files.append((self._spooled(one), one.digest))
+                    files.append((self._issuer.spooled(one), one.digest))
         # Of what arrives in no order, most is forgotten before it is needed.
         self._pipeline.prepare(files[:PREPARED], urgency=urgency)
 
@@ -598,7 +408,7 @@ class Engine:
             return
         if not admission.admitted and standing is not None:
             # First, so that a death between the two leaves it to be done again, and done once.
-            self._take_back(standing, arrival.instances, admission.reason)
+            self._issuer.take_back(standing, arrival.instances, admission.reason)
         self._ledger.decide(
             study_id,
             package.name,
@@ -690,16 +500,10 @@ class Engine:
         final = self._ledger.fail_analysis(row["id"], reason, self._settings.models.attempts, _pause(attempt))
         log.error("study %d: %s (%s)", row["study_id"], "set aside" if final else "will be tried again", reason)
 
-    def _files(self, study_id: int, inputs: Inputs) -> dict[str, StoredInstance]:
-        found = {one.sop_instance_uid: one for one in self._ledger.inputs(study_id, inputs)}
-        if len(found) != len(inputs):
-            raise ScansideError("instances that were admitted are gone", f"study {study_id}", "report this fault")
-        return found
-
     def _analyse(self, row: Row, package: Package, early: bool) -> None:
         """Run a package on exactly what the gate admitted, whatever arrived since."""
         study_id = row["study_id"]
-        instances = self._files(study_id, row["inputs"])
+        instances = self._issuer.files(study_id, row["inputs"])
         volume = assemble([plane for one in instances.values() for plane in planes_of(one.header)])
         admission = Admission(tuple(Criterion(**criterion) for criterion in row["admission"]))
         stat = self._is_stat(study_id, (row["evidence"] or {}).get("calling_ae", ""))
@@ -715,7 +519,7 @@ class Engine:
         admission = admit_pixels(package, admission, reading.brain_ml)
         if not admission.admitted:
             for one in self._ledger.verdicts(row["id"])[-1:]:
-                self._take_back(one, instances, admission.reason)
+                self._issuer.take_back(one, instances, admission.reason)
             self._ledger.withhold(row["id"], admission.reason, admission.to_json())
             log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
             return
@@ -735,159 +539,12 @@ class Engine:
                 if not one["chosen"]
             ],
         )
-        self._issue(row, replace(verdict, provisional=early), admission, self._spooled(first))
+        self._issuer.issue(row, replace(verdict, provisional=early), admission, first)
 
     def _spool_files(self, instances: Mapping[str, StoredInstance]) -> dict[str, tuple[Path, str, int]]:
-        return {uid: (self._spooled(one), one.digest, one.header.number_of_frames) for uid, one in instances.items()}
-
-    def _spooled(self, instance: StoredInstance) -> Path:
-        return path_of(self._settings.spool_directory, instance.digest)
-
-    def _issue(self, row: Row, verdict: Verdict, admission: Admission, source: Path) -> None:
-        """Write the alerts' files, then verdict, findings and deliveries in one transaction."""
-        revision = len(self._ledger.verdicts(row["id"])) + 1
-        issued_at = now()
-        key = (row["study_instance_uid"], verdict.package, verdict.package_version)
-        findings = self._alerts(row["id"], row["study_id"], verdict, revision, issued_at, source)
-        hl7 = any(isinstance(one, Hl7Destination) for one in self._settings.destination)
-        for name in objects_for(verdict):
-            wanted = tuple(
-                one.name
-                for one in self._settings.destination
-                if isinstance(one, DicomDestination) and name.split(".")[0] in one.objects
-            )
-            uid = object_uid(self._settings.box.uid_root, *key, revision, name)
-            findings.append(NewFinding(name, uid, None, wanted, URGENCY.get(name, OTHER_URGENCY)))
-        last = self._ledger.last_instance_at(row["study_id"])
-        untold = "no HL7 destination is configured" if verdict.positive and not hl7 else ""
-        self._ledger.issue_verdict(
-            row["id"],
-            revision,
-            verdict,
-            issued_at,
-            findings,
-            admission=admission.to_json(),
-            late=seconds_between(last, issued_at) > self._settings.budget_seconds,
-            untold=untold,
-        )
-        ring(self._settings.run_directory, "delivery")
-        self.issued.set()
-        answer = "positive" if verdict.positive else "negative"
-        log.info("study %d: %s (%.2f), revision %d", row["study_id"], answer, verdict.probability, revision)
-        if untold:
-            log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
-
-    def _take_back(self, standing: Row, instances: Mapping[str, StoredInstance], reason: str) -> None:
-        """What becomes of a verdict on a study that was refused in the end: a provisional alert is withdrawn."""
-        study_id, verdict = self._ledger.study_of(standing["analysis_id"]), Verdict.from_json(standing["result"])
-        if not verdict.positive:
-            return
-        if not verdict.provisional:
-            log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
-            return
-        revision, issued_at = standing["revision"] + 1, now()
-        withdrawn = replace(
-            verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
-        )
-        try:
-            source = self._spooled(next(iter(instances.values())))
-            findings = self._alerts(standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
-        except (InvalidDicomError, FileNotFoundError, StopIteration):
-            log.exception("study %d: its provisional alert could not be withdrawn, and stands", study_id)
-            return
-        self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
-        ring(self._settings.run_directory, "delivery")
-        log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)
-
-    def _alerts(
-        self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, source: Path
-    ) -> list[NewFinding]:
-        """Write the message to each HL7 destination that this verdict tells something new; what to deliver."""
-        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-        told = self._ledger.told(analysis_id)
-        header = pydicom.dcmread(source, stop_before_pixels=True)
-        findings: list[NewFinding] = []
-        for destination in self._settings.destination:
-            if not isinstance(destination, Hl7Destination):
-                continue
-            kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
-            if kind is None:
-                continue
-            message = message_control_id(*key, str(revision), kind, destination.name)
-            text = render_alert(
-                verdict,
-                header,
-                control_id=message,
-                kind=kind,
-                revision=revision,
-                issued_at=datetime.fromisoformat(issued_at),
-                # What is only evaluated must not look like the real thing to an interface engine.
-                processing_id=destination.processing_id if self._packages[verdict.package].mode == "clinical" else "T",
-                sending_application=self._settings.box.name,
-                sending_facility=destination.sending_facility,
-                receiving_application=destination.receiving_application,
-                receiving_facility=destination.receiving_facility,
-            )
-            path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
-            _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
-            # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
-            name = f"alert.{destination.name}"
-            findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
-        return findings
-
-    def render_findings(self) -> None:
-        """Make the file of every finding that has none yet, most urgent first."""
-        attempts = self._settings.models.attempts
-        for row in self._ledger.unrendered_findings(attempts):
-            self._ledger.start_rendering(row["id"])
-            try:
-                self._render_one(row)
-            except Exception as error:
-                log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
-                self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
-        self._ledger.abandon_findings(attempts)
-
-    def _render_one(self, row: Row) -> None:
-        verdict = Verdict.from_json(row["result"])
-        instances = self._files(row["study_id"], row["inputs"])
-        dataset = render(
-            row["object"],
-            verdict,
-            revision=row["revision"],
-            issued_at=datetime.fromisoformat(row["issued_at"]),
-            sources=lambda uid: verified(self._spooled(instances[uid]), instances[uid].digest),
-            hu_of=lambda uid, frame: decode_verified(self._spooled(instances[uid]), instances[uid].digest).hu[frame],
-            analysed=tuple(instances),
-            uid_root=self._settings.box.uid_root,
-            device=package_device(
-                verdict,
-                uid_root=self._settings.box.uid_root,
-                station=self._settings.box.name,
-                manufacturer=self._packages[row["package"]].manufacturer,
-            ),
-        )
-        if dataset.SOPInstanceUID != row["uid"]:
-            raise ScansideError("the rendered object has another UID than its row", row["object"], "report this fault")
-        path = _folder(row["study_id"], verdict.package, row["revision"]) / f"{row['object']}.dcm"
-        _write_durably(self._settings.findings_directory / path, part10(dataset))
-        self._ledger.rendered(row["id"], row["study_id"], str(path))
-        ring(self._settings.run_directory, "delivery")
-
-
-def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
-    """What a verdict tells the hospital: an alert once, and what became of it when that is known or has changed.
-
-    Args:
-        before: what it was told by the earlier revisions, oldest first.
-    """
-    last = before[-1] if before else Told(positive=False)
-    if not positive:
-        return "withdrawal" if last.positive else None
-    if last.positive:
-        return "confirmation" if last.provisional and not provisional else None
-    if any(one.positive for one in before):
-        return "correction"
-    return "provisional" if provisional else "alert"
+        return {
+            uid: (self._issuer.spooled(one), one.digest, one.header.number_of_frames) for uid, one in instances.items()
+        }
 
 
 def longest_run(slabs: Sequence[tuple[int, ...]], gaps: Container[int]) -> int:
@@ -912,119 +569,3 @@ def _number(series: Considered) -> str:
 def _pause(attempt: int) -> float:
     """Seconds before the next try, doubling with each."""
     return min(LONGEST_PAUSE, 2.0**attempt)
-
-
-def _folder(study_id: int, package: str, revision: int) -> Path:
-    """Where the findings of a verdict lie, below the findings folder."""
-    return Path(f"{study_id:06d}-{package}-{revision}")
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole and synced under its name, or not there."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-    for folder in (path.parent, path.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-# --- delivery -------------------------------------------------------------------------------------------
-
-
-def run_delivery(settings: Settings) -> None:
-    """Deliver what is due until told to stop.
-
-    Raises:
-        ScansideError: the ledger cannot be used.
-    """
-    with _service(settings, "delivery") as (ledger, stopping), ExitStack() as stack:
-        bell = Doorbell(settings.run_directory, "delivery")
-        stack.callback(bell.close)
-        settings.findings_directory.mkdir(parents=True, exist_ok=True)
-        parked = ledger.park_deliveries()
-        lost = ledger.abandon_deliveries([one.name for one in settings.destination])
-        if lost:
-            log.error("delivery: %d deliveries are dead letters: their destination is no longer configured", lost)
-        workers = []
-        for destination in settings.destination:
-            worker = Worker(
-                ledger,
-                destination.name,
-                _deliverer(settings, destination, stack),
-                attempts=settings.delivery.attempts,
-                first_retry_seconds=settings.delivery.first_retry_seconds,
-                longest_retry_seconds=settings.delivery.longest_retry_seconds,
-                budget_seconds=settings.budget_seconds,
-            )
-            worker.start()
-            workers.append(worker)
-        names = ", ".join(one.name for one in settings.destination) or "nobody: no destination is configured"
-        log.info("delivery: to %s (%d deliveries taken up again)", names, parked)
-        while not stopping.is_set():
-            if bell.wait(POLL_SECONDS):
-                for worker in workers:
-                    worker.wake()
-        for worker in workers:
-            worker.stop()
-        for worker in workers:
-            worker.join(STOP_SECONDS / 2 / max(len(workers), 1))
-
-
-def _deliverer(
-    settings: Settings, destination: DicomDestination | Hl7Destination, stack: ExitStack
-) -> Callable[[Row], Result]:
-    """One try at one delivery, for that destination."""
-    folder = settings.findings_directory
-    if isinstance(destination, DicomDestination):
-        peer = Peer(destination.ae_title, destination.host, destination.port)
-        return lambda row: store(folder / row["path"], peer, settings.intake.ae_title)
-    client = MllpClient(
-        destination.host, destination.port, connect_timeout=5.0, ack_timeout=destination.acknowledge_seconds
-    )
-    stack.callback(client.close)
-
-    def send(row: Row) -> Result:
-        try:
-            answer = client.send((folder / row["path"]).read_bytes().decode("utf-8"))
-        except ValueError as error:
-            # The message itself cannot be framed: it would not get better by sending it again.
-            return "reject", str(error)
-        said = f"{answer.code} {answer.text}".strip()
-        match outcome(answer):
-            case "acknowledged":
-                return "acknowledge", said
-            case "rejected":
-                return "reject", said
-            case "retry":
-                return "retry", said
-
-    return send
-
-
-def log_as(level: str, *, machine: bool = False) -> None:
-    """Log lines to standard error: readable, or one JSON object each. They name studies by number only."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if machine else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    for noisy in ("pynetdicom", "pydicom", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
-            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)

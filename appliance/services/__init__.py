@@ -1,0 +1,1 @@
+"""The services, and the only place that wires the stages together."""

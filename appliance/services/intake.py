@@ -1,0 +1,112 @@
+"""`scanside intake`: receive instances, and what else a modality says over DICOM."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import ExitStack
+from functools import partial
+
+from appliance.intake.commitment import CommitmentProvider, Reporter
+from appliance.intake.receiver import Receiver
+from appliance.intake.retention import Retention
+from appliance.intake.spool import Spool
+from appliance.ledger.doorbell import ring
+from appliance.operations.health import LedgerMetrics
+from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
+from appliance.services.process import STOP_SECONDS, service
+from appliance.settings import Intake, Settings
+from dicom_io.errors import ScansideError
+from dicom_io.scp import Listener, ServerOptions, start_server
+from dicom_io.scu import Peer
+from dicom_io.sop_classes import storage_classes
+from dicom_io.tls import ServerCertificates
+
+log = logging.getLogger(__name__)
+
+
+def run_intake(settings: Settings) -> None:
+    """Receive instances until told to stop; then let associations end, for a moment.
+
+    Raises:
+        ScansideError: a port cannot be had, the ledger or the spool cannot be used.
+    """
+    with service(settings, "intake") as (ledger, stopping), ExitStack() as stack:
+        lost = ledger.abandon_associations()
+        try:
+            spool = Spool(settings.spool_directory)
+            swept = spool.sweep(ledger.digests())
+        except OSError as error:
+            where = f"box.state_directory ({settings.spool_directory})"
+            raise ScansideError(error.strerror or str(error), where, "make the folder writable") from error
+        shortage = partial(spool.shortage, settings.intake.reserve_percent, settings.intake.reserve_bytes)
+        if reason := shortage():
+            log.error("intake: %s; every instance is refused until there is room", reason)
+        peers = {one.ae_title: Peer(one.ae_title, one.host, one.port) for one in settings.commitment_peer}
+        reporters: list[Reporter] = []
+
+        def wake_reporters() -> None:
+            for reporter in reporters:
+                reporter.wake()
+
+        commitments = CommitmentProvider(
+            ledger,
+            settings.spool_directory,
+            peers,
+            attempts=settings.delivery.attempts,
+            first_retry_seconds=settings.delivery.first_retry_seconds,
+            longest_retry_seconds=settings.delivery.longest_retry_seconds,
+            shortage=shortage,
+            due=wake_reporters,
+        )
+        ledger.park_commitments(peers)
+        metrics = IntakeMetrics()
+        if settings.intake.metrics_port is not None:
+            parts = (metrics.registry, SpoolMetrics(settings.spool_directory, shortage), LedgerMetrics(ledger))
+            exporter = serve_metrics(settings.intake.metrics_host, settings.intake.metrics_port, parts)
+            stack.callback(exporter.stop)
+        wake_engine = partial(ring, settings.run_directory, "engine")
+        receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
+        server = start_server(_server_options(settings.intake), _listeners(settings.intake), receiver)
+        reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
+        for reporter in reporters:
+            reporter.start()
+        retention = Retention(ledger, settings, receiver.committer.paused)
+        threading.Thread(target=retention.run, args=(stopping,), name="retention", daemon=True).start()
+        log.info(
+            "intake: %s listens on %s:%s (%d associations lost, %d unacknowledged files removed since the last run)",
+            settings.intake.ae_title,
+            settings.intake.host,
+            " and ".join(map(str, server.ports)),
+            lost,
+            swept,
+        )
+        stopping.wait()
+        for reporter in reporters:
+            reporter.stop()
+        server.stop(STOP_SECONDS / 2)
+
+
+def _server_options(intake: Intake) -> ServerOptions:
+    return ServerOptions(
+        ae_title=intake.ae_title,
+        storage_classes=storage_classes(intake.storage_classes),
+        accepted_calling=tuple(intake.accepted_calling_ae_titles),
+        accepted_addresses=tuple(intake.accepted_addresses),
+        require_called=intake.require_called_ae_title,
+        maximum_associations=intake.maximum_associations,
+        maximum_associations_per_address=intake.maximum_associations_per_address,
+        artim_seconds=intake.request_seconds,
+        idle_seconds=intake.idle_seconds,
+        minimum_bytes_per_second=intake.minimum_bytes_per_second,
+        maximum_instance_bytes=intake.maximum_instance_bytes,
+    )
+
+
+def _listeners(intake: Intake) -> list[Listener]:
+    listeners = [Listener(intake.host, intake.port)] if intake.plain else []
+    if intake.tls is not None:
+        tls = intake.tls
+        certificates = ServerCertificates(tls.certificate, tls.key, tls.client_authorities, tls.profile)
+        listeners.append(Listener(intake.host, tls.port, certificates))
+    return listeners

@@ -1,0 +1,230 @@
+"""A verdict becomes messages, objects and deliveries; one that does not hold is taken back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pydicom
+from pydicom.errors import InvalidDicomError
+
+from appliance.findings.alert import Kind, message_control_id, render_alert
+from appliance.findings.render import object_uid, objects_for, package_device, render
+from appliance.governance.indication import Admission
+from appliance.governance.package import Package
+from appliance.inference.decode import decode_verified, verified
+from appliance.intake.spool import path_of
+from appliance.ledger.database import Row, now, seconds_between
+from appliance.ledger.doorbell import ring
+from appliance.ledger.records import Verdict
+from appliance.ledger.store import Inputs, Ledger, NewFinding, StoredInstance, Told
+from appliance.settings import DicomDestination, Hl7Destination, Settings
+from dicom_io.errors import ScansideError
+from dicom_io.objects.common import part10
+
+log = logging.getLogger(__name__)
+
+URGENCY = {"alert": 0, "report": 10}
+OTHER_URGENCY = 20
+"""Captures come after the report: larger, and of use only once somebody looks."""
+
+
+class Issuer:
+    """Writes verdicts down with all that comes of them, and makes the files of the findings. Threads may share it.
+
+    Attributes:
+        issued: set whenever there are findings to render.
+    """
+
+    def __init__(self, settings: Settings, ledger: Ledger, packages: Sequence[Package]) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._packages = {package.name: package for package in packages}
+        self.issued = threading.Event()
+
+    def spooled(self, instance: StoredInstance) -> Path:
+        """The file of an instance."""
+        return path_of(self._settings.spool_directory, instance.digest)
+
+    def files(self, study_id: int, inputs: Inputs) -> dict[str, StoredInstance]:
+        """The instances that an analysis was admitted on, by UID.
+
+        Raises:
+            ScansideError: some are gone.
+        """
+        found = {one.sop_instance_uid: one for one in self._ledger.inputs(study_id, inputs)}
+        if len(found) != len(inputs):
+            raise ScansideError("instances that were admitted are gone", f"study {study_id}", "report this fault")
+        return found
+
+    def issue(self, row: Row, verdict: Verdict, admission: Admission, source: StoredInstance) -> None:
+        """Write the alerts' files, then verdict, findings and deliveries in one transaction."""
+        revision = len(self._ledger.verdicts(row["id"])) + 1
+        issued_at = now()
+        key = (row["study_instance_uid"], verdict.package, verdict.package_version)
+        findings = self._alerts(row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source))
+        hl7 = any(isinstance(one, Hl7Destination) for one in self._settings.destination)
+        for name in objects_for(verdict):
+            wanted = tuple(
+                one.name
+                for one in self._settings.destination
+                if isinstance(one, DicomDestination) and name.split(".")[0] in one.objects
+            )
+            uid = object_uid(self._settings.box.uid_root, *key, revision, name)
+            findings.append(NewFinding(name, uid, None, wanted, URGENCY.get(name, OTHER_URGENCY)))
+        last = self._ledger.last_instance_at(row["study_id"])
+        untold = "no HL7 destination is configured" if verdict.positive and not hl7 else ""
+        self._ledger.issue_verdict(
+            row["id"],
+            revision,
+            verdict,
+            issued_at,
+            findings,
+            admission=admission.to_json(),
+            late=seconds_between(last, issued_at) > self._settings.budget_seconds,
+            untold=untold,
+        )
+        ring(self._settings.run_directory, "delivery")
+        self.issued.set()
+        answer = "positive" if verdict.positive else "negative"
+        log.info("study %d: %s (%.2f), revision %d", row["study_id"], answer, verdict.probability, revision)
+        if untold:
+            log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
+
+    def take_back(self, standing: Row, instances: Mapping[str, StoredInstance], reason: str) -> None:
+        """What becomes of a verdict on a study that was refused in the end: a provisional alert is withdrawn."""
+        study_id, verdict = self._ledger.study_of(standing["analysis_id"]), Verdict.from_json(standing["result"])
+        if not verdict.positive:
+            return
+        if not verdict.provisional:
+            log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
+            return
+        revision, issued_at = standing["revision"] + 1, now()
+        withdrawn = replace(
+            verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
+        )
+        try:
+            source = self.spooled(next(iter(instances.values())))
+            findings = self._alerts(standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
+        except (InvalidDicomError, FileNotFoundError, StopIteration):
+            log.exception("study %d: its provisional alert could not be withdrawn, and stands", study_id)
+            return
+        self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
+        ring(self._settings.run_directory, "delivery")
+        log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)
+
+    def _alerts(
+        self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, source: Path
+    ) -> list[NewFinding]:
+        """Write the message to each HL7 destination that this verdict tells something new; what to deliver."""
+        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
+        told = self._ledger.told(analysis_id)
+        header = pydicom.dcmread(source, stop_before_pixels=True)
+        findings: list[NewFinding] = []
+        for destination in self._settings.destination:
+            if not isinstance(destination, Hl7Destination):
+                continue
+            kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
+            if kind is None:
+                continue
+            message = message_control_id(*key, str(revision), kind, destination.name)
+            text = render_alert(
+                verdict,
+                header,
+                control_id=message,
+                kind=kind,
+                revision=revision,
+                issued_at=datetime.fromisoformat(issued_at),
+                # What is only evaluated must not look like the real thing to an interface engine.
+                processing_id=destination.processing_id if self._packages[verdict.package].mode == "clinical" else "T",
+                sending_application=self._settings.box.name,
+                sending_facility=destination.sending_facility,
+                receiving_application=destination.receiving_application,
+                receiving_facility=destination.receiving_facility,
+            )
+            path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
+            _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
+            # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
+            name = f"alert.{destination.name}"
+            findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
+        return findings
+
+    def render(self) -> None:
+        """Make the file of every finding that has none yet, most urgent first."""
+        attempts = self._settings.models.attempts
+        for row in self._ledger.unrendered_findings(attempts):
+            self._ledger.start_rendering(row["id"])
+            try:
+                self._render_one(row)
+            except Exception as error:
+                log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
+                self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
+        self._ledger.abandon_findings(attempts)
+
+    def _render_one(self, row: Row) -> None:
+        verdict = Verdict.from_json(row["result"])
+        instances = self.files(row["study_id"], row["inputs"])
+        dataset = render(
+            row["object"],
+            verdict,
+            revision=row["revision"],
+            issued_at=datetime.fromisoformat(row["issued_at"]),
+            sources=lambda uid: verified(self.spooled(instances[uid]), instances[uid].digest),
+            hu_of=lambda uid, frame: decode_verified(self.spooled(instances[uid]), instances[uid].digest).hu[frame],
+            analysed=tuple(instances),
+            uid_root=self._settings.box.uid_root,
+            device=package_device(
+                verdict,
+                uid_root=self._settings.box.uid_root,
+                station=self._settings.box.name,
+                manufacturer=self._packages[row["package"]].manufacturer,
+            ),
+        )
+        if dataset.SOPInstanceUID != row["uid"]:
+            raise ScansideError("the rendered object has another UID than its row", row["object"], "report this fault")
+        path = _folder(row["study_id"], verdict.package, row["revision"]) / f"{row['object']}.dcm"
+        _write_durably(self._settings.findings_directory / path, part10(dataset))
+        self._ledger.rendered(row["id"], row["study_id"], str(path))
+        ring(self._settings.run_directory, "delivery")
+
+
+def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
+    """What a verdict tells the hospital: an alert once, and what became of it when that is known or has changed.
+
+    Args:
+        before: what it was told by the earlier revisions, oldest first.
+    """
+    last = before[-1] if before else Told(positive=False)
+    if not positive:
+        return "withdrawal" if last.positive else None
+    if last.positive:
+        return "confirmation" if last.provisional and not provisional else None
+    if any(one.positive for one in before):
+        return "correction"
+    return "provisional" if provisional else "alert"
+
+
+def _folder(study_id: int, package: str, revision: int) -> Path:
+    """Where the findings of a verdict lie, below the findings folder."""
+    return Path(f"{study_id:06d}-{package}-{revision}")
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole and synced under its name, or not there."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+    for folder in (path.parent, path.parent.parent):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
