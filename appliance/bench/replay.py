@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import resource
 import socket
 import struct
 import sys
@@ -132,6 +133,8 @@ def main() -> None:
     """The program."""
     words = sys.argv[1:]
     every = float(words[1]) if words[0] == "--every" else 0.0
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a map holds its file open
     host, port, calling, called, *lists = words[2:] if every else words
     associations = [
         Association(
