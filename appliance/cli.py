@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from appliance import __version__, bench_cli, init, models_cli
+from appliance import __version__, audit_cli, bench_cli, board_cli, gate_cli, init
 from appliance.console import Json, State, emit, err, guard, out, read_settings
 from appliance.settings import Settings
 from dicom_io.errors import ScansideError
@@ -33,7 +33,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(models_cli.app, name="models")
+app.add_typer(board_cli.app, name="models")
+app.add_typer(gate_cli.app, name="gate")
+app.add_typer(audit_cli.app, name="audit")
 app.add_typer(bench_cli.app, name="bench")
 
 
@@ -259,22 +261,74 @@ def send(
 @guard
 def phantom(
     out_: Annotated[Path, typer.Option("--out", help="Folder to write the study to.")],
-    bleed: Annotated[Bleed | None, typer.Option(help="Subtype of haemorrhage; none if omitted.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same study, bit for bit.")] = 1,
-    thickness: Annotated[float, typer.Option(min=0.5, max=10.0, help="Slice thickness in mm.")] = 5.0,
+    bleed: Annotated[list[Bleed] | None, typer.Option(help="Subtype of haemorrhage, once for each.")] = None,
+    volume: Annotated[float | None, typer.Option(min=0.03, max=150.0, help="Of each bleed, in mL.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same study, bit for bit.")] = 1,
+    thickness: Annotated[float | None, typer.Option(min=0.5, max=10.0, help="Slice thickness in mm.")] = None,
+    look_alike: Annotated[
+        list[str] | None, typer.Option(help="What is bright or dark and no blood, once for each; `list` names them.")
+    ] = None,
+    vendor: Annotated[str, typer.Option(help="Whose scanner writes it; `list` names them.")] = "",
+    tilt: Annotated[
+        float, typer.Option(min=-30.0, max=30.0, help="Of the gantry, degrees; above 0: the front nearer the crown.")
+    ] = 0.0,
+    random: Annotated[
+        bool, typer.Option("--random", help="Draw bleeds, look-alikes, scanner and all from the seed instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a simulated head CT: DICOM files, and the truth beside them."""
-    from triton_models.training.phantom import simulate, write_study
+    from triton_models.training import phantom as simulator
+    from triton_models.training.lookalikes import KINDS
+    from triton_models.training.vendors import VENDORS
 
-    with err.status("simulating a head") if not as_json else err.status(""):
-        made = simulate(seed, bleed=bleed.value if bleed else None, thickness_mm=thickness)
-        files = write_study(made, out_)
+    vendors = [name for name in VENDORS if name]
+    for option, given, there in (
+        ("--look-alike", look_alike or [], KINDS),
+        ("--vendor", [vendor] if vendor else [], vendors),
+    ):
+        for one in given:
+            if one not in there:
+                raise typer.BadParameter(f"there are {', '.join(there)}", param_hint=option)
+    if random and (bleed or volume or look_alike or vendor or tilt):
+        raise typer.BadParameter("it draws what the other options would say", param_hint="--random")
+    with Progress(console=err, transient=True) as progress:
+        task = progress.add_task("simulating a head", total=None)
+        if random:
+            made = simulator.study(seed, size=512, thickness_mm=thickness)
+        else:
+            try:
+                made = simulator.simulate(
+                    seed,
+                    bleed=[one.value for one in bleed or []],
+                    volume_ml=volume,
+                    thickness_mm=5.0 if thickness is None else thickness,
+                    look_alikes=look_alike or (),
+                    vendor=vendor,
+                    tilt_deg=tilt,
+                )
+            except ValueError as error:  # this very head has no place for it
+                raise ScansideError(str(error), f"seed {seed}", "take another seed") from error
+        progress.update(task, description="writing instances", total=len(made.hu), completed=0)
+        files = simulator.write_study(made, out_, on_written=lambda: progress.advance(task))
     if as_json:
-        emit({"directory": str(out_), "instances": len(files), "volume_ml": made.volume_ml})
+        emit(
+            {
+                "directory": str(out_),
+                "instances": len(files),
+                "volume_ml": made.volume_ml,
+                "look_alikes": list(made.look_alikes),
+                "vendor": made.vendor or None,
+                "kernel": made.kernel,
+                "thickness_mm": made.thickness_mm,
+                "tilt_deg": made.tilt_deg,
+            }
+        )
     else:
-        truth = ", ".join(f"{name} {volume:.1f} mL" for name, volume in made.volume_ml.items() if volume) or "no bleed"
-        out.print(f"wrote {len(files)} instances to {escape(str(out_))} ({truth})", highlight=False, soft_wrap=True)
+        truth = ", ".join(f"{name} {volume:.1f} mL" for name, volume in made.volume_ml.items()) or "no bleed"
+        beside = f"; {', '.join(made.look_alikes)}" if made.look_alikes else ""
+        said = f"wrote {len(files)} instances to {escape(str(out_))} ({truth}{beside})"
+        out.print(said, highlight=False, soft_wrap=True)
 
 
 # --- looking --------------------------------------------------------------------------------------------
@@ -324,12 +378,12 @@ def study(
 @app.command()
 @guard
 def retry(
-    delivery: Annotated[int | None, typer.Argument(help="Number of a dead or rejected delivery.")] = None,
+    delivery: Annotated[int | None, typer.Argument(help="Number of a dead, rejected or withdrawn delivery.")] = None,
     study_number: Annotated[
         str | None, typer.Option("--study", help="A study whose analysis was set aside: UID or number.")
     ] = None,
 ) -> None:
-    """Send a dead or rejected delivery once more, or analyse a study that was set aside."""
+    """Send a dead, rejected or withdrawn delivery once more, or analyse a study that was set aside."""
     from appliance.ledger.doorbell import ring
     from appliance.ledger.views import find_study
 
