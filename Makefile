@@ -11,7 +11,7 @@ TRAINING_VENV = .venv-training
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint conformance lock lock-training model clean
+.PHONY: help setup demo test quick lint conformance lock lock-training model evaluate clean
 
 help: ## Show the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,11 @@ LOCK = --quiet --universal --python-version 3.11 --generate-hashes --no-annotate
 lock-training: ## Renew requirements/training.txt (uv must find torch's CPU build: UV_FIND_LINKS)
 	$(UV) pip compile $(filter-out --universal,$(LOCK)) -c requirements/appliance.txt requirements/training.in -o requirements/training.txt
 
-model: $(TRAINING_VENV)/.ready ## Train the reference model again (half an hour; resumes where it was stopped)
+model: $(TRAINING_VENV)/.ready ## Train the reference model again (an hour and a half; resumes where it was stopped)
 	ORT_DISABLE_TELEMETRY=1 $(TRAINING_VENV)/bin/python -m triton_models.training.train --out triton_models/ich_reference $(TRAIN)
+
+evaluate: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Measure the reference model, write docs/model (hours; resumes where it was stopped)
+	$(VENV)/bin/python -m triton_models.training.evaluate $(EVALUATE)
 
 clean: ## Remove the environments and what the demo made
 	rm -rf $(VENV) $(TRITON_VENV) $(TRAINING_VENV) build demo .cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,5 @@
 {
   "algorithm": "Ed25519",
   "key": "eb4b2c7a0c3a9597",
-  "signature": "31ZsiL3N+quDjwRoX2QzYWz/oxraTxjosXsBWYW3svME0Yd3Gq9oYSIBA9VCjHcFxZHDj1yjqs3ZEg6Lf8SuBg=="
+  "signature": "M9oDQ2HtHJ5IDh4sjiioy2zrozt28DKvlSD8UNmKNtE3NEGk5yaEZU6GlJP/+kCHQlwCPcvNR9eEMgHIlR19AA=="
 }

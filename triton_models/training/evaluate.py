@@ -1,146 +1,461 @@
-"""How good a network is on simulated studies that it never saw."""
+"""Measure a model package on simulated studies that it never saw, and write its model card.
+
+    python -m triton_models.training.evaluate --out docs/model
+
+Every study is written as CT Image Storage and read back as the appliance reads one: headers, choice of the series,
+the gate, decoder, slabs, a real Triton server that serves the package, and the verdict. Each outcome is a line of a
+file in the work folder: a run that was cut short goes on from there. Another package or another simulator begins anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance.inference.preprocess import SIZE, model_input, to_field
+from appliance import inference
+from appliance.demo.orthanc import LOOPBACK, free_ports
+from appliance.governance.indication import BoardException, admit, admit_pixels
+from appliance.governance.package import ANY, Package, load
+from appliance.governance.signature import read_keyring
+from appliance.inference.server import prepare
+from appliance.inference.slabs import plan_slabs, slab_hu
+from appliance.inference.stream import Pipeline, read_volume, verdict_on
+from appliance.inference.triton import TritonClient
+from appliance.ledger.records import Verdict
+from appliance.operations.leash import Leashed
+from appliance.settings import Settings
+from appliance.study.grouping import group
+from appliance.study.selection import select
+from dicom_io.errors import ScansideError
+from dicom_io.header import read_header
+from dicom_io.plausible import ImplausibleImage
 
+from . import card, measures
 from .haemorrhage import SUBTYPES
-from .phantom import simulate
-from .samples import shrink
+from .lookalikes import KINDS
+from .measures import Outcome
+from .phantom import Family, Phantom, simulate, study, write_study
+from .progress import Bar, say
+from .vendors import names
 
-Predict = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-"""Slabs (n, 3, 256, 256) to probabilities (n, 6) and lesion maps (n, 1, 64, 64)."""
+FIRST_SEED = {"unseen": 50_000_000, "training": 60_000_000, "look-alike": 70_000_000}
+"""Of each family, and of studies for one look-alike; training and calibration draw theirs far below."""
+KERNELS_READ = ("soft", "standard", "iterative")
+"""A series of a sharp kernel is none that the appliance chooses: it would only be counted as refused."""
+SIZE = 512
+REFUSED_KINDS = ("contrast",)
+"""The gate refuses a study that says so: there is nothing to add to it."""
+SHOWN = 5
+"""Pictures in each row of the card."""
+_NO_MATTER = {"calibrate", "card", "charts", "evaluate", "export", "measures", "network", "progress", "quantise",
+              "samples", "train"}  # fmt: skip
+"""Modules beside this one that have no part in an outcome: the network is in the package, the rest is the simulator."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """One study: what is true of it and what was said of it.
+class Read:
+    """What the appliance made of the files of one study.
 
     Attributes:
+        refused: the gate's reason, or "".
+        verdict: None where it was refused.
+        members: of each of the verdict's slabs the files (by their place in the list) that it is averaged from.
+        spacing_mm: between rows, between columns.
+    """
+
+    refused: str
+    verdict: Verdict | None = None
+    members: tuple[tuple[int, ...], ...] = ()
+    spacing_mm: tuple[float, float] = (1.0, 1.0)
+
+
+class Reader:
+    """One process's way from files to a verdict.
+
+    Args:
+        url: of a server that serves the package.
+    """
+
+    def __init__(self, package: Package, url: str) -> None:
+        self.package = package
+        self._client = TritonClient(url, timeout=120)
+        self._pipeline = Pipeline(self._client, workers=1)
+        self._count = 0
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._pipeline.close()
+        self._client.close()
+
+    def read(self, paths: Sequence[Path], *, excused: Sequence[str] = ()) -> Read:
+        """Read a study.
+
+        Args:
+            paths: its files.
+            excused: criteria of the gate that may be unknown.
+
+        Raises:
+            ScansideError: the server gives no answer, or a file cannot be read.
+        """
+        package = self.package
+        self._count += 1
+        headers = [read_header(path) for path in paths]
+        selection = select(group(headers))
+        if selection.series is None or selection.volume is None:
+            return Read("; ".join(f"series: {one.reason}" for one in selection.considered))
+        volume = selection.volume
+        plans = plan_slabs(volume, package.preprocessing.slab_mm)
+        today = date.today()
+        exceptions = [BoardException(package.name, criterion, "evaluation", "nobody", today) for criterion in excused]
+        admission = admit(package, selection.series.headers, volume, len(plans), exceptions, today)
+        if not admission.admitted:
+            return Read(admission.reason)
+        files = {
+            header.sop_instance_uid: (path, hashlib.sha256(path.read_bytes()).hexdigest(), header.number_of_frames)
+            for header, path in zip(headers, paths, strict=True)
+        }
+        try:
+            reading = read_volume(self._pipeline, package, admission, volume, files, owner=self._count)
+        except ImplausibleImage as error:
+            return Read(f"pixels: {error.what}")
+        admission = admit_pixels(package, admission, reading.brain_ml)
+        if not admission.admitted:
+            return Read(admission.reason)
+        uids = (selection.series.first.study_instance_uid, selection.series.series_instance_uid)
+        verdict = verdict_on(package, volume, reading, study_uid=uids[0], series_uid=uids[1])
+        places = {header.sop_instance_uid: place for place, header in enumerate(headers)}
+        members = tuple(
+            tuple(places[volume.planes[member].sop_instance_uid] for member in plan.members) for plan in reading.plans
+        )
+        return Read("", verdict, members, volume.planes[0].geometry.spacing)
+
+
+def drawn(family: str, seed: int) -> Phantom:
+    """The study; arguments as of `evaluated`."""
+    if family in KINDS:
+        return simulate(seed, look_alikes=(family,), vendor=names(unseen=True)[0], size=SIZE)
+    scanners: Family = "unseen" if family == "unseen" else "training"
+    return study(seed, positive=bool(seed % 2), family=scanners, size=SIZE, kernels=KERNELS_READ)
+
+
+def evaluated(reader: Reader, family: str, seed: int) -> tuple[Outcome, Phantom, Read]:
+    """Simulate a study, write it, and have the appliance's code read it.
+
+    Args:
+        family: "unseen" or "training", where every other seed bleeds; or a look-alike, which is then all there is.
         seed: of the phantom.
-        bleed: its subtype, or "".
-        volume_ml: of blood, by the mask.
-        probability: the highest of the slabs' probabilities of any haemorrhage.
-        paired: the highest mean of two neighbouring slabs' probabilities.
-        subtypes: the highest of the slabs' probabilities of each subtype, in order.
-        overlap: {lesion threshold: (blood and called, blood, called)}, counts of map pixels.
     """
-
-    seed: int
-    bleed: str
-    volume_ml: float
-    probability: float
-    paired: float
-    subtypes: tuple[float, ...]
-    overlap: dict[float, tuple[int, int, int]]
-
-
-LESION_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-
-
-def outcome(predict: Predict, seed: int, bleed: str | None, volume_ml: float | None, *, size: int = SIZE) -> Outcome:
-    """Simulate a study of 5 mm slices and ask the network about it."""
-    phantom = simulate(seed, bleed=bleed, volume_ml=volume_ml, size=size)
-    slabs = np.stack([model_input(hu, phantom.spacing_mm) for hu in phantom.hu])
-    parts = [predict(slabs[n : n + 16]) for n in range(0, len(slabs), 16)]
-    probabilities = np.concatenate([part[0] for part in parts])
-    maps = np.concatenate([part[1] for part in parts])[:, 0]
-    blood = np.stack([shrink(to_field((m > 0).astype(np.float32), phantom.spacing_mm, fill=0.0)) for m in phantom.mask])
-    truth = blood > 0.5
-    overlap = {
-        t: (int((truth & (maps >= t)).sum()), int(truth.sum()), int((maps >= t).sum())) for t in LESION_THRESHOLDS
-    }
-    any_blood = probabilities[:, 0]
-    return Outcome(
-        seed,
-        bleed or "",
-        sum(phantom.volume_ml.values()),
-        float(any_blood.max()),
-        float((any_blood[1:] + any_blood[:-1]).max() / 2),
-        tuple(float(p) for p in probabilities[:, 1:].max(axis=0)),
-        overlap,
+    began = time.perf_counter()
+    phantom = drawn(family, seed)
+    with tempfile.TemporaryDirectory(prefix="scanside-evaluate-") as folder:
+        read = reader.read(write_study(phantom, Path(folder)))
+    verdict = read.verdict
+    outcome = Outcome(
+        seed=seed,
+        family=family,
+        volumes_ml={name: round(volume, 4) for name, volume in phantom.volume_ml.items()},
+        blood_hu=_mean_hu(phantom) if phantom.bleeds else 0.0,
+        thickness_mm=phantom.thickness_mm,
+        kernel=phantom.kernel,
+        vendor=phantom.vendor,
+        kvp=phantom.kvp,
+        tilt_deg=phantom.tilt_deg,
+        look_alikes=tuple(phantom.look_alikes),
+        age=phantom.age,
+        refused=read.refused,
+        probability=round(verdict.probability, 6) if verdict else 0.0,
+        called_ml=round(verdict.volume_ml, 4) if verdict else 0.0,
+        subtypes={name: round(one, 6) for name, one in verdict.subtypes.items()} if verdict else {},
+        points_at_blood=verdict is not None
+        and any(phantom.mask[list(read.members[slab])].any() for slab in verdict.key_slabs),
+        seconds=round(time.perf_counter() - began, 2),
     )
+    return outcome, phantom, read
 
 
-def studies(predict: Predict, seeds: Sequence[int], report: Callable[[str], None]) -> list[Outcome]:
-    """One study for each seed: every other one bleeds, in each subtype by turns, from 1 to 60 mL."""
-    outcomes = []
-    for n, seed in enumerate(seeds):
-        bleed = SUBTYPES[n // 2 % len(SUBTYPES)] if n % 2 else None
-        volume = float(np.exp(np.random.default_rng([seed, 4]).uniform(0, np.log(60))))
-        outcomes.append(outcome(predict, seed, bleed, volume if bleed else None))
-        if n % 20 == 19:
-            report(f"evaluated {n + 1} of {len(seeds)} studies")
-    return outcomes
+def _mean_hu(phantom: Phantom) -> float:
+    """Of all blood that was painted."""
+    return round(sum(b.hu * b.volume_ml for b in phantom.bleeds) / sum(b.volume_ml for b in phantom.bleeds), 1)
 
 
-def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counted half."""
-    p, n = np.asarray(positive)[:, None], np.asarray(negative)[None, :]
-    return float((p > n).mean() + 0.5 * (p == n).mean())
+def example(reader: Reader, family: str, seed: int) -> tuple[Outcome, NDArray[np.uint8]]:
+    """A study again, and its picture: its first key slab, or where none is positive the one with the most blood."""
+    outcome, phantom, read = evaluated(reader, family, seed)
+    assert read.verdict is not None
+    blood = [int((phantom.mask[list(members)] > 0).sum()) for members in read.members]
+    slab = read.verdict.key_slabs[0] if read.verdict.key_slabs else int(np.argmax(blood))
+    members = list(read.members[slab])
+    hu = slab_hu(phantom.hu[members], f"seed {seed}")
+    truth = (phantom.mask[members] > 0).mean(axis=0) >= 0.5
+    return outcome, card.tile(hu, truth, read.verdict.slabs[slab].outlines, read.spacing_mm)
 
 
-def best_threshold(outcomes: Sequence[Outcome], *, least_specificity: float = 0.95) -> float:
-    """The threshold of the highest sensitivity at that specificity, half way to the next score below it.
+def examples(outcomes: Sequence[Outcome], threshold: float) -> dict[str, list[int]]:
+    """The seeds that the card shows, by a rule and not by choice.
 
-    It is kept within 0.2 to 0.9, so that a handful of studies cannot drive it to an end of the scale.
+    Hits: of each subtype (one alone) that of the median volume among those found. Misses: the largest. False alarms:
+    the most probable.
     """
-    negative = np.sort([o.probability for o in outcomes if not o.bleed])
-    positive = np.sort([o.probability for o in outcomes if o.bleed])
-    allowed = int((1 - least_specificity) * len(negative))
-    floor = float(negative[len(negative) - 1 - allowed])
-    above = positive[positive > floor]
-    ceiling = float(above[0]) if len(above) else 1.0
-    return round(float(np.clip((floor + ceiling) / 2, 0.2, 0.9)), 3)
-
-
-def best_lesion_threshold(outcomes: Sequence[Outcome]) -> float:
-    """The threshold on the map with the highest Dice over all bleeding studies' pixels."""
-    return max(LESION_THRESHOLDS, key=lambda t: _dice([o for o in outcomes if o.bleed], t))
-
-
-def _dice(outcomes: Sequence[Outcome], threshold: float) -> float:
-    both, truth, called = np.sum([o.overlap[threshold] for o in outcomes], axis=0)
-    return float(2 * both / max(1, truth + called))
-
-
-def summary(outcomes: Sequence[Outcome], threshold: float, lesion_threshold: float) -> dict[str, Any]:
-    """The figures that a reader asks for, JSON-ready."""
-    positive = [o for o in outcomes if o.bleed]
-    negative = [o for o in outcomes if not o.bleed]
-
-    def sensitivity(group: Sequence[Outcome]) -> dict[str, Any]:
-        found = sum(o.probability >= threshold for o in group)
-        return {"studies": len(group), "found": found, "sensitivity": round(found / len(group), 3) if group else None}
-
-    named = sum(SUBTYPES[int(np.argmax(o.subtypes))] == o.bleed for o in positive)
-    bins = ((0, 2), (2, 5), (5, 15), (15, 1000))
+    seen = [one for one in outcomes if not one.unjudged]
+    hits = []
+    for name in SUBTYPES:
+        found = [one for one in seen if list(one.volumes_ml) == [name] and one.probability >= threshold]
+        found.sort(key=lambda one: (one.volume_ml, one.seed))
+        hits += [one.seed for one in found[len(found) // 2 : len(found) // 2 + 1]]
+    missed = sorted((one for one in seen if one.bleeds and one.probability < threshold), key=lambda o: -o.volume_ml)
+    alarms = sorted((one for one in seen if not one.bleeds and one.probability >= threshold),
+                    key=lambda one: -one.probability)  # fmt: skip
     return {
-        "studies": len(outcomes),
-        "with_bleed": len(positive),
-        "auc": round(auc([o.probability for o in positive], [o.probability for o in negative]), 4),
-        "auc_mean_of_two_slabs": round(auc([o.paired for o in positive], [o.paired for o in negative]), 4),
-        "threshold": threshold,
-        "sensitivity": sensitivity(positive)["sensitivity"],
-        "specificity": round(sum(o.probability < threshold for o in negative) / len(negative), 3),
-        "by_subtype": {name: sensitivity([o for o in positive if o.bleed == name]) for name in SUBTYPES},
-        "by_volume_ml": {
-            f"{low} to {high}" if high < 1000 else f"above {low}": sensitivity(
-                [o for o in positive if low < o.volume_ml <= high]
-            )
-            for low, high in bins
-        },
-        "subtype_named_right": round(named / len(positive), 3),
-        "lesion_threshold": lesion_threshold,
-        "map_dice": round(_dice(positive, lesion_threshold), 3),
-        "map_pixels_called_per_negative_study": round(
-            float(np.mean([o.overlap[lesion_threshold][2] for o in negative])), 2
-        ),
+        "hits": hits,
+        "misses": [one.seed for one in missed[:SHOWN]],
+        "false_alarms": [one.seed for one in alarms[:SHOWN]],
     }
+
+
+def real_head(reader: Reader, folder: Path) -> dict[str, Any]:
+    """What the package says of a real head without haemorrhage; the reason in ``skipped`` where there is none.
+
+    The files were de-identified and give no age, so that the gate would refuse them: that one criterion is excused.
+    """
+    paths = sorted(folder.glob("*.dcm"))
+    if not paths:
+        return {"skipped": f"{folder.name}: the data is absent"}
+    refused = reader.read(paths).refused
+    read = reader.read(paths, excused=("age",))
+    if read.verdict is None:
+        return {"skipped": f"{folder.name}: the gate refuses it even if age is excused: {read.refused}"}
+    return {
+        "name": folder.name,
+        "gate": refused,
+        "positive": read.verdict.positive,
+        "probability": round(read.verdict.probability, 4),
+        "threshold": read.verdict.threshold,
+        "slabs": [round(slab.probabilities[ANY], 4) for slab in read.verdict.slabs],
+    }
+
+
+@contextmanager
+def serving(package: Package, environment: Path, home: Path) -> Iterator[str]:
+    """A Triton server of the package: its address.
+
+    Raises:
+        ScansideError: it does not start.
+    """
+    grpc, http, of_metrics = free_ports(3)
+    launch = prepare(environment, home, [package], "cpu", grpc_port=grpc, http_port=http, metrics_port=of_metrics)
+    variables = [f"{name}={value}" for name, value in launch.env.items()]
+    server = Leashed(["env", "-i", *variables, *launch.command], log=home / "triton.log")
+    try:
+        with TritonClient(f"{LOOPBACK}:{grpc}") as client:
+            client.wait_ready(60, [package])
+        yield f"{LOOPBACK}:{grpc}"
+    finally:
+        server.stop()
+
+
+def fingerprint(package: Package) -> str:
+    """Tells apart what outcomes may stand together: by the package, and by the code that simulates and reads."""
+    digest = hashlib.sha256((package.folder / "package.toml").read_bytes())
+    here = Path(__file__).parent
+    parts = [path for path in (*here.glob("*.py"), *here.glob("*.npz")) if path.stem not in _NO_MATTER]
+    for path in sorted([*parts, *Path(inference.__file__).parent.glob("*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_reader: Reader | None = None
+
+
+def _begin(package: Package, url: str) -> None:
+    """In each process of the pool."""
+    global _reader
+    cv2.setNumThreads(1)
+    _reader = Reader(package, url)
+
+
+def _outcome(family: str, seed: int) -> Outcome:
+    assert _reader is not None
+    return evaluated(_reader, family, seed)[0]
+
+
+def _example(family: str, seed: int) -> tuple[Outcome, NDArray[np.uint8]]:
+    assert _reader is not None
+    return example(_reader, family, seed)
+
+
+def stored(path: Path) -> list[Outcome]:
+    """The outcomes that a file holds; a line that was cut short is left out."""
+    found = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        found.append(Outcome(**{**fields, "look_alikes": tuple(fields["look_alikes"])}))
+    return found
+
+
+def more_alike(outcomes: Sequence[Outcome], least: int) -> dict[str, range]:
+    """How many studies, and of which seeds, each look-alike lacks to stand in ``least`` studies without blood."""
+    wanted = {}
+    for place, kind in enumerate(KINDS):
+        there = sum(kind in one.look_alikes and not one.bleeds and not one.unjudged for one in outcomes)
+        if kind not in REFUSED_KINDS and there < least:
+            first = FIRST_SEED["look-alike"] + 1000 * place
+            wanted[kind] = range(first, first + least - there)
+    return wanted
+
+
+def run(pool: Executor, path: Path, wanted: dict[str, range], what: str) -> list[Outcome]:
+    """The outcomes of the wanted seeds of each family, from the file and, where it has none, from the pool."""
+    known = {(one.family, one.seed): one for one in stored(path)}
+    seeds = [(family, seed) for family, these in wanted.items() for seed in these]
+    done = sum(key in known for key in seeds)
+    bar = Bar(what, len(seeds), done)
+    with path.open("a", encoding="utf-8") as file:
+        if path.stat().st_size:
+            file.write("\n")  # whatever a line before may have been cut in
+        futures = [pool.submit(_outcome, *key) for key in seeds if key not in known]
+        try:
+            for future in as_completed(futures):
+                one = future.result()
+                known[one.family, one.seed] = one
+                file.write(json.dumps(asdict(one)) + "\n")
+                file.flush()
+                done += 1
+                bar.show(done)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+    return [known[key] for key in seeds]
+
+
+def versions(environment: Path) -> dict[str, str]:
+    """Of Python and the libraries that the figures depend on, those of the server's environment too."""
+    names = ("numpy", "scipy", "opencv-python-headless", "pydicom", "tritonclient")
+    found = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+    for name in ("nvidia-pytriton", "onnxruntime", "numpy"):
+        site = next(environment.glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info"), None)
+        found[f"server: {name}"] = site.name.removesuffix(".dist-info").rpartition("-")[2] if site else "?"
+    return found
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--package", type=Path, default=Path("triton_models/ich_reference"))
+    parser.add_argument("--out", type=Path, default=Path("docs/model"), help="folder of the model card")
+    parser.add_argument("--work", type=Path, default=Path("build/evaluate"), help="outcomes so far")
+    parser.add_argument("--studies", type=int, default=640, help="of the unseen family; a third as many of the other")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--environment", type=Path, default=Path(".venv-triton"), help="Triton's")
+    parser.add_argument("--real", type=Path, default=_data() / "ge_head_28", help="a real head without haemorrhage")
+    arguments = parser.parse_args()
+    if arguments.studies < 10:
+        parser.error("--studies: at least 10")
+    try:
+        _evaluate(arguments)
+    except ScansideError as error:
+        sys.exit(f"failed: {error}")
+    except BrokenProcessPool:
+        sys.exit("failed: a process was killed; the same command goes on from there")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    # Inherited by the pool, whose processes start anew: two of them share two cores with the server.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    keys = read_keyring(Settings().trusted_keys)
+    package = load(arguments.package, trusted=keys, allow_unsigned=True)
+    threshold = package.operating_point.threshold
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    path = arguments.work / f"{package.name}-{fingerprint(package)}.jsonl"
+    counts = {"unseen": arguments.studies, "training": -(-arguments.studies // 3)}
+    wanted = {family: range(FIRST_SEED[family], FIRST_SEED[family] + n) for family, n in counts.items()}
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scanside-evaluate-")))
+        url = stack.enter_context(serving(package, arguments.environment, home))
+        context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+        pool = stack.enter_context(
+            ProcessPoolExecutor(arguments.processes, context, initializer=_begin, initargs=(package, url))
+        )
+        outcomes = run(pool, path, wanted, "studies")
+        unseen = [one for one in outcomes if one.family == "unseen"]
+        alike = run(pool, path, more_alike(unseen, max(2, arguments.studies // 33)), "look-alikes")
+        pictures: dict[str, list[tuple[Outcome, NDArray[np.uint8]]]] = {}
+        chosen = examples(unseen, threshold)
+        say(f"making {sum(map(len, chosen.values()))} pictures")
+        for name, seeds in chosen.items():
+            pictures[name] = [made.result() for made in [pool.submit(_example, "unseen", seed) for seed in seeds]]
+        reader = Reader(package, url)
+        stack.callback(reader.close)
+        real = real_head(reader, arguments.real)
+    figures = {
+        **measures.summary(unseen, threshold, alike),
+        "training_family": measures.summary([one for one in outcomes if one.family == "training"], threshold),
+        "real": real,
+        "threshold": threshold,
+        "stated": _stated(package),
+        "package": {name: getattr(package, name) for name in ("name", "version", "title", "clearance", "notice")}
+        | {"model_onnx": package.files["model.onnx"]},
+        "seeds": {family: [these[0], these[-1]] for family, these in wanted.items()},
+        "studies_by_family": {family: len(these) for family, these in wanted.items()},
+        "studies_for_look_alikes": len(alike),
+        "refused_because": _reasons(unseen),
+        "versions": versions(arguments.environment),
+        "command": "python -m triton_models.training.evaluate " + shlex.join(sys.argv[1:]),
+        "seconds": round(sum(one.seconds for one in [*outcomes, *alike])),
+        "seconds_of_this_run": round(time.monotonic() - began),
+    }
+    card.write(arguments.out, figures, outcomes, pictures)
+    if "skipped" in real:
+        say(f"skipped the real head: {real['skipped']}")
+    say(f"wrote {arguments.out}")
+
+
+def _stated(package: Package) -> dict[str, Any]:
+    """The package's operating point as its package.toml states it."""
+    point = package.operating_point
+    stated = {name: getattr(point, name) for name in ("threshold", "lesion_threshold", "sensitivity", "specificity",
+                                                     "studies")}  # fmt: skip
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def _reasons(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How often the gate refused for which criterion."""
+    counts: dict[str, int] = {}
+    for one in outcomes:
+        if one.refused:
+            name = one.refused.split(":")[0]
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _data() -> Path:
+    """The folder of data that lies beside the repository."""
+    return Path(os.environ.get("SCANSIDE_TEST_DATA", Path("..") / "shared" / "data"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""The reference network: a small residual encoder whose lesion map is also its only road to a probability."""
+"""The reference network: a small residual encoder whose lesion map is also its only road to a probability.
+
+It sees a slab between its two neighbours (2.5D): their windows one after the other, foot to head.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+INPUTS = 9
+"""Three windows of three slabs."""
 LABELS = ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 WIDTHS = (16, 32, 64, 96, 128)
 MAP_WIDTH = 32
@@ -36,13 +41,14 @@ class Network(nn.Module):  # type: ignore[misc]
     """Slabs to map logits and slab logits.
 
     Every label has its own map at a quarter of the input's resolution. A label's slab logit is an affine function of
-    the highest 3×3 mean of its map, so that a slab is called positive only where the map shows why.
+    two peaks of its map, of single pixels and of 3×3 means, so that a slab is called positive only where the map shows
+    why. The single pixel is there for lesions that cover little more than one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         w = WIDTHS
-        self.stem = _convolution(3, w[0], 2)
+        self.stem = nn.Sequential(_convolution(INPUTS, w[0], 2), _convolution(w[0], w[0]))
         self.stage1 = nn.Sequential(_convolution(w[0], w[1], 2), Residual(w[1]))
         self.stage2 = nn.Sequential(_convolution(w[1], w[2], 2), Residual(w[2]))
         self.stage3 = nn.Sequential(_convolution(w[2], w[3], 2), Residual(w[3]))
@@ -51,11 +57,15 @@ class Network(nn.Module):  # type: ignore[misc]
         self.fuse = _convolution(MAP_WIDTH, MAP_WIDTH)
         self.head = nn.Conv2d(MAP_WIDTH, len(LABELS), 1)
         nn.init.constant_(self.head.bias, -4.0)  # lesions are rare: start there
-        self.scale = nn.Parameter(torch.ones(len(LABELS)))
+        self.scale = nn.Parameter(torch.zeros(2, len(LABELS)))
         self.shift = nn.Parameter(torch.zeros(len(LABELS)))
 
     def forward(self, slabs: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, 3, 256, 256) in 0..1 to map logits (n, 6, 64, 64) and slab logits (n, 6), in the order of LABELS."""
+        """Slabs to map logits (n, 6, h/4, w/4) and slab logits (n, 6), in the order of LABELS.
+
+        Args:
+            slabs: (n, 9, h, w) in 0..1; h and w are 256 but in training, where less is looked at in a step.
+        """
         features = [self.stage1(self.stem(slabs))]
         for stage in (self.stage2, self.stage3, self.stage4):
             features.append(stage(features[-1]))
@@ -63,18 +73,27 @@ class Network(nn.Module):  # type: ignore[misc]
         for level in (2, 1, 0):
             top = functional.interpolate(top, scale_factor=2.0, mode="nearest") + self.lateral[level](features[level])
         maps = self.head(self.fuse(functional.relu(top)))
-        peak = functional.avg_pool2d(maps, 3, 1, 1).amax(dim=(2, 3))
-        return maps, peak * functional.softplus(self.scale) + self.shift
+        pixel = maps.amax(dim=(2, 3))
+        mean = functional.avg_pool2d(maps, 3, 1, 1).amax(dim=(2, 3))
+        scale = functional.softplus(self.scale)
+        return maps, pixel * scale[0] + mean * scale[1] + self.shift
 
 
 class Shipped(nn.Module):  # type: ignore[misc]
-    """The network as the appliance sees it: probabilities (n, 6) and the map of "any" (n, 1, 64, 64), both 0..1."""
+    """The network as the appliance sees it: probabilities (n, 6) and the map of "any" (n, 1, 64, 64), both 0..1.
 
-    def __init__(self, network: Network) -> None:
+    Args:
+        network: the trained one.
+        slope, shift: of each label's logit (6,), so that a study's highest probability is a calibrated one.
+    """
+
+    def __init__(self, network: Network, slope: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.network = network
+        self.register_buffer("slope", slope)
+        self.register_buffer("shift", shift)
 
     def forward(self, slabs: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, 3, 256, 256) in 0..1 to (probabilities, lesion map)."""
+        """(n, 9, 256, 256) in 0..1 to (probabilities, lesion map)."""
         maps, logits = self.network(slabs)
-        return torch.sigmoid(logits), torch.sigmoid(maps[:, :1])
+        return torch.sigmoid(logits * self.slope + self.shift), torch.sigmoid(maps[:, :1])

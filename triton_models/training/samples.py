@@ -1,65 +1,97 @@
-"""What the network learns from: slabs of simulated heads on the model's field, with the truth on its map."""
+"""What the network learns from: the slabs of simulated studies on the model's field, with the truth on its map.
+
+A head is drawn once and scanned several times, each time in another pose by another scanner, with other look-alikes and
+other bleeds or none. All slabs of a scan are kept, so that each has its neighbours; what of them is looked at, and how
+often, training decides.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from appliance.inference.preprocess import SIZE, to_field
+from appliance.inference.preprocess import SIZE, to_field, window
+from appliance.inference.slabs import plan_slabs, slab_hu
+from dicom_io.header import FramePlane
+from dicom_io.volume import Plane, assemble
 
-from . import haemorrhage, scanner
+from . import anatomy, haemorrhage, lookalikes, scanner, vendors
 from .anatomy import Head
 from .haemorrhage import SUBTYPES
+from .phantom import studies
+from .progress import Bar
 
 MAP_SIZE = 64
-SLABS_PER_HEAD = 6
-HEADS_PER_SHARD = 50
-_STREAM = 7_301
-"""Keeps these heads apart from those of `phantom.simulate`, whose seeds start a sequence of their own."""
+MAP_PIXEL_MM2 = (SIZE / MAP_SIZE) ** 2
+SLAB_MM = 5.0
+NEIGHBOURS = 1
+CROP = (224, 192)
+"""Rows and columns that training looks at: a head fits, and a third of the field, air, is saved."""
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """Slabs and their truth.
+class Slabs:
+    """The slabs of one scan, foot to head.
 
     Attributes:
         fields: (n, 256, 256) int16, HU on the model's field.
         covered: (n, 5, 64, 64) uint8, share of each map pixel that a subtype covers, times 255.
+        thickness_mm: of each slab, as `SlabPlan` has it.
     """
 
     fields: NDArray[np.int16]
     covered: NDArray[np.uint8]
+    thickness_mm: tuple[float, ...]
 
 
-def head_samples(seed: int, index: int) -> Samples:
-    """Some slabs of one head: a little under half of heads bleed nowhere, some in two ways at once."""
-    rng = np.random.default_rng([_STREAM, seed, index])
-    head = Head(rng, float(rng.uniform(18, 95)))
-    protocol = scanner.draw(rng, SIZE, float(rng.choice((3, 4, 5, 5, 5, 6, 7))))
-    count = int(rng.choice((0, 1, 2), p=(0.42, 0.45, 0.13)))
-    kinds = rng.choice(len(SUBTYPES), count, replace=False, p=(0.19, 0.22, 0.17, 0.23, 0.19))
-    bleeds = tuple(
-        haemorrhage.draw(rng, head, SUBTYPES[kind], float(np.exp(rng.uniform(np.log(0.9), np.log(60)))))
-        for kind in kinds
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A scan of a head, and what is in it.
+
+    Attributes:
+        scan: its slices.
+        spacing_mm: between rows, between columns.
+        thickness_mm: of a slice.
+        look_alikes: names in `lookalikes.KINDS`.
+    """
+
+    scan: scanner.Scan
+    spacing_mm: tuple[float, float]
+    thickness_mm: float
+    look_alikes: tuple[str, ...]
+
+
+def slabs_of(study: Study) -> Slabs:
+    """A study cut into slabs exactly as the appliance does it."""
+    scan, spacing_mm = study.scan, study.spacing_mm
+    volume = assemble(
+        [
+            Plane(f"2.25.{n + 1}", 0, FramePlane(position, scan.orientation, spacing_mm, study.thickness_mm), n + 1)
+            for n, position in enumerate(scan.positions)
+        ]
     )
-    heights = list(rng.uniform(-68, 95, SLABS_PER_HEAD))
-    for n in range(4 if bleeds else 0):
-        heights[n] = _near(rng, head, bleeds[n % len(bleeds)])
-    if not bleeds:
-        heights[0] = rng.uniform(-55, -10)  # the base of the skull misleads most
-    fields = np.empty((SLABS_PER_HEAD, SIZE, SIZE), dtype=np.int16)
-    covered = np.empty((SLABS_PER_HEAD, len(SUBTYPES), MAP_SIZE, MAP_SIZE), dtype=np.uint8)
-    for n, height in enumerate(heights):
-        hu, blood = scanner.scan(rng, head, bleeds, protocol, float(height))
-        spacing = (protocol.pixel_mm, protocol.pixel_mm)
-        fields[n] = np.rint(to_field(hu, spacing))
-        for layer, one in zip(covered[n], blood, strict=True):
-            layer[:] = np.rint(255 * shrink(to_field((one > 0.5).astype(np.float32), spacing, fill=0.0)))
-    return Samples(fields, covered)
+    order = [(plane.instance_number or 0) - 1 for plane in volume.planes]
+    plans = plan_slabs(volume, SLAB_MM)
+    fields = np.empty((len(plans), SIZE, SIZE), dtype=np.int16)
+    covered = np.zeros((len(plans), len(SUBTYPES), MAP_SIZE, MAP_SIZE), dtype=np.uint8)
+    for plan, field, layers in zip(plans, fields, covered, strict=True):
+        planes = [order[member] for member in plan.members]
+        hu = slab_hu((scan.hu[plane] for plane in planes), str(plan.index))
+        field[:] = np.rint(np.clip(to_field(hu, spacing_mm), -1024, 4000))
+        mask = scan.mask[planes]
+        for kind in np.unique(mask[mask > 0]):
+            blood = (mask == kind).mean(axis=0, dtype=np.float32)
+            layers[kind - 1] = np.rint(255 * shrink(to_field(blood, spacing_mm, fill=0.0)))
+    return Slabs(fields, covered, tuple(plan.thickness_mm for plan in plans))
 
 
 def shrink(field: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -67,67 +99,270 @@ def shrink(field: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(cv2.resize(field, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA), dtype=np.float32)
 
 
-def _near(rng: np.random.Generator, head: Head, bleed: haemorrhage.Bleed) -> float:
-    """A height in the scanner at which a bleed is likely to be cut."""
-    centre = np.array(bleed.centre)
-    reach = bleed.extent_mm
-    if bleed.depth_mm:
-        centre = 66 * centre / np.linalg.norm(centre)
-        reach = min(reach, 45)
-    elif bleed.subtype == "intraventricular":
-        reach = 22
-    return float((head.rotation() @ centre)[2] + rng.normal(0, 0.5 * reach))
+def neighbours(index: int, count: int) -> list[int]:
+    """The slabs that the network sees beside one of a run: at its ends, itself stands in for what is not there."""
+    return [max(index - 1, 0), index, min(index + 1, count - 1)]
 
 
-def shard(folder: Path, seed: int, number: int) -> Samples:
-    """The samples of `HEADS_PER_SHARD` heads, read from the folder or made and left there."""
-    path = folder / f"shard-{seed}-{number:04d}.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            return Samples(stored["fields"], stored["covered"])
-    made = [head_samples(seed, number * HEADS_PER_SHARD + n) for n in range(HEADS_PER_SHARD)]
-    samples = Samples(np.concatenate([m.fields for m in made]), np.concatenate([m.covered for m in made]))
-    staged = path.with_suffix(".part.npz")
-    np.savez(staged, fields=samples.fields, covered=samples.covered)
-    staged.replace(path)
-    return samples
+def network_input(fields: NDArray[Any]) -> NDArray[np.float32]:
+    """Slabs between their neighbours as the network wants them.
 
-
-def varied(
-    rng: np.random.Generator, field: NDArray[np.int16], covered: NDArray[np.uint8]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """One sample seen otherwise: mirrored, moved, at another level, noisier, sharper or blurred.
+    Args:
+        fields: (..., 3, h, w) HU, foot to head.
 
     Returns:
-        The field (256, 256) in HU and the share of each map pixel that a subtype covers (5, 64, 64).
+        (..., 9, h, w) float32 in 0..1: the windows of the first slab, then the second's, then the third's.
     """
-    hu = field.astype(np.float32)
-    blood = covered.astype(np.float32) / 255
-    if rng.random() < 0.5:
-        hu, blood = hu[:, ::-1], blood[:, :, ::-1]
-    if rng.random() < 0.5:
-        angle, scale = rng.uniform(-15, 15), rng.uniform(0.88, 1.13)
-        dx, dy = rng.uniform(-14, 14, 2)
-        hu = _moved(hu, angle, scale, dx, dy, -1024.0)
-        ratio = MAP_SIZE / SIZE
-        blood = np.stack([_moved(layer, angle, scale, dx * ratio, dy * ratio, 0.0) for layer in blood])
-    if rng.random() < 0.25:
-        blurred = cv2.GaussianBlur(hu, (0, 0), rng.uniform(0.5, 1.2))
-        hu = hu + np.float32(rng.uniform(-0.8, 1.0)) * (hu - blurred)
-    if rng.random() < 0.35:
-        grain = cv2.GaussianBlur(rng.standard_normal(hu.shape, dtype=np.float32), (0, 0), rng.uniform(0.3, 1.2))
-        hu = hu + grain * np.float32(rng.uniform(0, 6) / (grain.std() + 1e-6))
-    hu = hu * np.float32(rng.normal(1, 0.03)) + np.float32(rng.normal(0, 2.5))
-    return hu, np.ascontiguousarray(blood)
+    channels = np.moveaxis(window(np.asarray(fields, dtype=np.float32)), 0, -3)
+    return np.ascontiguousarray(channels.reshape(*fields.shape[:-3], -1, *fields.shape[-2:]))
+
+
+def run_input(fields: NDArray[Any]) -> NDArray[np.float32]:
+    """The input (n, 9, 256, 256) for each slab of a run of neighbours (n, 256, 256) HU, foot to head."""
+    return network_input(np.stack([fields[neighbours(n, len(fields))] for n in range(len(fields))]))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One use of simulated heads; each draws from seeds of its own.
+
+    Attributes:
+        name: of its folder.
+        first_seed: of its heads; they count on from it.
+    """
+
+    name: str
+    first_seed: int
+
+
+TRAIN = Kind("train", 10_000_000)
+CALIBRATION = Kind("calibration", 20_000_000)
+SCANS = 3
+"""Of a head that is trained on: the first without blood, the others with."""
+_THICKNESSES_MM = (0.6, 1.25, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0)
+_HOW_OFTEN = (0.01, 0.03, 0.08, 0.08, 0.12, 0.5, 0.1, 0.08)
+"""Thin slices cost the most and end as the same slabs: fewer of them than a hospital has."""
+
+
+def _draw(kind: Kind, seed: int) -> Iterator[Study]:
+    """The scans of one head: of one that is trained on several, of another one as it comes to a hospital."""
+    if kind != TRAIN:
+        for one in studies(seed):
+            made = scanner.Scan(one.hu, one.mask, one.volume_ml, one.positions, one.orientation)
+            yield Study(made, one.spacing_mm, one.thickness_mm, one.look_alikes)
+        return
+    rng = np.random.default_rng([seed, 0])
+    plain = anatomy.draw(rng, int(rng.integers(20, 95)), str(rng.choice(("F", "M"))))
+    for number in range(SCANS):
+        yield _story(np.random.default_rng([seed, 1, number]), deepcopy(plain), bleeds=number > 0)
+
+
+def _story(rng: np.random.Generator, head: Head, *, bleeds: bool) -> Study:
+    """What happens to a head, in place, and what a scanner sees of it."""
+    # A network learns more from what misleads it than hospitals have of it: heads without blood have twice as much.
+    wanted = {kind for _ in range(1 if bleeds else 2) for kind in lookalikes.draw_kinds(rng, head.age)}
+    kinds = []
+    for kind in sorted(wanted, key=lookalikes.KINDS.index):
+        try:
+            lookalikes.add(rng, head, kind)
+            kinds.append(kind)
+        except ValueError:  # this head has no place for it
+            continue
+    truth = np.zeros(head.hu.shape, dtype=np.uint8)
+    if bleeds:
+        haemorrhage.draw_study(rng, head, truth)
+    vendor = str(rng.choice(vendors.names(unseen=False)))
+    habits = vendors.VENDORS[vendor]
+    protocol = scanner.draw(
+        rng,
+        kernels=tuple(habits.kernels),
+        vendor=vendor,
+        thickness_mm=float(rng.choice(_THICKNESSES_MM, p=_HOW_OFTEN)),
+        size=SIZE,
+        padded=habits.padding is not None,
+    )
+    made = scanner.scan(rng, head, truth, protocol)
+    return Study(made, (protocol.pixel_mm, protocol.pixel_mm), protocol.thickness_mm, tuple(kinds))
+
+
+def make_head(job: tuple[Path, Kind, int, int]) -> int:
+    """Simulate the scans of one head and leave their slabs in the folder; returns the head's number.
+
+    ``head-N.json`` is written last: a head without it is made again.
+    """
+    folder, kind, seed, number = job
+    cv2.setNumThreads(1)
+    scans, parts = [], []
+    first = 0
+    for study in _draw(kind, kind.first_seed + seed * 100_000 + number):
+        slabs = slabs_of(study)
+        parts.append(slabs)
+        scans.append(
+            {
+                "first": first,
+                "count": len(slabs.fields),
+                "thickness_mm": slabs.thickness_mm,
+                "slice_mm": study.thickness_mm,
+                "volume_ml": study.scan.volume_ml,
+                "look_alikes": list(study.look_alikes),
+            }
+        )
+        first += len(slabs.fields)
+    covered = np.concatenate([slabs.covered for slabs in parts])
+    areas = covered.sum(axis=(2, 3), dtype=np.int64) * (MAP_PIXEL_MM2 / 255)
+    _save(folder / f"fields-{number:05d}.npy", np.concatenate([slabs.fields for slabs in parts]))
+    _save(folder / f"covered-{number:05d}.npy", covered)
+    staged = folder / f"head-{number:05d}.part"
+    staged.write_text(json.dumps({"scans": scans, "areas_mm2": np.round(areas, 2).tolist()}), encoding="utf-8")
+    staged.replace(folder / f"head-{number:05d}.json")
+    return number
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    staged = path.with_suffix(".part")
+    with staged.open("wb") as file:
+        np.save(file, array)
+    staged.replace(path)
+
+
+def make(work: Path, kind: Kind, seed: int, count: int, *, processes: int = 2) -> None:
+    """Simulate the heads that are not in the work folder yet, on so many processes; each follows from its seed."""
+    folder = work / f"{kind.name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [n for n in range(count) if not (folder / f"head-{n:05d}.json").exists()]
+    if not missing:
+        return
+    bar = Bar(f"simulating heads ({kind.name})", count, count - len(missing))
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=100) as pool:
+        jobs = [(folder, kind, seed, number) for number in missing]
+        for done, _ in enumerate(pool.imap_unordered(make_head, jobs), count - len(missing) + 1):
+            bar.show(done)
+
+
+class Store:
+    """The slabs of the first heads of a folder, mapped into memory; slabs are counted through.
+
+    Attributes:
+        areas_mm2: (slabs, 5) float32 of blood, by subtype.
+        scans: (first slab, one past the last, what the head's file says of the scan).
+    """
+
+    def __init__(self, work: Path, kind: Kind, seed: int, count: int) -> None:
+        folder = work / f"{kind.name}-{seed}"
+        self._fields: list[NDArray[np.int16]] = []
+        self._covered: list[NDArray[np.uint8]] = []
+        self.scans: list[tuple[int, int, dict[str, Any]]] = []
+        areas, place = [], []
+        total = 0
+        for number in range(count):
+            told = json.loads((folder / f"head-{number:05d}.json").read_text(encoding="utf-8"))
+            self._fields.append(np.load(folder / f"fields-{number:05d}.npy", mmap_mode="r"))
+            self._covered.append(np.load(folder / f"covered-{number:05d}.npy", mmap_mode="r"))
+            areas.append(np.asarray(told["areas_mm2"], dtype=np.float32).reshape(-1, len(SUBTYPES)))
+            for scan in told["scans"]:
+                place += [(number, scan["first"], scan["count"], n) for n in range(scan["count"])]
+                self.scans.append((total, total + scan["count"], scan))
+                total += scan["count"]
+        self._place = np.asarray(place)
+        self.areas_mm2 = np.concatenate(areas)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def sample(self, slab: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+        """A slab between its neighbours (3, 256, 256) in HU, and its truth (5, 64, 64) times 255."""
+        head, first, count, n = (int(value) for value in self._place[slab])
+        fields = self._fields[head]
+        return np.stack([fields[first + m] for m in neighbours(n, count)]), self._covered[head][first + n]
+
+    def run(self, first: int, end: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+        """The slabs of one scan, (n, 256, 256) and (n, 5, 64, 64)."""
+        head, _, _, n = (int(value) for value in self._place[first])
+        start = int(self._place[first][1]) + n
+        return self._fields[head][start : start + end - first], self._covered[head][start : start + end - first]
+
+
+class Variety:
+    """Ways to see one sample otherwise: mirrored, turned, moved, upside down, noisier, sharper, at another level.
+
+    Grain and slow fields are drawn once, from the seed; each use cuts another piece.
+    """
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng([seed, 91])
+        grains = []
+        for n in range(24):
+            white = rng.standard_normal((400, 400, 3), dtype=np.float32)
+            fine = cv2.GaussianBlur(white, (0, 0), rng.uniform(0.35, 1.3))
+            if n % 2:  # sharp kernels take away what is slow
+                fine -= cv2.GaussianBlur(white, (0, 0), rng.uniform(1.8, 4))
+            grains.append(fine / fine.std())
+        self._grain = np.stack(grains)
+        slow = [
+            cv2.resize(rng.standard_normal((k, k), dtype=np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+            for k in rng.integers(3, 9, 24)
+        ]
+        self._slow = np.stack([field / field.std() for field in slow])
+
+    def __call__(
+        self,
+        rng: np.random.Generator,
+        fields: NDArray[np.int16],
+        covered: NDArray[np.uint8],
+        crop: tuple[int, int] = CROP,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """One sample seen otherwise.
+
+        Args:
+            rng: decides how.
+            fields: (3, 256, 256) HU, foot to head.
+            covered: (5, 64, 64), share of the middle slab's map pixels that a subtype covers, times 255.
+            crop: rows and columns to look at, multiples of 32.
+
+        Returns:
+            HU (rows, columns, 3), and the shares 0..1 (5, rows / 4, columns / 4).
+        """
+        rows, columns = crop
+        picked = [0, 1, 2] if rng.random() < 0.5 else [2, 1, 0]
+        for end in (0, 2):
+            if rng.random() < 0.06:  # as at the end of a scan
+                picked[end] = 1
+        mirror = -1.0 if rng.random() < 0.5 else 1.0
+        angle, scale = 0.0, 1.0
+        if rng.random() < 0.5:
+            angle, scale = np.deg2rad(rng.uniform(-15, 15)), float(rng.uniform(0.88, 1.12))
+        down, across = 4 * rng.integers(-6, 7, 2)
+        turned = scale * np.array([[mirror * np.cos(angle), -np.sin(angle)], [mirror * np.sin(angle), np.cos(angle)]])
+        middle = np.array([columns / 2 + across - 0.5, rows / 2 + down - 0.5])
+        move = np.column_stack([turned, middle - turned @ np.full(2, SIZE / 2 - 0.5)])
+        stack = cv2.merge([fields[n] for n in picked]).astype(np.float32)
+        hu = _moved(stack, move, crop, -1024.0)
+        blood = np.zeros((len(covered), rows // 4, columns // 4), dtype=np.float32)
+        # The same in the map's pixels, of which four by four of the field's make one.
+        on_map = np.column_stack([turned, (turned @ np.full(2, 1.5) + move[:, 2] - 1.5) / 4])
+        for layer, target in zip(covered, blood, strict=True):
+            if layer.any():
+                target[:] = _moved(layer.astype(np.float32) / 255, on_map, (rows // 4, columns // 4), 0.0)
+        chance = rng.random(5)
+        if chance[0] < 0.3:
+            amount, sigma = np.float32(rng.uniform(-0.9, 1.3)), float(rng.uniform(0.6, 1.3))
+            hu += amount * (hu - cv2.GaussianBlur(hu, (0, 0), sigma))
+        if chance[1] < 0.4:
+            grain = self._grain[rng.integers(len(self._grain))]
+            y, x = rng.integers(0, grain.shape[0] - rows), rng.integers(0, grain.shape[1] - columns)
+            hu += grain[y : y + rows, x : x + columns] * np.float32(rng.uniform(0, 7))
+        if chance[2] < 0.2:
+            slow = self._slow[rng.integers(len(self._slow)), :rows, :columns]
+            hu += slow[:, :, None] * np.float32(rng.uniform(0, 4))
+        hu *= np.float32(rng.normal(1, 0.03))
+        hu += np.float32(rng.normal(0, 2.5))
+        return hu, blood
 
 
 def _moved(
-    image: NDArray[np.float32], angle: float, scale: float, dx: float, dy: float, fill: float
+    image: NDArray[np.float32], move: NDArray[np.float64], shape: Sequence[int], fill: float
 ) -> NDArray[np.float32]:
-    middle = (image.shape[0] - 1) / 2
-    move = cv2.getRotationMatrix2D((middle, middle), angle, scale)
-    move[:, 2] += (dx, dy)
     moved = cv2.warpAffine(
-        np.ascontiguousarray(image), move, image.shape[::-1], flags=cv2.INTER_LINEAR, borderValue=fill
+        image, move, (shape[1], shape[0]), flags=cv2.INTER_LINEAR, borderValue=(fill, fill, fill, fill)
     )
     return np.asarray(moved, dtype=np.float32)

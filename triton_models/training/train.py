@@ -1,18 +1,24 @@
-"""Train the reference model on simulated slabs and write its package.
+"""Make the reference model: simulate heads, train, calibrate, quantise, write the package.
 
     python -m triton_models.training.train --out triton_models/ich_reference
 
-Seeded and on one thread. Simulated slabs and a checkpoint after each epoch lie in the work folder: a run that was
-cut short goes on from there.
+Simulated heads and checkpoints lie in the work folder: a run that was cut short goes on from there. The simulated
+heads follow from the seed bit for bit on the same library versions. The weights do so only with the same number of
+threads on the same kind of processor, because sums of floating-point numbers are divided among threads; and `--minutes`
+turns into a number of steps by the speed that is measured, which is kept in the work folder and in metrics.json
+(`--steps` gives it outright).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,120 +26,209 @@ import cv2
 import numpy as np
 import onnx
 import onnxruntime
+import scipy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from appliance.inference.preprocess import window
+from appliance.inference.preprocess import WINDOWS, window_constants
 
-from . import evaluate
-from .export import export
-from .haemorrhage import SUBTYPES
-from .network import Network
-from .samples import HEADS_PER_SHARD, SLABS_PER_HEAD, shard, varied
+from . import calibrate, quantise
+from .export import export, to_onnx
+from .network import INPUTS, Network
+from .progress import Bar, say
+from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Store, Variety, make
 
-VERSION = "0.1.0"
-PRESENT_MM2, ABSENT_MM2 = 40.0, 6.0
-"""A slab bleeds from the first area on, and does not below the second; between them it teaches the map only."""
-MAP_PIXEL_MM2 = 16.0
-CALIBRATION_SEEDS, TEST_SEEDS = 1_000_000, 2_000_000
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-def _batches(
-    rng: np.random.Generator, folder: Path, seed: int, shards: int, batch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch: slabs (n, 3, 256, 256) and coverage (n, 5, 64, 64), mixed over a few shards at a time."""
-    order = rng.permutation(shards)
-    for start in range(0, shards, 6):
-        group = [shard(folder, seed, int(number)) for number in order[start : start + 6]]
-        places = [(g, n) for g, samples in enumerate(group) for n in range(len(samples.fields))]
-        rng.shuffle(places)
-        for first in range(0, len(places) - batch + 1, batch):
-            pairs = [varied(rng, group[g].fields[n], group[g].covered[n]) for g, n in places[first : first + batch]]
-            slabs = np.stack([window(hu) for hu, _ in pairs])
-            yield torch.from_numpy(slabs), torch.from_numpy(np.stack([blood for _, blood in pairs]))
+VERSION = "0.2.0"
+PRESENT_MM2 = 12.0
+"""A slab with so much blood is one that bleeds; what is below teaches its map only."""
+SURE_MM2 = 48.0
+"""From this area on a bleeding slab counts in full."""
+BLOCK = 100
+"""Steps between two looks at which negative slabs are the hard ones."""
+EMA = 0.998
+AHEAD = 4
+"""Batches that are prepared while the network is busy."""
 
 
 def loss(maps: Tensor, slabs: Tensor, covered: Tensor) -> Tensor:
     """Cross-entropy and Dice of the maps, cross-entropy of the slabs.
 
     Args:
-        maps: logits (n, 6, 64, 64).
+        maps: logits (n, 6, h, w).
         slabs: logits (n, 6).
-        covered: (n, 5, 64, 64), share of each map pixel that a subtype covers.
+        covered: (n, 5, h, w), share of each map pixel that a subtype covers.
     """
     target = torch.cat([covered.sum(dim=1, keepdim=True).clamp(max=1), covered], dim=1)
-    dense = functional.binary_cross_entropy_with_logits(maps, target, reduction="none")
-    dense = (dense * (1 + 5 * target)).mean(dim=(0, 2, 3)).sum() * 20
-    called = torch.sigmoid(maps[:, 0])
-    both = (called * target[:, 0]).sum()
-    dice = 1 - (2 * both + 1) / (called.square().sum() + target[:, 0].square().sum() + 1)
     area = target.sum(dim=(2, 3)) * MAP_PIXEL_MM2
-    known = ((area >= PRESENT_MM2) | (area < ABSENT_MM2)).float()
-    whole = functional.binary_cross_entropy_with_logits(slabs, (area >= PRESENT_MM2).float(), reduction="none")
-    return dense + dice + (whole * known).mean(dim=0).sum()
+    dense = functional.binary_cross_entropy_with_logits(maps, target, reduction="none")
+    # Half of all lesions are under 1 mL: without the weight their few pixels would drown in the large ones'.
+    small = (400 / area.clamp(min=16)).sqrt().clamp(1, 4)[:, :, None, None]
+    wrong = (target - torch.sigmoid(maps.detach())).abs()
+    dense = (dense * (0.2 + wrong) * (1 + 4 * small * target)).mean(dim=(0, 2, 3))
+    called = torch.sigmoid(maps[:, 0]).flatten(1)
+    truth = target[:, 0].flatten(1)
+    both = (called * truth).sum(dim=1)
+    dice = 1 - (2 * both + 4) / (called.square().sum(dim=1) + truth.square().sum(dim=1) + 4)
+    present = (area >= PRESENT_MM2).float()
+    sure = torch.where(area >= PRESENT_MM2, (area / SURE_MM2).clamp(0.4, 1), (area < 1).float())
+    whole = functional.binary_cross_entropy_with_logits(slabs, present, reduction="none")
+    whole = (whole * sure).mean(dim=0)
+    return 20 * (dense[0] + 0.5 * dense[1:].sum()) + dice.mean() + 2 * whole[0] + 0.5 * whole[1:].sum()
 
 
-def fit(network: Network, work: Path, *, seed: int, shards: int, epochs: int, batch: int, rate: float) -> int:
-    """Train in place, from the work folder's checkpoint if it holds one; returns the number of slabs seen."""
-    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-3)
-    steps = epochs * (shards * HEADS_PER_SHARD * SLABS_PER_HEAD // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps + 1, pct_start=0.1)
-    checkpoint = work / f"checkpoint-{seed}-{shards}-{epochs}.pt"
-    done = 0
+class Sampler:
+    """Which slabs a block of steps looks at: half of them bleed, and of the others the misleading ones come more often.
+
+    Attributes:
+        suspicion: (slabs,) what the network last said of each, 0..1.
+    """
+
+    def __init__(self, store: Store) -> None:
+        total = store.areas_mm2.sum(axis=1)
+        self._bleeds = np.flatnonzero(total >= PRESENT_MM2)
+        self._clean = np.flatnonzero(total < 1)
+        # A lesion of one slab is met as often as a quarter of one of sixteen.
+        weights = np.zeros(len(store))
+        for first, end, _ in store.scans:
+            areas = store.areas_mm2[first:end] >= PRESENT_MM2
+            weights[first:end] = (areas / np.sqrt(np.maximum(areas.sum(axis=0), 1))).max(axis=1)
+        self._weights = weights[self._bleeds] / weights[self._bleeds].sum()
+        self.suspicion = np.full(len(store), 0.5, dtype=np.float32)
+
+    def draw(self, rng: np.random.Generator, steps: int, batch: int) -> NDArray[np.intp]:
+        """(steps, batch) numbers of slabs."""
+        half = batch // 2
+        bleeds = rng.choice(self._bleeds, (steps, half), p=self._weights)
+        odds = 0.04 + self.suspicion[self._clean].astype(np.float64)
+        clean = rng.choice(self._clean, (steps, batch - half), p=odds / odds.sum())
+        return np.concatenate([bleeds, clean], axis=1)
+
+
+def _batch(
+    store: Store, variety: Variety, seed: tuple[int, ...], slabs: NDArray[np.intp], crop: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(seed)
+    seen = [variety(rng, *store.sample(int(slab)), crop) for slab in slabs]
+    # Channels last from the start, which the convolutions want; `network_input` says the same of one sample.
+    hu = torch.from_numpy(np.stack([hu for hu, _ in seen]))
+    lowest, scale = (torch.from_numpy(values) for values in window_constants(WINDOWS, 0))
+    channels = functional.linear(hu[..., None], scale[:, None], -lowest * scale).clamp_(0, 1).flatten(3)
+    return channels.permute(0, 3, 1, 2), torch.from_numpy(np.stack([blood for _, blood in seen]))
+
+
+def _batches(
+    pool: ThreadPoolExecutor, store: Store, variety: Variety, seed: int, first: int, slabs: NDArray[np.intp]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a block, prepared on another thread; one in eight shows the whole field."""
+    waiting: list[Future[tuple[Tensor, Tensor]]] = []
+    for n in range(len(slabs) + AHEAD):
+        if n < len(slabs):
+            crop = (256, 256) if n % 8 == 7 else CROP
+            waiting.append(pool.submit(_batch, store, variety, (seed, 12, first + n), slabs[n], crop))
+        if n >= AHEAD:
+            yield waiting.pop(0).result()
+
+
+class _Average:
+    """The exponential moving average of a network's weights; its statistics too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = copy.deepcopy(network).eval()
+
+    def follow(self, network: nn.Module, step: int) -> None:
+        keep = min(EMA, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mine, other in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
+                if mine.is_floating_point():
+                    mine.lerp_(other, 1 - keep)
+                else:
+                    mine.copy_(other)
+
+
+def measured_steps(minutes: float, batch: int) -> int:
+    """How many steps fit into so many minutes on this machine, from the time of some."""
+    network = Network().to(memory_format=torch.channels_last)
+    slabs = torch.rand(batch, INPUTS, *CROP).to(memory_format=torch.channels_last)
+    covered = torch.zeros(batch, 5, CROP[0] // 4, CROP[1] // 4)
+    for n in range(25):
+        if n == 5:
+            started = time.monotonic()
+        maps, logits = network(slabs)
+        loss(maps, logits, covered).backward()
+    seconds = (time.monotonic() - started) / 20
+    # Optimiser, batches in the background and the whole fields came to about a sixth where it was tried.
+    return max(BLOCK, round(minutes * 60 / (1.17 * seconds) / BLOCK) * BLOCK)
+
+
+def fit(store: Store, work: Path, *, seed: int, steps: int, batch: int, rate: float) -> tuple[Network, float]:
+    """Train, from the work folder's checkpoint if it holds one of the same run.
+
+    Returns:
+        The average of the last weights, in evaluation mode, and the seconds that training took in all.
+    """
+    torch.manual_seed(seed)
+    network = Network().to(memory_format=torch.channels_last)
+    average = _Average(network)
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rate, total_steps=steps + 1, pct_start=0.12, final_div_factor=100
+    )
+    sampler = Sampler(store)
+    checkpoint = work / f"checkpoint-{seed}-{len(store)}-{steps}-{batch}-{rate:g}.pt"
+    done, spent = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(state["network"])
+        average.network.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
-        done = int(state["epochs"])
-        _say(f"went on after epoch {done}")
-    network.train().to(memory_format=torch.channels_last)
-    for epoch in range(done, epochs):
-        rng = np.random.default_rng([seed, 11, epoch])
-        started, total, seen = time.monotonic(), 0.0, 0
-        for slabs, covered in _batches(rng, work, seed, shards, batch):
-            maps, logits = network(slabs.to(memory_format=torch.channels_last))
-            value = loss(maps, logits, covered)
-            optimiser.zero_grad()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-            optimiser.step()
-            schedule.step()
-            total += float(value.detach()) * len(slabs)
-            seen += len(slabs)
-            if seen % (100 * batch) == 0:
-                speed = seen / (time.monotonic() - started)
-                _say(f"epoch {epoch + 1} of {epochs}: {seen} slabs, loss {total / seen:.3f}, {speed:.0f} slabs/s")
-        _say(f"epoch {epoch + 1} of {epochs}: loss {total / max(1, seen):.4f}")
-        torch.save(
-            {
-                "network": network.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-                "epochs": epoch + 1,
-            },
-            checkpoint,
-        )
-    return epochs * shards * HEADS_PER_SHARD * SLABS_PER_HEAD
-
-
-def predictor(model: Path) -> evaluate.Predict:
-    """An exported model on one thread of ONNX Runtime, as `evaluate` wants it."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-
-    def predict(slabs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        probabilities, maps = session.run(None, {"slabs": slabs})
-        return probabilities, maps
-
-    return predict
+        sampler.suspicion[:] = state["suspicion"].numpy()
+        done, spent = int(state["steps"]), float(state["seconds"])
+        say(f"goes on after step {done}")
+    variety = Variety(seed)
+    network.train()
+    bar = Bar("training", steps, done)
+    started, saved = time.monotonic(), time.monotonic()
+    lately = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        for first in range(done, steps, BLOCK):
+            count = min(BLOCK, steps - first)
+            picked = sampler.draw(np.random.default_rng([seed, 11, first]), count, batch)
+            total = 0.0
+            for n, (slabs, covered) in enumerate(_batches(pool, store, variety, seed, first, picked)):
+                maps, logits = network(slabs)
+                value = loss(maps, logits, covered)
+                optimiser.zero_grad()
+                value.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+                optimiser.step()
+                schedule.step()
+                average.follow(network, first + n)
+                said = torch.sigmoid(logits[:, 0].detach()).numpy()
+                sampler.suspicion[picked[n]] = 0.5 * sampler.suspicion[picked[n]] + 0.5 * said
+                total += float(value.detach())
+                bar.show(first + n + 1, f"loss {lately:.3f}")
+            lately = total / count
+            if time.monotonic() - saved > 60 or first + count == steps:
+                saved = time.monotonic()
+                state = {
+                    "network": network.state_dict(),
+                    "average": average.network.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "suspicion": torch.from_numpy(sampler.suspicion),
+                    "steps": first + count,
+                    "seconds": spent + saved - started,
+                }
+                staged = checkpoint.with_suffix(".part")
+                torch.save(state, staged)
+                staged.replace(checkpoint)
+    trained: Network = average.network.to(memory_format=torch.contiguous_format)
+    return trained, spent + time.monotonic() - started
 
 
 def main() -> None:
@@ -142,57 +237,51 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model package")
     parser.add_argument("--work", type=Path, default=Path("build/ich_reference"), help="samples and checkpoints")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--shards", type=int, default=22, help="of 50 heads, 6 slabs each")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--heads", type=int, default=800, help="to train on, two scans each")
+    parser.add_argument("--calibration", type=int, default=160, help="studies that calibrate and set the thresholds")
+    parser.add_argument("--minutes", type=float, default=50, help="to train; becomes a number of steps")
+    parser.add_argument("--steps", type=int, default=0, help="to train, whatever the minutes")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
-    parser.add_argument("--calibration", type=int, default=60, help="studies that set the thresholds")
-    parser.add_argument("--test", type=int, default=100, help="studies that the figures come from")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="and processes that simulate")
+    parser.add_argument("--only", choices=("simulate",), help="stop after that")
     arguments = parser.parse_args()
 
-    started = time.monotonic()
-    torch.set_num_threads(1)
+    clock = {"start": time.monotonic()}
+    torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(1)
-    torch.manual_seed(arguments.seed)
     work: Path = arguments.work
-    work.mkdir(parents=True, exist_ok=True)
-    for number in range(arguments.shards):
-        shard(work, arguments.seed, number)
-        if number % 5 == 4:
-            _say(f"simulated {number + 1} of {arguments.shards} shards")
-    simulated = time.monotonic()
+    make(work, TRAIN, arguments.seed, arguments.heads, processes=arguments.threads)
+    make(work, CALIBRATION, arguments.seed, arguments.calibration, processes=arguments.threads)
+    clock["simulated"] = time.monotonic()
+    if arguments.only == "simulate":
+        return
 
-    network = Network()
-    seen = fit(
-        network,
-        work,
-        seed=arguments.seed,
-        shards=arguments.shards,
-        epochs=arguments.epochs,
-        batch=arguments.batch,
-        rate=arguments.rate,
-    )
-    network.to(memory_format=torch.contiguous_format)
-    network.eval()
-    trained = time.monotonic()
-    _say("trained; calibrating")
-    difference = export(network, work / "uncalibrated", version=VERSION, threshold=0.5, lesion_threshold=0.5)
-    predict = predictor(work / "uncalibrated" / "model.onnx")
-    calibration = evaluate.studies(predict, range(CALIBRATION_SEEDS, CALIBRATION_SEEDS + arguments.calibration), _say)
-    threshold = evaluate.best_threshold(calibration)
-    lesion_threshold = evaluate.best_lesion_threshold(calibration)
-    test = evaluate.studies(predict, range(TEST_SEEDS, TEST_SEEDS + arguments.test), _say)
-    slabs = np.zeros((16, 3, 256, 256), dtype=np.float32)
-    clock = time.monotonic()
-    for _ in range(4):
-        predict(slabs)
-    speed = 64 / (time.monotonic() - clock)
-    export(network, arguments.out, version=VERSION, threshold=threshold, lesion_threshold=lesion_threshold)
-    ended = time.monotonic()
+    store = Store(work, TRAIN, arguments.seed, arguments.heads)
+    plan = work / f"steps-{arguments.seed}-{arguments.minutes:g}-{arguments.batch}"
+    if not arguments.steps and not plan.exists():
+        plan.write_text(str(measured_steps(arguments.minutes, arguments.batch)), encoding="ascii")
+    steps = arguments.steps or int(plan.read_text(encoding="ascii"))
+    say(f"{steps} steps of {arguments.batch} on {len(store)} slabs")
+    network, seconds = fit(store, work, seed=arguments.seed, steps=steps, batch=arguments.batch, rate=arguments.rate)
+    clock["trained"] = time.monotonic()
+
+    say("calibrating")
+    difference = to_onnx(network, work / "uncalibrated.onnx")
+    studies = Store(work, CALIBRATION, arguments.seed, arguments.calibration)
+    answers = calibrate.ask(calibrate.predictor(work / "uncalibrated.onnx"), studies)
+    calibration = calibrate.calibrate(answers)
+    to_onnx(network, work / "fp32.onnx", slope=calibration.slope, shift=calibration.shift)
+    say("quantising")
+    choice = quantise.choose(work, store, studies, calibration)
+    clock["calibrated"] = time.monotonic()
+
+    commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only")}
     figures: dict[str, Any] = {
-        "command": "python -m triton_models.training.train "
-        + " ".join(f"--{name} {value}" for name, value in vars(arguments).items() if name not in ("out", "work")),
+        "command": "python -m triton_models.training.train --out triton_models/ich_reference "
+        + " ".join(f"--{name} {value}" for name, value in commands.items()),
         "seed": arguments.seed,
+        "steps": steps,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -200,23 +289,42 @@ def main() -> None:
             "onnxruntime": onnxruntime.__version__,
             "numpy": np.__version__,
             "opencv": cv2.__version__,
+            "scipy": scipy.__version__,
         },
+        "processor": _processor(),
+        "threads": arguments.threads,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "slabs_simulated": arguments.shards * HEADS_PER_SHARD * SLABS_PER_HEAD,
-        "slabs_seen": seen,
-        "seconds_of_this_run": {
-            "simulate": round(simulated - started),
-            "train": round(trained - simulated),
-            "evaluate_and_export": round(ended - trained),
+        "heads_simulated": arguments.heads,
+        "scans_simulated": len(store.scans),
+        "slabs_simulated": len(store),
+        "slabs_seen": steps * arguments.batch,
+        "seconds": {
+            "simulate_in_this_run": round(clock["simulated"] - clock["start"]),
+            "train_in_all": round(seconds),
+            "calibrate_and_quantise": round(clock["calibrated"] - clock["trained"]),
         },
-        "onnx_runtime_slabs_per_second_one_thread": round(speed, 1),
         "onnx_runtime_against_torch": difference,
-        "calibration": evaluate.summary(calibration, threshold, lesion_threshold),
-        "test": evaluate.summary(test, threshold, lesion_threshold),
-        "subtypes": list(SUBTYPES),
+        "calibration": calibration.figures,
+        "precision": choice.figures,
     }
+    export(
+        choice.model,
+        work / "fp32.onnx",
+        arguments.out,
+        version=VERSION,
+        calibration=calibration,
+        example=calibrate.example(studies),
+    )
     (arguments.out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _say(f"wrote {arguments.out}: test AUC {figures['test']['auc']}")
+    say(f"wrote {arguments.out}: {choice.name}, AUC on the calibration studies {calibration.figures['auc']}")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
