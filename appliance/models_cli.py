@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,8 @@ from appliance.settings import Settings, SettingsError
 from dicom_io.errors import ScansideError
 
 if TYPE_CHECKING:
-    from appliance.governance.package import Package
+    from appliance.governance.package import OperatingPoint, Package
+    from appliance.inference.parity import Parity
 
 app = typer.Typer(
     help="The model packages: which there are, whether they may run, who signed them.", no_args_is_help=True
@@ -69,14 +70,15 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a package is, what it may be used on, and who signed it."""
+    from appliance.governance.indication import rules
     from appliance.governance.package import as_json as stated
 
     settings, _ = read_settings()
-    package = _load(settings, name)
+    package = load_named(settings, name)
     if as_json:
         emit(stated(package))
         return
-    label, point = package.indication, package.operating_point
+    point, asked = package.operating_point, rules(package)
     table = Table("", Column(overflow="fold"), box=None, show_header=False)
     rows = {
         "name": f"{package.name} {package.version}",
@@ -85,15 +87,10 @@ def show(
         "clearance": package.clearance,
         "notice": package.notice,
         "mode": package.mode,
-        "intended use": package.intended_use,
         "labels": ", ".join(package.labels),
-        "for": f"{', '.join(label.modality)} of {', '.join(label.body_parts)}, age from {label.minimum_age_years:g} "
-        f"years, {'with' if label.contrast else 'without'} contrast",
-        "kVp": f"{label.kvp[0]:g} to {label.kvp[1]:g}",
-        "slice thickness": f"{label.slice_thickness_mm[0]:g} to {label.slice_thickness_mm[1]:g} mm",
-        "at least": f"{label.minimum_slabs} slabs, {label.minimum_coverage_mm:g} mm, "
-        f"{label.minimum_brain_ml:g} mL of brain",
-        "positive from": f"{point.threshold:g} (lesion map {point.lesion_threshold:g})",
+        **{name: f"{rule} ({clause})" for name, (rule, clause) in asked.items()},
+        **{f"limitation {n}": f"{one.text} ({one.clause})" for n, one in enumerate(package.indication.limitations, 1)},
+        "positive from": f"{point.threshold:g} (lesion map {point.lesion_threshold:g}){_measured(point)}",
         "folder": str(package.folder),
         "signed by": package.signed_by or "nobody (models.allow_unsigned)",
         **dict(sorted(package.files.items())),
@@ -103,6 +100,12 @@ def show(
     out.print(table)
 
 
+def _measured(point: OperatingPoint) -> str:
+    if point.sensitivity is None:
+        return ""
+    return f"; sensitivity {point.sensitivity:g} and specificity {point.specificity:g} of {point.studies} studies"
+
+
 @app.command()
 @guard
 def verify(
@@ -110,20 +113,68 @@ def verify(
         str | None,
         typer.Argument(help="A package of the repository, or a folder with a / in it; all that run if omitted."),
     ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also ask the running Triton for the slabs whose answers were published.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check signature and digests as a service does at its start."""
     settings, _ = read_settings()
     found = _configured(settings) if name is None else [_try(settings, name)]
+    served = {one.folder: _parity(settings, one.package) for one in found if parity and one.package}
     if as_json:
-        emit({"packages": [one.row() for one in found]})
+        said = {folder: asdict(one) | {"holds": one.holds} for folder, one in served.items()}
+        rows = [one.row() | ({"parity": said.get(one.folder)} if parity else {}) for one in found]
+        emit({"packages": rows})
     else:
         table = Table("name", "version", "clearance", "signed by", "", box=None)
         for one in found:
             table.add_row(*_cells(one), _mark(one))
         _print(table, found)
-    if not all(one.package for one in found):
+        for folder, compared in served.items():
+            mark = "[green]the model[/]" if compared.holds else "[red]not the model[/]"
+            line = f"{escape(folder.name)}: Triton serves {mark} that was published: {escape(str(compared))}"
+            out.print(line, highlight=False, soft_wrap=True)
+    if not all(one.package for one in found) or not all(one.holds for one in served.values()):
         raise typer.Exit(1)
+
+
+def _parity(settings: Settings, package: Package) -> Parity:
+    from appliance.inference.parity import check_parity
+    from appliance.inference.triton import TritonClient
+
+    with TritonClient(f"{settings.triton.host}:{settings.triton.grpc_port}", shared_memory=False) as client:
+        return check_parity(package, lambda slabs: client.infer(package, slabs))
+
+
+@app.command()
+@guard
+def build(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A package of the repository, or a folder with a / in it; all that run if omitted."),
+    ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Let TensorRT also use half precision, where its version still can.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the TensorRT plan for this box's GPU, and keep it if it answers as the published model does."""
+    from appliance.governance.package import load_configured
+    from appliance.inference import plan
+
+    settings, _ = read_settings()
+    packages = load_configured(settings) if name is None else (load_named(settings, name),)
+    gpu, built = plan.this_gpu(), []
+    for package in packages:
+        record = plan.build(settings.plans_directory, package, gpu, fp16=fp16)
+        path = plan.plan_path(settings.plans_directory, package, gpu)
+        built.append(asdict(record) | {"path": str(path)})
+        if not as_json:
+            made = f"{path}: TensorRT {gpu.tensorrt}, sm{gpu.capability}, {record.precision}: {record.parity}"
+            out.print(f"built {escape(made)}", highlight=False, soft_wrap=True)
+    if as_json:
+        emit({"plans": built})
 
 
 @app.command()
@@ -163,7 +214,7 @@ def keygen(
         out.print(f"public: {public} (name it in models.trusted_keys)", highlight=False, soft_wrap=True)
 
 
-def _load(settings: Settings, name: str) -> Package:
+def load_named(settings: Settings, name: str) -> Package:
     """A package under the settings' keys. A bare name never means a folder: it would be checked in another's stead."""
     from appliance.governance.package import load, load_configured, trusted_keys
 
@@ -180,7 +231,7 @@ def _load(settings: Settings, name: str) -> Package:
 def _try(settings: Settings, name: str) -> _Found:
     folder = Path(name).resolve() if "/" in name else settings.model_repository / name
     try:
-        return _Found(folder, _load(settings, name))
+        return _Found(folder, load_named(settings, name))
     except SettingsError:  # says nothing about this package
         raise
     except ScansideError as error:

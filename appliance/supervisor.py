@@ -63,7 +63,7 @@ def run_triton(settings: Settings) -> None:
     """Put Triton's command, backends and model repository together and become the server.
 
     Raises:
-        ScansideError: the environment or a model package is not what it must be.
+        ScansideError: the environment, a model package or its TensorRT plan is not what it must be.
     """
     packages = load_configured(settings)
     launch = prepare(
@@ -71,6 +71,7 @@ def run_triton(settings: Settings) -> None:
         settings.triton_directory,
         packages,
         settings.box.device,
+        plans=settings.plans_directory,
         grpc_port=settings.triton.grpc_port,
         http_port=settings.triton.http_port,
         metrics_port=settings.triton.metrics_port,

@@ -24,11 +24,13 @@ from typing import Literal
 
 from appliance.governance.package import Package, Tensor, verify
 
+from .plan import find, this_gpu
 from .triton import DIGEST_PARAMETER, ROUTINE, SHARED_MEMORY, VERSION, TritonError
 
 Device = Literal["cpu", "gpu"]
 
-_BACKENDS = {"cpu": ("onnxruntime", "model.onnx", "KIND_CPU"), "gpu": ("tensorrt", "model.plan", "KIND_GPU")}
+BACKENDS = {"cpu": ("onnxruntime", "model.onnx", "KIND_CPU"), "gpu": ("tensorrt", "model.plan", "KIND_GPU")}
+"""Device → backend, model file, kind of instance."""
 
 _INSTALL = "make it with Python 3.11 or 3.12 and install requirements/triton.txt into it"
 
@@ -61,6 +63,7 @@ def prepare(
     packages: Sequence[Package],
     device: Device,
     *,
+    plans: Path | None = None,
     grpc_port: int = 8001,
     http_port: int = 8000,
     metrics_port: int = 8002,
@@ -74,21 +77,25 @@ def prepare(
         environment: virtual environment with nvidia-pytriton.
         home: made if absent; its ``backends`` and ``repository`` are replaced.
         packages: the models to serve.
-        device: "gpu" is refused: the bundled server has no TensorRT backend.
+        device: for "gpu" the repository is made, and then it is refused: the bundled server has no TensorRT backend.
+        plans: folder of TensorRT plans, for "gpu".
 
     Raises:
         TritonError: the environment cannot run the server.
+        PlanError: there is no plan that may serve a package on this box's GPU.
         PackageError: a model file is not the one its package states.
     """
+    home = home.absolute()
+    backends, repository = home / "backends", home / "repository"
     if device == "gpu":
+        shutil.rmtree(repository, ignore_errors=True)
+        write_repository(repository, packages, device, plans)
         raise TritonError(
             "the server of nvidia-pytriton has no TensorRT backend",
             str(environment),
-            "run NVIDIA's own Triton on a repository rendered for gpu, and set triton.managed = false",
+            f"run NVIDIA's own Triton on {repository}, which holds the plans for this GPU; set triton.managed = false",
         )
     site, python, libraries = _inspect(environment)
-    home = home.absolute()
-    backends, repository = home / "backends", home / "repository"
     for folder in (backends, repository):
         shutil.rmtree(folder, ignore_errors=True)
     bundle = site / "pytriton" / "tritonserver"
@@ -138,35 +145,37 @@ def prepare(
     return Launch(command, env)
 
 
-def write_repository(repository: Path, packages: Sequence[Package], device: Device) -> None:
-    """Write a model repository that holds exactly these packages.
+def write_repository(repository: Path, packages: Sequence[Package], device: Device, plans: Path | None = None) -> None:
+    """Write a model repository that holds exactly these packages; nothing is written unless all may serve.
 
     Args:
         repository: must not exist, or be empty.
-        device: "cpu" takes each package's model.onnx, "gpu" its model.plan; its package.toml must list that file.
+        device: "cpu" takes each package's model.onnx, "gpu" its plan for the GPU of this box.
+        plans: folder of TensorRT plans; "gpu" needs it.
 
     Raises:
         PackageError: a model file is not the one its package states.
-        TritonError: a package has no model for the device.
+        PlanError: there is no plan that may serve a package on this box's GPU.
     """
-    name = _BACKENDS[device][1]
+    name = BACKENDS[device][1]
+    if device == "cpu":
+        models = [verify(package, name) for package in packages]
+    elif plans is None:
+        raise ValueError("a GPU serves plans; say where they are")
+    else:
+        gpu = this_gpu()
+        models = [find(plans, package, gpu) for package in packages]
     repository.mkdir(parents=True, exist_ok=True)
-    for package in packages:
-        if name not in package.files:
-            raise TritonError(
-                f"package {package.name} has no {name}",
-                str(package.folder),
-                "build it for this box and list its digest",
-            )
+    for package, content in zip(packages, models, strict=True):
         folder = repository / package.model.triton_name
         (folder / VERSION).mkdir(parents=True)
-        (folder / VERSION / name).write_bytes(verify(package, name))
+        (folder / VERSION / name).write_bytes(content)
         (folder / "config.pbtxt").write_text(render_config(package, device), encoding="utf-8")
 
 
 def render_config(package: Package, device: Device) -> str:
     """The model's config.pbtxt for a device (Triton's ModelConfig message as protobuf text)."""
-    backend, filename, kind = _BACKENDS[device]
+    backend, filename, kind = BACKENDS[device]
     model = package.model
     platform = 'platform: "tensorrt_plan"\n' if device == "gpu" else ""
     outputs = ",\n".join(_tensor(tensor) for tensor in model.outputs)

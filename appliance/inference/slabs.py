@@ -6,7 +6,7 @@ is nearly as thick, or thicker, is a slab by itself. A slab never spans a gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -23,6 +23,10 @@ SINGLE_FRACTION = 0.6
 
 HOLE_FRACTION = 0.5
 """Slices with more than this part of a slice between them are not averaged."""
+
+
+Context = tuple[tuple[int, ...], ...]
+"""A slab's planes between its neighbours' planes, foot to head; its own are those in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,40 @@ def foreseen_slabs(volume: Volume, slab_mm: float) -> list[tuple[int, ...]]:
             continue
         slabs += [tuple(sorted(group)) for group in full]
     return slabs
+
+
+def in_context(volume: Volume, slabs: Sequence[tuple[int, ...]], neighbours: int, *, whole: bool) -> list[Context]:
+    """Slabs of a volume between the neighbours that a model sees with them.
+
+    Args:
+        slabs: members as in `SlabPlan`, in any order.
+        neighbours: 1, or 0 for a model that sees a slab alone.
+        whole: nothing more comes: where there is no neighbour, at an end or beside a gap, the slab itself stands in for
+            it. Else only at the end that has the slice number 1, and a slab that lacks a neighbour is left out.
+
+    Returns:
+        The slab below, the slab, and the one above, foot to head, for each slab in the order in which they were given;
+        the slab alone where no neighbours are wanted.
+    """
+    if not neighbours:
+        return [(members,) for members in slabs]
+    gaps = {gap.after for gap in volume.gaps}
+    ends = {members[-1]: members for members in slabs}
+    starts = {members[0]: members for members in slabs}
+    # Of one plane nobody knows which end it is.
+    foot, head = (len(volume.planes) > 1 and volume.planes[end].instance_number == 1 for end in (0, -1))
+    contexts: list[Context] = []
+    for members in slabs:
+        first, last = members[0], members[-1]
+        below = ends.get(first - 1) if first - 1 not in gaps else None
+        above = starts.get(last + 1) if last not in gaps else None
+        if whole or (foot and first == 0):
+            below = below or members
+        if whole or (head and last == len(volume.planes) - 1):
+            above = above or members
+        if below and above:
+            contexts.append((below, members, above))
+    return contexts
 
 
 def slab_hu(planes: Iterable[NDArray[Any]], where: str) -> NDArray[np.float32]:

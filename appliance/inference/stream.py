@@ -1,8 +1,9 @@
 """Slabs on their way through the decoders and the model, of all studies at once, while the studies still arrive.
 
-What a slab's answer is depends on nothing but its slices and the package. So it can be asked for as soon as its
-slices are there, and asked for again when the study is complete: an answer that is known is not computed a second
-time, and one that was foreseen wrongly is never used. The verdict is the same whatever was done ahead.
+What a slab's answer is depends on nothing but its slices, those of its neighbours where the package wants them, and the
+package. So it can be asked for as soon as those slices are there, and asked for again when the study is complete: an
+answer that is known is not computed a second time, and one that was foreseen wrongly is never used. The verdict is the
+same whatever was done ahead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.governance.indication import Admission
-from appliance.governance.package import Package
+from appliance.governance.package import Package, Preprocessing
 from appliance.ledger.records import Verdict
 from dicom_io.errors import DecodeError, GeometryError, ScansideError
 from dicom_io.pixels import Decoded
@@ -31,7 +32,7 @@ from dicom_io.volume import Volume
 from .brain import brain_area_mm2
 from .decode import decode_each
 from .preprocess import model_input
-from .slabs import SlabPlan, plan_slabs, slab_hu
+from .slabs import Context, SlabPlan, in_context, plan_slabs, slab_hu
 from .triton import Output, TritonClient
 from .verdict import aggregate
 
@@ -47,6 +48,9 @@ WHOLE_FILES = 2
 PREPARED = 64
 """Decoded slices that are kept until their slab is there, 1.5 MB each at 512 x 512."""
 
+SEEN = 96
+"""Slabs whose pixels are kept for their neighbours' sake, 0.8 MB each."""
+
 RECOVERY_SECONDS = 30.0
 """Longest wait for a server that died under a batch, before every study of it loses a try."""
 
@@ -59,6 +63,19 @@ class Frame:
     digest: str
     number: int
     frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """The planes that are averaged into one slab, in their order, and the spacing between rows, between columns."""
+
+    frames: tuple[Frame, ...]
+    spacing_mm: tuple[float, float]
+
+    @property
+    def key(self) -> _SlabKey:
+        """What its pixels follow from."""
+        return tuple((frame.digest, frame.number) for frame in self.frames), self.spacing_mm
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +112,19 @@ class Reading:
         return sum(a.brain_mm2 * p.thickness_mm / 1000 for a, p in zip(self.answers, self.plans, strict=True))
 
 
-_Key = tuple[str, str, tuple[tuple[str, int], ...], tuple[float, float]]
+_SlabKey = tuple[tuple[tuple[str, int], ...], tuple[float, float]]
+_Key = tuple[str, str, tuple[_SlabKey, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A slab's pixels as the model wants them, (channels, size, size), and what else was seen in them."""
+
+    channels: NDArray[np.float32]
+    brain_mm2: float
+    shape: tuple[int, int]
+    codecs: tuple[str, ...]
+    looks: tuple[Look, ...]
 
 
 @dataclass(slots=True)
@@ -103,16 +132,11 @@ class _Job:
     key: _Key
     package: Package
     owner: int
-    frames: tuple[Frame, ...]
-    spacing_mm: tuple[float, float]
+    slabs: tuple[Slab, ...]
     urgency: int
     future: Future[SlabAnswer] = field(default_factory=Future)
     taken: bool = False
-    tensor: NDArray[np.float32] | None = None
-    brain_mm2: float = 0.0
-    shape: tuple[int, int] = (0, 0)
-    codecs: tuple[str, ...] = ()
-    looks: tuple[Look, ...] = ()
+    seen: tuple[_Seen, ...] = ()
 
 
 @dataclass(slots=True)
@@ -132,8 +156,8 @@ class Closed(ScansideError):
 class Pipeline:
     """Decoders, one a core, and one sender that fills the model's batches across studies.
 
-    Its memory is bounded: decoders wait while two batches are ready, and answers beyond `REMEMBERED` are forgotten,
-    the longest unused first. Threads may share it.
+    Its memory is bounded: decoders wait while two batches are ready, and answers beyond `REMEMBERED` and pixels beyond
+    `SEEN` slabs are forgotten, the longest unused first. Threads may share it.
 
     Args:
         decode: files, each with its SHA-256 → their frames in HU.
@@ -155,6 +179,7 @@ class Pipeline:
         self._waiting: list[tuple[int, int, _Job | _Slice]] = []
         self._slices: OrderedDict[str, _Slice] = OrderedDict()
         self._ready: list[tuple[int, int, _Job]] = []
+        self._seen: OrderedDict[tuple[Preprocessing, _SlabKey], Future[_Seen]] = OrderedDict()
         self._whole: OrderedDict[str, Decoded] = OrderedDict()
         self._whole_locks: dict[str, threading.Lock] = {}
         self._closed = False
@@ -179,8 +204,7 @@ class Pipeline:
         self,
         package: Package,
         admission: Admission,
-        frames: Sequence[Frame],
-        spacing_mm: tuple[float, float],
+        slabs: Sequence[Slab],
         *,
         owner: int,
         urgency: int,
@@ -189,8 +213,7 @@ class Pipeline:
 
         Args:
             admission: what the gate said so far of the study that the slab belongs to.
-            frames: the slab's planes, in the order in which they are averaged.
-            spacing_mm: between its rows, between its columns.
+            slabs: the slab, between its neighbours as `in_context` gives them where the package wants any.
             owner: the study; one study's failure is not another's.
             urgency: `STAT`, `COMPLETE` or `ARRIVING`.
 
@@ -199,18 +222,19 @@ class Pipeline:
             is forgotten at once, so that asking again tries again.
 
         Raises:
-            ValueError: the gate did not let the package see the study.
+            ValueError: the gate did not let the package see the study, or it wants another number of slabs.
         """
         if not admission.promising:
             raise ValueError(f"study {owner} was not admitted: {admission.reason}")
-        members = tuple((frame.digest, frame.number) for frame in frames)
-        key = (package.name, package.files["model.onnx"], members, spacing_mm)
+        if len(slabs) != 2 * package.preprocessing.neighbours + 1:
+            raise ValueError(f"{package.name} sees {2 * package.preprocessing.neighbours + 1} slabs, not {len(slabs)}")
+        key = (package.name, package.files["model.onnx"], tuple(slab.key for slab in slabs))
         with self._lock:
             if self._closed:
                 raise Closed("the engine is stopping", "inference", "it goes on at the next start")
             job = self._known.get(key)
             if job is None:
-                job = self._known[key] = _Job(key, package, owner, tuple(frames), spacing_mm, urgency)
+                job = self._known[key] = _Job(key, package, owner, tuple(slabs), urgency)
                 self._forget()
             else:
                 self._known.move_to_end(key)
@@ -259,7 +283,7 @@ class Pipeline:
                     job.future.set_exception(error)
                 continue
             try:
-                self._prepare(job)
+                job.seen = self._see(job)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -286,10 +310,36 @@ class Pipeline:
                     job.taken = True
                     return job
 
-    def _prepare(self, job: _Job) -> None:
-        decoded = self._decoded(job.frames)
+    def _see(self, job: _Job) -> tuple[_Seen, ...]:
+        """The pixels of a job's slabs; those that other jobs want too are made once, while they are remembered."""
+        preprocessing, where = job.package.preprocessing, f"study {job.owner}"
+        if not preprocessing.neighbours:
+            return tuple(self._look_at(preprocessing, slab, where) for slab in job.slabs)
+        keys = [(preprocessing, slab.key) for slab in job.slabs]
+        mine: dict[int, Future[_Seen]] = {}
+        with self._lock:
+            for place, key in enumerate(keys):
+                if key not in self._seen:
+                    mine[place] = self._seen[key] = Future()
+                self._seen.move_to_end(key)
+            wanted = [self._seen[key] for key in keys]
+            while len(self._seen) > SEEN:
+                self._seen.popitem(last=False)
+        # Its own before it waits for another decoder's: so no two wait for one another, and all have something to do.
+        for place, future in mine.items():
+            try:
+                future.set_result(self._look_at(preprocessing, job.slabs[place], where))
+            except Exception as error:
+                with self._lock:
+                    if self._seen.get(keys[place]) is future:
+                        del self._seen[keys[place]]
+                future.set_exception(error)
+        return tuple(future.result() for future in wanted)
+
+    def _look_at(self, preprocessing: Preprocessing, slab: Slab, where: str) -> _Seen:
+        decoded = self._decoded(slab.frames)
         planes = []
-        for frame, one in zip(job.frames, decoded, strict=True):
+        for frame, one in zip(slab.frames, decoded, strict=True):
             if frame.number >= len(one.hu):
                 raise DecodeError(
                     f"the header speaks of frame {frame.number + 1}, the pixel data holds {len(one.hu)}",
@@ -297,19 +347,21 @@ class Pipeline:
                     "send the instance again",
                 )
             planes.append(one.hu[frame.number])
-        hu = slab_hu(planes, f"study {job.owner}")
-        preprocessing = job.package.preprocessing
-        job.tensor = model_input(
+        hu = slab_hu(planes, where)
+        channels = model_input(
             hu,
-            job.spacing_mm,
+            slab.spacing_mm,
             windows=[(window.center, window.width) for window in preprocessing.windows],
             size=preprocessing.size,
             pixel_mm=preprocessing.spacing_mm,
         )
-        job.brain_mm2 = brain_area_mm2(hu, job.spacing_mm)
-        job.shape = (hu.shape[0], hu.shape[1])
-        job.codecs = tuple(sorted({one.codec for one in decoded}))
-        job.looks = tuple(look_at(plane, job.spacing_mm) for plane in planes)
+        return _Seen(
+            channels,
+            brain_area_mm2(hu, slab.spacing_mm),
+            (hu.shape[0], hu.shape[1]),
+            tuple(sorted({one.codec for one in decoded})),
+            tuple(look_at(plane, slab.spacing_mm) for plane in planes),
+        )
 
     def _decoded(self, frames: Sequence[Frame]) -> Sequence[Decoded]:
         """The file of each frame; one of several frames is decoded once for all slabs that want some of it."""
@@ -377,16 +429,21 @@ class Pipeline:
 
     def _run(self, batch: Sequence[_Job]) -> None:
         with self._lock:
-            # Whoever was failed meanwhile has no tensor any more; the others must not get one another's answers.
-            there = [(job, job.tensor) for job in batch if job.tensor is not None and not job.future.done()]
+            # Whoever was failed meanwhile has no pixels any more; the others must not get one another's answers.
+            there = [(job, job.seen) for job in batch if job.seen and not job.future.done()]
         if not there:
             return
         urgent = any(job.urgency == STAT for job, _ in there)
-        output = self._client.infer(batch[0].package, np.stack([tensor for _, tensor in there]), urgent=urgent)
-        for (job, _), probabilities, lesion_map in zip(there, output.probabilities, output.lesion_map, strict=True):
-            answer = SlabAnswer(probabilities, lesion_map, job.brain_mm2, job.shape, job.codecs, job.looks)
+        package = batch[0].package
+        tensor = np.empty((len(there), *package.model.input.shape), np.float32)
+        for place, (_, seen) in zip(tensor, there, strict=True):
+            np.concatenate([one.channels for one in seen], out=place)
+        output = self._client.infer(package, tensor, urgent=urgent)
+        for (job, seen), probabilities, lesion_map in zip(there, output.probabilities, output.lesion_map, strict=True):
+            own = seen[len(seen) // 2]
+            answer = SlabAnswer(probabilities, lesion_map, own.brain_mm2, own.shape, own.codecs, own.looks)
             with self._lock:
-                job.tensor = None
+                job.seen = ()
                 if not job.future.done():
                     job.future.set_result(answer)
 
@@ -420,7 +477,7 @@ class Pipeline:
 
     def _fail(self, job: _Job, error: Exception) -> None:
         with self._lock:
-            job.tensor = None
+            job.seen = ()
             if self._known.get(job.key) is job:
                 del self._known[job.key]
             if not job.future.done():
@@ -432,7 +489,7 @@ def ask_for(
     package: Package,
     admission: Admission,
     volume: Volume,
-    slabs: Sequence[Sequence[int]],
+    slabs: Sequence[Context],
     files: Mapping[str, tuple[Path, str, int]],
     *,
     owner: int,
@@ -441,17 +498,20 @@ def ask_for(
     """Ask for slabs of a volume, given by their planes.
 
     Args:
-        slabs: members as in `SlabPlan`.
+        slabs: each between its neighbours, as `in_context` gives them.
         files: SOP Instance UID → Part 10 file, the SHA-256 that it must have, and its number of frames.
     """
-    futures = []
-    for members in slabs:
+
+    def slab(members: Sequence[int]) -> Slab:
         planes = [volume.planes[member] for member in members]
         frames = [Frame(path, digest, plane.frame, count) for plane in planes
                   for path, digest, count in (files[plane.sop_instance_uid],)]  # fmt: skip
-        spacing = planes[len(planes) // 2].geometry.spacing
-        futures.append(pipeline.ask(package, admission, frames, spacing, owner=owner, urgency=urgency))
-    return futures
+        return Slab(tuple(frames), planes[len(planes) // 2].geometry.spacing)
+
+    return [
+        pipeline.ask(package, admission, [slab(members) for members in context], owner=owner, urgency=urgency)
+        for context in slabs
+    ]
 
 
 def read_volume(
@@ -476,7 +536,7 @@ def read_volume(
         ImplausibleImage: what was decoded without an error can be no CT.
     """
     plans = plan_slabs(volume, package.preprocessing.slab_mm)
-    slabs = [plan.members for plan in plans]
+    slabs = in_context(volume, [plan.members for plan in plans], package.preprocessing.neighbours, whole=True)
     asked = ask_for(pipeline, package, admission, volume, slabs, files, owner=owner, urgency=urgency)
     reading = Reading(plans, tuple(future.result() for future in asked))
     looks = {

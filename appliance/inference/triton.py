@@ -131,6 +131,19 @@ class TritonClient:
         """Whether the server answers, and serves this very package."""
         return not self.problem(package)
 
+    def served(self, package: Package) -> tuple[Sequence[str], Any]:
+        """The versions that the server has of the package's model, and its configuration (a ModelConfig message).
+
+        Raises:
+            TritonError: the server does not answer, or does not serve it.
+        """
+        name = package.model.triton_name
+        try:
+            versions = self._grpc.get_model_metadata(name, client_timeout=_HEALTH_SECONDS).versions
+            return versions, self._grpc.get_model_config(name, VERSION, client_timeout=_HEALTH_SECONDS).config
+        except InferenceServerException as error:
+            self._fail(error, package)
+
     def wait_ready(self, timeout: float, packages: Sequence[Package]) -> None:
         """Return once the server can run all packages.
 

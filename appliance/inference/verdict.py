@@ -50,7 +50,7 @@ def aggregate(
         output: of the plans, in their order.
         shape: (rows, columns) of the volume's images.
         codecs: decoders that produced the pixels.
-        limitations: sentences to carry along; gaps and left-out duplicates of the volume are added here.
+        limitations: sentences to carry along; the label's own, gaps and left-out duplicates of the volume are added.
 
     Raises:
         ValueError: there are no slabs, or not one output for each.
@@ -95,7 +95,11 @@ def aggregate(
         slabs=tuple(slabs),
         key_slabs=_key_slabs(slabs, threshold),
         codecs=tuple(sorted(set(codecs))),
-        limitations=(*limitations, *_limitations(volume)),
+        limitations=(
+            *(f"The label says: {one.text}." for one in package.indication.limitations),
+            *limitations,
+            *_limitations(volume),
+        ),
     )
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import stat
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 import triton_models
 from appliance.cli import app
 from appliance.demo.orthanc import free_ports
+from appliance.governance.package import Package
+from appliance.inference.triton import Output, TritonClient
 
 SHIPPED = Path(triton_models.__file__).parent
+STATED = tomllib.loads((SHIPPED / "ich_reference" / "package.toml").read_text("utf-8"))
 RUNNER = CliRunner()
 
 
@@ -34,8 +42,7 @@ def repository(tmp_path: Path) -> Path:
     """A copy of the shipped package as it is signed, and a second one that nobody signed."""
     folder = tmp_path / "packages"
     for name in ("ich_reference", "second"):
-        (folder / name).mkdir(parents=True)
-        shutil.copy(SHIPPED / "ich_reference" / "model.onnx", folder / name)
+        shutil.copytree(SHIPPED / "ich_reference", folder / name, ignore=shutil.ignore_patterns("package.sig"))
         text = (SHIPPED / "ich_reference" / "package.toml").read_text("utf-8")
         (folder / name / "package.toml").write_text(text.replace('"ich_reference"', f'"{name}"'), "utf-8")
     shutil.copy(SHIPPED / "ich_reference" / "package.sig", folder / "ich_reference")
@@ -66,7 +73,7 @@ def test_without_a_repository_of_its_own_a_box_has_the_shipped_package(tmp_path:
 def test_list_tells_which_run_and_what_is_wrong(config: Path) -> None:
     answer = told("--config", config, "models", "list")
     good, bad = answer["packages"]  # type: ignore[misc]
-    assert (good["name"], good["ok"], good["runs"], good["version"]) == ("ich_reference", True, True, "0.1.0")
+    assert (good["name"], good["ok"], good["runs"], good["version"]) == ("ich_reference", True, True, STATED["version"])
     assert (bad["name"], bad["ok"], bad["runs"], bad["signed_by"]) == ("second", False, False, None)
     assert "second/package.sig: the package is not signed" in bad["problem"]
     table = run("--config", config, "models", "list")
@@ -78,14 +85,73 @@ def test_list_tells_which_run_and_what_is_wrong(config: Path) -> None:
 def test_show(config: Path) -> None:
     shown = run("--config", config, "models", "show", "ich_reference")
     assert shown.exit_code == 0
-    for words in ("none: research reference", "not cleared", "0.757", "age from 18 years", "sha256:", "triage"):
+    threshold = f"{STATED['operating_point']['threshold']:g}"
+    for words in ("none: research reference", "not cleared", threshold, "18 years or older", "sha256:", "triage"):
         assert words in shown.stdout
     answer = told("--config", config, "models", "show", "ich_reference")
-    assert answer["operating_point"] == {"threshold": 0.757, "lesion_threshold": 0.5}
+    figures = dict.fromkeys(("sensitivity", "specificity", "studies"))
+    assert answer["operating_point"] == figures | STATED["operating_point"]
     assert answer["signed_by"]
     refused = run("--config", config, "models", "show", "second")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "second/package.sig: the package is not signed" in refused.stderr
+
+
+@pytest.fixture
+def published(config: Path, repository: Path) -> Path:
+    """The configuration of a box whose one package has parity vectors, to which the model says 0.25, and figures."""
+    folder = repository / "second"
+    seen = STATED["preprocessing"]
+    fields = np.zeros((2, seen["size"], seen["size"]), np.int16)
+    answers, maps = np.full((2, 6), 0.25), np.full((2, 64, 64), 0.25)
+    np.savez(folder / "parity.npz", fields=fields, probabilities=answers, lesion_map=maps)
+    text = (folder / "package.toml").read_text("utf-8")
+    text = re.sub(r'(?m)^(sensitivity|specificity|studies|\[parity\]|tolerance|"parity.npz").*\n', "", text)
+    text = text.replace("lesion_threshold", "sensitivity = 0.96\nspecificity = 0.97\nstudies = 600\nlesion_threshold")
+    digest = hashlib.sha256((folder / "parity.npz").read_bytes()).hexdigest()
+    text = text.replace("[files]", f'[parity]\ntolerance = 0.01\n[files]\n"parity.npz" = "sha256:{digest}"')
+    (folder / "package.toml").write_text(text, "utf-8")
+    config.write_text(
+        '[models]\nrepository = "packages"\nallow_unsigned = true\npackages = ["second"]\n'
+        f"[triton]\ngrpc_port = {free_ports(1)[0]}\n"
+    )
+    return config
+
+
+def test_show_says_what_was_measured(published: Path) -> None:
+    shown = " ".join(run("--config", published, "models", "show", "second").stdout.split())
+    assert "sensitivity 0.96 and specificity 0.97 of 600 studies" in shown
+
+
+@pytest.mark.parametrize(("said", "code"), [(0.255, 0), (0.27, 1), (float("nan"), 1)])
+def test_verify_asks_triton_for_what_was_published(
+    published: Path, said: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is made up; test_parity.py asks a real one."""
+
+    def infer(client: TritonClient, package: Package, slabs: NDArray[np.float32]) -> Output:
+        return Output(np.full((len(slabs), 6), said, np.float32), np.full((len(slabs), 64, 64), said, np.float32))
+
+    monkeypatch.setattr(TritonClient, "infer", infer)
+    answer = told("--config", published, "models", "verify", "--parity", code=code)
+    (one,) = answer["packages"]  # type: ignore[misc]
+    assert (one["ok"], one["parity"]["holds"], one["parity"]["slabs"]) == (True, code == 0, 2)
+    result = run("--config", published, "models", "verify", "--parity")
+    assert result.exit_code == code
+    assert ("not the model" in result.stdout) == bool(code)
+    assert "0.01 is allowed" in result.stdout
+    assert run("--config", published, "models", "verify").exit_code == 0
+
+
+def test_verify_fails_where_there_is_nothing_to_ask_or_nobody(published: Path, repository: Path) -> None:
+    nobody = run("--config", published, "models", "verify", "--parity")
+    assert (nobody.exit_code, "cannot be reached" in nobody.stderr) == (1, True)
+    text = (repository / "second" / "package.toml").read_text("utf-8")
+    text = re.sub(r'(?m)^(\[parity\]|tolerance|"parity.npz").*\n', "", text)
+    (repository / "second" / "package.toml").write_text(text, "utf-8")
+    (repository / "second" / "parity.npz").unlink()
+    nothing = run("--config", published, "models", "verify", "--parity")
+    assert (nothing.exit_code, "no parity vectors" in nothing.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("file", ["package.toml", "model.onnx", "package.sig"])
@@ -118,7 +184,7 @@ def test_a_site_signs_its_own_package(config: Path, repository: Path, tmp_path: 
     again = run("models", "keygen", "--out", key)
     assert (again.exit_code, "already" in again.stderr) == (1, True)
     signed = told("models", "sign", repository / "second", "--key", key)
-    assert signed == {"name": "second", "version": "0.1.0", "signed_by": made["key"]}
+    assert signed == {"name": "second", "version": STATED["version"], "signed_by": made["key"]}
     distrusted = run("--config", config, "models", "verify", "second")
     assert (distrusted.exit_code, "not trusted" in distrusted.stdout) == (1, True)
     config.write_text('[models]\nrepository = "packages"\ntrusted_keys = ["site.pub.pem"]\npackages = ["second"]\n')

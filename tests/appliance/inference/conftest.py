@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -66,6 +67,14 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def seeing(package: Package, neighbours: Literal[0, 1]) -> Package:
+    """The package, with a model that sees so many neighbours of a slab on either side."""
+    seen = replace(package.preprocessing, neighbours=neighbours)
+    shape = ((2 * neighbours + 1) * len(seen.windows), seen.size, seen.size)
+    model = replace(package.model, input=replace(package.model.input, shape=shape))
+    return replace(package, preprocessing=seen, model=model)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ class Session:
         return real(names, feed)
 session, model.session = model.session, Session()
 rng = np.random.default_rng(0)
-good = [rng.random((count, 3, 256, 256), np.float32) for count in (1, 3, 2)]
+good = [rng.random((count, *config["input"][0]["dims"]), np.float32) for count in (1, 3, 2)]
 both = ["probabilities", "lesion_map"]
 requests = [
     Request([Tensor("slabs", good[0])], both),
@@ -88,7 +88,7 @@ def drive(environment: Path, home: Path, package: Package, **changes: Any) -> di
     config = {
         "max_batch_size": 16,
         "default_model_filename": "model.onnx",
-        "input": [{"name": "slabs", "data_type": "TYPE_FP32", "dims": [3, 256, 256]}],
+        "input": [{"name": "slabs", "data_type": "TYPE_FP32", "dims": list(package.model.input.shape)}],
         "output": [
             {"name": "probabilities", "data_type": "TYPE_FP32", "dims": [6]},
             {"name": "lesion_map", "data_type": "TYPE_FP32", "dims": [1, 64, 64]},
@@ -117,8 +117,9 @@ def test_each_request_has_its_own_answer(triton_environment: Path, reference: Pa
     for answer in (first, second, third):
         assert max(answer.values()) < 1e-5
     assert wrong_type == "input slabs is int32, not float32"
-    assert wrong_size == "input slabs has the shape [3, 3, 255, 256], not [-1, 3, 256, 256]"
-    assert wrong_rank == "input slabs has the shape [3, 256, 256], not [-1, 3, 256, 256]"
+    channels = reference.model.input.shape[0]
+    assert wrong_size == f"input slabs has the shape [3, {channels}, 255, 256], not [-1, {channels}, 256, 256]"
+    assert wrong_rank == f"input slabs has the shape [3, 256, 256], not [-1, {channels}, 256, 256]"
     assert missing == "input slabs is missing"
     assert said["runs"] == [[6, ["probabilities", "lesion_map"]]], "one run for all that can be batched"
     assert said["failed"] == ["ONNX Runtime: out of memory", wrong_type]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import venv
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from google.protobuf import text_format
@@ -16,7 +18,7 @@ from appliance.governance.package import Package, PackageError, load
 from appliance.inference.server import Device, prepare, render_config, write_repository
 from appliance.inference.triton import DIGEST_PARAMETER, TritonError
 
-from .conftest import REFERENCE
+from .conftest import REFERENCE, seeing
 
 PLAN = b"a TensorRT plan"
 
@@ -25,9 +27,7 @@ PLAN = b"a TensorRT plan"
 def package(tmp_path: Path) -> Package:
     """The reference package, with a plan for a GPU beside its ONNX model."""
     folder = tmp_path / "package"
-    folder.mkdir()
-    (folder / "package.toml").write_bytes((REFERENCE / "package.toml").read_bytes())
-    (folder / "model.onnx").write_bytes((REFERENCE / "model.onnx").read_bytes())
+    shutil.copytree(REFERENCE, folder, ignore=shutil.ignore_patterns("package.sig"))
     package = load(folder, allow_unsigned=True)
     (folder / "model.plan").write_bytes(PLAN)
     return replace(package, files={**package.files, "model.plan": f"sha256:{hashlib.sha256(PLAN).hexdigest()}"})
@@ -38,19 +38,24 @@ def parse(text: str) -> pb.ModelConfig:
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_the_configuration_is_one_that_triton_knows(package: Package, device: Device) -> None:
+@pytest.mark.parametrize("neighbours", [0, 1])
+def test_the_configuration_is_one_that_triton_knows(
+    package: Package, device: Device, neighbours: Literal[0, 1]
+) -> None:
+    package = seeing(package, neighbours)
+    dims = [9 if neighbours else 3, 256, 256]
     config = parse(render_config(package, device))
     assert config.name == "ich_reference"
     assert config.max_batch_size == 16
     (tensor,) = config.input
-    assert (tensor.name, tensor.data_type, list(tensor.dims)) == ("slabs", pb.TYPE_FP32, [3, 256, 256])
+    assert (tensor.name, tensor.data_type, list(tensor.dims)) == ("slabs", pb.TYPE_FP32, dims)
     outputs = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in config.output}
     assert outputs == {"probabilities": (pb.TYPE_FP32, [6]), "lesion_map": (pb.TYPE_FP32, [1, 64, 64])}
     assert config.HasField("dynamic_batching")
     assert list(config.version_policy.specific.versions) == [1]
     assert config.parameters[DIGEST_PARAMETER].string_value == package.files["model.onnx"]
     (warmup,) = config.model_warmup
-    assert list(warmup.inputs["slabs"].dims) == [3, 256, 256]
+    assert list(warmup.inputs["slabs"].dims) == dims
 
 
 def test_the_targets_differ_in_backend_file_and_place_alone(package: Package) -> None:
@@ -70,30 +75,20 @@ def test_the_oracle_names_an_unknown_field(package: Package) -> None:
         parse(render_config(package, "cpu").replace("max_batch_size", "max_batch_sizes"))
 
 
-@pytest.mark.parametrize(("device", "name"), [("cpu", "model.onnx"), ("gpu", "model.plan")])
-def test_a_repository_holds_the_model_and_its_configuration(
-    package: Package, tmp_path: Path, device: Device, name: str
-) -> None:
-    repository = tmp_path / "repository"
-    write_repository(repository, [package], device)
+def test_a_repository_holds_the_model_and_its_configuration(package: Package, tmp_path: Path) -> None:
+    """The plan of a GPU box is in test_plan.py."""
+    repository, name = tmp_path / "repository", "model.onnx"
+    write_repository(repository, [package], "cpu")
     files = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
     assert files == {"ich_reference/config.pbtxt", f"ich_reference/1/{name}"}
     assert (repository / "ich_reference" / "1" / name).read_bytes() == (package.folder / name).read_bytes()
-    assert (repository / "ich_reference" / "config.pbtxt").read_text("utf-8") == render_config(package, device)
+    assert (repository / "ich_reference" / "config.pbtxt").read_text("utf-8") == render_config(package, "cpu")
 
 
-@pytest.mark.parametrize(("device", "name"), [("cpu", "model.onnx"), ("gpu", "model.plan")])
-def test_a_model_that_is_not_the_stated_one_is_not_served(
-    package: Package, tmp_path: Path, device: Device, name: str
-) -> None:
-    (package.folder / name).write_bytes(b"another")
+def test_a_model_that_is_not_the_stated_one_is_not_served(package: Package, tmp_path: Path) -> None:
+    (package.folder / "model.onnx").write_bytes(b"another")
     with pytest.raises(PackageError, match="digest"):
-        write_repository(tmp_path / "repository", [package], device)
-
-
-def test_a_plan_is_needed_for_a_gpu(reference: Package, tmp_path: Path) -> None:
-    with pytest.raises(TritonError, match=r"has no model\.plan"):
-        write_repository(tmp_path / "repository", [reference], "gpu")
+        write_repository(tmp_path / "repository", [package], "cpu")
 
 
 def test_no_environment(reference: Package, tmp_path: Path) -> None:
@@ -128,11 +123,6 @@ def test_an_environment_that_would_not_do(
     environment = fake_environment(tmp_path / "environment", **versions)
     with pytest.raises(TritonError, match=says):
         prepare(environment, tmp_path / "home", [reference], "cpu")
-
-
-def test_the_bundled_server_has_no_gpu(reference: Package, tmp_path: Path) -> None:
-    with pytest.raises(TritonError, match="TensorRT"):
-        prepare(tmp_path, tmp_path / "home", [reference], "gpu")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.inference.slabs import SlabPlan, foreseen_slabs, plan_slabs, slab_hu
+from appliance.inference.slabs import SlabPlan, foreseen_slabs, in_context, plan_slabs, slab_hu
 from dicom_io.errors import GeometryError
 from dicom_io.header import FramePlane, read_header
 from dicom_io.volume import Plane, Volume, assemble, planes_of
@@ -240,6 +240,44 @@ def test_what_is_foreseen_comes_true_but_for_the_last_slab(
     assert len(foreseen - final) <= 1
     if streams == 1 and len(arrived) == len(planes):
         assert len(final - foreseen) <= 2
+
+
+@settings(deadline=None)
+@given(even, st.booleans(), st.data())
+def test_neighbours_are_foreseen_but_for_those_of_the_last_slab(
+    slices: Slices, down: bool, data: st.DataObject
+) -> None:
+    """Slices in the order of their numbers, at any moment: what is foreseen wrong borders on the last of them."""
+    planes = numbered(slices, down=down)
+    volume, here = assemble(planes), assemble(planes[: data.draw(st.integers(1, len(planes)))])
+
+    def seen(volume: Volume, slabs: Sequence[tuple[int, ...]], *, whole: bool) -> set[tuple[tuple[str, ...], ...]]:
+        contexts = in_context(volume, slabs, 1, whole=whole)
+        return {tuple(tuple(volume.planes[n].sop_instance_uid for n in slab) for slab in one) for one in contexts}
+
+    final = seen(volume, [plan.members for plan in plan_slabs(volume, 5.0)], whole=True)
+    slabs = foreseen_slabs(here, 5.0)
+    foreseen = seen(here, slabs, whole=False)
+    assert len(foreseen) >= len(slabs) - 1
+    assert len(foreseen - final) <= 2
+    assert not foreseen - final or len(volume.planes) - len(here.planes) < 5 / slices[-1][1] + 1  # type: ignore[operator]
+
+
+@settings(deadline=None)
+@given(any_slices(), st.floats(1.0, 10.0), st.integers(0, 5))
+def test_neighbours_touch_and_a_slab_stands_in_for_one_that_is_not_there(
+    slices: Slices, slab_mm: float, order: int
+) -> None:
+    volume = volume_of(slices, order)
+    plans = plan_slabs(volume, slab_mm)
+    slabs = [plan.members for plan in plans]
+    assert in_context(volume, slabs, 0, whole=True) == [(one,) for one in slabs]
+    contexts = in_context(volume, slabs, 1, whole=True)
+    assert [own for _, own, _ in contexts] == slabs
+    apart = {gap.after for gap in volume.gaps}
+    for index, (below, own, above) in enumerate(contexts):
+        assert below == (own if index == 0 or own[0] - 1 in apart else slabs[index - 1])
+        assert above == (own if index == len(slabs) - 1 or own[-1] in apart else slabs[index + 1])
 
 
 @settings(deadline=None)

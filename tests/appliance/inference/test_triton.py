@@ -42,7 +42,7 @@ Answers = tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]
 def direct(triton_environment: Path, reference: Package, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Forty slabs, and what ONNX Runtime says of them when nothing stands between."""
     folder = tmp_path_factory.mktemp("direct")
-    slabs = np.random.default_rng(3).random((40, 3, 256, 256), np.float32)
+    slabs = np.random.default_rng(3).random((40, *reference.model.input.shape), np.float32)
     slabs *= np.linspace(0, 1, 40, dtype=np.float32)[:, None, None, None]
     np.save(folder / "slabs.npy", slabs)
     subprocess.run(
@@ -98,16 +98,13 @@ def test_nothing_is_left_on_the_server(triton_server: Server, reference: Package
 
 
 @pytest.mark.parametrize(
-    ("shape", "datatype", "says"),
-    [
-        ((1, 3, 256, 255), "FP32", "unexpected shape"),
-        ((17, 3, 256, 256), "FP32", "must be <= 16"),
-        ((1, 3, 256, 256), "INT32", "data-type"),
-    ],
+    ("count", "columns", "datatype", "says"),
+    [(1, 255, "FP32", "unexpected shape"), (17, 256, "FP32", "must be <= 16"), (1, 256, "INT32", "data-type")],
 )
 def test_a_wrong_request_is_refused_and_the_server_stays(
-    triton_server: Server, reference: Package, shape: tuple[int, ...], datatype: str, says: str
+    triton_server: Server, reference: Package, count: int, columns: int, datatype: str, says: str
 ) -> None:
+    shape = (count, *reference.model.input.shape[:2], columns)
     raw = grpcclient.InferenceServerClient(triton_server.url)
     tensor = grpcclient.InferInput("slabs", shape, datatype)
     tensor.set_data_from_numpy(np.zeros(shape, np.float32 if datatype == "FP32" else np.int32))

@@ -19,6 +19,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from appliance.governance.package import Package
 from appliance.inference.triton import DIGEST_PARAMETER, TritonClient, TritonError
 
+from .conftest import seeing
+
 SHARED_MEMORY = Path("/dev/shm")
 
 Outputs = dict[str, Any]
@@ -108,6 +110,12 @@ class Running:
 
 
 @pytest.fixture
+def reference(reference: Package) -> Package:
+    """With a model that sees neighbours, which makes the larger tensors."""
+    return seeing(reference, 1)
+
+
+@pytest.fixture
 def server(reference: Package) -> Iterator[Running]:
     fake = Fake(reference.files["model.onnx"])
     pool = ThreadPoolExecutor(8)
@@ -127,7 +135,7 @@ def client(request: pytest.FixtureRequest, server: Running) -> Iterator[TritonCl
 
 
 def slabs_of(count: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).random((count, 3, 256, 256), np.float32)
+    return np.random.default_rng(seed).random((count, 9, 256, 256), np.float32)
 
 
 def ours() -> set[str]:
@@ -165,9 +173,9 @@ def test_slabs_are_float32(client: TritonClient, reference: Package, dtype: type
         client.infer(reference, slabs_of(1).astype(dtype))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 256, 255), (1, 1, 256, 256), (3, 256, 256), (1, 1, 3, 256, 256)])
+@pytest.mark.parametrize("shape", [(1, 9, 256, 255), (1, 3, 256, 256), (9, 256, 256), (1, 1, 9, 256, 256)])
 def test_slabs_have_the_models_shape(client: TritonClient, reference: Package, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="3, 256, 256"):
+    with pytest.raises(ValueError, match="9, 256, 256"):
         client.infer(reference, np.zeros(shape, np.float32))
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from appliance.governance.label import Limitation
 from appliance.governance.package import OperatingPoint, Package
 from appliance.inference.preprocess import to_field
 from appliance.inference.slabs import plan_slabs
@@ -203,6 +204,14 @@ def test_what_the_map_says_of_the_padding_is_no_finding(package: Package) -> Non
     assert area_mm2 == pytest.approx(128 * 100, rel=0.03)
     assert len(outlines) == 1
     assert area(outlines[0]) == pytest.approx(255 * 199, rel=0.03)
+
+
+def test_what_a_label_rules_out_and_no_header_shows_is_said_with_each_verdict(package: Package) -> None:
+    text = "not for isolated subarachnoid haemorrhage"
+    label = replace(package.indication, limitations=(Limitation(text, "Indications for Use"),))
+    for likely in (0.1, 0.9):
+        said = verdict(replace(package, indication=label), [likely] * 4).limitations
+        assert said == (f"The label says: {text}.", "Said before.")
 
 
 def test_gaps_and_duplicates_are_limitations(package: Package) -> None:
