@@ -243,6 +243,19 @@ class IndicationException(_Section):
     until: date = Field(description="Last day on which it holds.")
 
 
+class Limit(_Section):
+    """What this site asks beyond a package's label; it can only narrow the label."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    package: str = Field(description="Name of the model package; any key of its [indication] may stand beside it.")
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The label's keys with this site's values."""
+        return dict(self.model_extra or {})
+
+
 class DicomDestination(_Section):
     """A PACS or archive that findings are stored to."""
 
@@ -271,6 +284,9 @@ class Hl7Destination(_Section):
         "P", description="MSH-11: production, training, debugging. Always T for a package not in clinical mode."
     )
     acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the acknowledgement.")
+    refusals: bool = Field(
+        False, description="Also tell it, once and without an alert, of a study that was not analysed, and why."
+    )
 
 
 Destination = Annotated[DicomDestination | Hl7Destination, Field(discriminator="kind")]
@@ -318,6 +334,11 @@ class Settings(BaseSettings):
     )
     exception: list[IndicationException] = Field(
         default_factory=list, description="Signed exceptions to unknown criteria of an indication."
+    )
+
+    limit: list[Limit] = Field(
+        default_factory=list,
+        description="This site's own limits, within a package's label; [[limit]] once for each package.",
     )
 
     @classmethod
@@ -384,6 +405,21 @@ class Settings(BaseSettings):
     def triton_directory(self) -> Path:
         """The folder that Triton's command, backends and model repository are put together in."""
         return self.box.state_directory / "triton"
+
+    @property
+    def plans_directory(self) -> Path:
+        """The folder of TensorRT plans that were built on this box."""
+        return self.box.state_directory / "plans"
+
+    @property
+    def evidence_directory(self) -> Path:
+        """The folder of what the board decided upon, each file under its SHA-256."""
+        return self.box.state_directory / "evidence"
+
+    @property
+    def head_path(self) -> Path:
+        """The file that notes how far the chain of events was."""
+        return self.box.state_directory / "ledger.head"
 
     @property
     def run_directory(self) -> Path:
@@ -491,7 +527,8 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
     """Every key as (name, default, description), for the generated file and the manual."""
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
-        kind = None if name in ("destination", "exception", "commitment_peer") else section_of(field.annotation)
+        lists = ("destination", "exception", "commitment_peer", "limit")
+        kind = None if name in lists else section_of(field.annotation)
         if kind is not None:
             rows += document(kind, f"{prefix}{name}.")
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from appliance.ledger.retention import KeptStudy
 from appliance.ledger.views import is_late, timeline
@@ -148,13 +148,12 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
             mark + escape(one["reason"]),
         )
     parts += [table]
-    gate = Table("criterion", "read", "label", "", title="Admission", title_justify="left", box=None)
-    for one in analysis["admission"]:
-        outcome = _coloured(one["outcome"]) + (f" ({escape(one['note'])})" if one["note"] else "")
-        gate.add_row(one["criterion"], escape(one["value"]) or "absent", escape(one["rule"]), outcome)
-    parts += ["", gate]
+    parts += ["", admission_table(analysis["admission"])]
     for one in verdicts:
         result = one["result"]
+        if result.get("withdrawn") and not result["series_instance_uid"]:
+            parts += ["", f"Told: not analysed: {escape(result['withdrawn'])}"]
+            continue
         if result.get("withdrawn"):
             parts += ["", f"Verdict, revision {one['revision']}: [yellow]withdrawn[/], {escape(result['withdrawn'])}"]
             continue
@@ -171,6 +170,21 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
         ]
         parts += [f"  {escape(line)}" for line in result["limitations"]]
     return Group(*parts)
+
+
+def admission_table(criteria: list[dict[str, Any]]) -> Table:
+    """What the gate read, what it asks for and where the label says so, criterion by criterion."""
+    read = Column("read", overflow="fold")
+    table = Table("criterion", read, "rule", "where it stands", "", title="Admission", title_justify="left", box=None)
+    for one in criteria:
+        passed = one["outcome"] in ("met", "excepted")
+        outcome = _coloured(one["outcome"]) + (f" ({escape(one['note'])})" if one["note"] else "")
+        source = "" if passed else f" [dim]({escape(one['attribute'])})[/]"
+        clause = escape(one.get("clause", ""))  # older admissions have none
+        table.add_row(
+            one["criterion"], (escape(one["value"]) or "absent") + source, escape(one["rule"]), clause, outcome
+        )
+    return table
 
 
 def _or_dash(value: object) -> str:
@@ -190,6 +204,7 @@ def _verdict(one: dict[str, Any]) -> str:
 def _coloured(state: str) -> str:
     colours = {
         "acknowledged": "green", "issued": "green", "met": "green", "excepted": "yellow", "dead": "bold red",
-        "rejected": "bold red", "failed": "bold red", "refused": "yellow", "violated": "red", "unknown": "red",
+        "rejected": "bold red", "withdrawn": "yellow", "failed": "bold red", "refused": "yellow", "violated": "red",
+        "unknown": "red",
     }  # fmt: skip
     return f"[{colours[state]}]{state}[/]" if state in colours else state

@@ -50,10 +50,13 @@ class Header:
     the geometry is absent or unreadable; otherwise it has ``number_of_frames`` entries. ``problems`` names each
     attribute that is present and unreadable. Text attributes are as sent, without padding.
 
+    ``anatomic_region`` is the first code of Anatomic Region Sequence with its scheme: "69536005 SCT".
+
     ``patient`` tells patients apart without naming them: a SHA-256 over PatientID, its issuer, name and birth date.
 
-    For the enhanced objects ``kvp``, ``gantry_detector_tilt``, ``convolution_kernel``, ``body_part_examined`` and
-    ``contrast_bolus_agent`` come from the functional groups (or the contrast sequence) of the first frame.
+    For the enhanced objects ``kvp``, ``gantry_detector_tilt``, ``convolution_kernel``, ``body_part_examined``,
+    ``anatomic_region`` and ``contrast_bolus_agent`` come from the functional groups (or the contrast sequence) of the
+    first frame.
     """
 
     sop_class_uid: str
@@ -90,6 +93,9 @@ class Header:
     number_of_series_related_instances: int | None
     images_in_acquisition: int | None
     problems: tuple[str, ...]
+    # Headers that were stored before these were read lack them.
+    station_name: str = ""
+    anatomic_region: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal header."""
@@ -136,6 +142,7 @@ _WANTED = wanted((
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameAnatomySequence",
     "CTAcquisitionDetailsSequence", "CTXRayDetailsSequence", "CTReconstructionSequence", *_CONVERTED, "CodeMeaning",
+    "StationName", "CodeValue", "CodingSchemeDesignator",
 ))  # fmt: skip
 
 
@@ -183,6 +190,7 @@ def _header(parsed: Parsed) -> Header:
         frames = _grouped_planes(shared, per_frame, number_of_frames, elements.problems)
     else:
         frames = _single_plane(elements) if number_of_frames == 1 else ()
+    region = _region(elements, groups)
     return Header(
         sop_class_uid=sop_class,
         sop_instance_uid=instance,
@@ -200,7 +208,7 @@ def _header(parsed: Parsed) -> Header:
         gantry_detector_tilt=_grouped_number(places, groups, "CTAcquisitionDetailsSequence", "GantryDetectorTilt"),
         kvp=_grouped_number(places, groups, "CTXRayDetailsSequence", "KVP"),
         convolution_kernel=_kernel(places, groups),
-        body_part_examined=_body_part(elements, groups),
+        body_part_examined=_body_part(elements, region),
         study_description=elements.text("StudyDescription"),
         series_description=elements.text("SeriesDescription"),
         protocol_name=elements.text("ProtocolName"),
@@ -217,6 +225,8 @@ def _header(parsed: Parsed) -> Header:
         acquisition_number=elements.integer("AcquisitionNumber"),
         number_of_series_related_instances=elements.integer("NumberOfSeriesRelatedInstances"),
         images_in_acquisition=elements.integer("ImagesInAcquisition"),
+        station_name=elements.text("StationName"),
+        anatomic_region=_code(region),
         problems=tuple(elements.problems),
     )
 
@@ -331,14 +341,22 @@ def _kernel(places: Sequence[Elements], groups: Sequence[Elements]) -> str:
     return ""
 
 
-def _body_part(elements: Elements, groups: Sequence[Elements]) -> str:
-    """Body Part Examined; else the meaning of the anatomic region's code, in capitals as the defined terms are."""
-    if text := elements.text("BodyPartExamined"):
-        return text
+def _region(elements: Elements, groups: Sequence[Elements]) -> Elements | None:
+    """The first item of Anatomic Region Sequence."""
     for item in (elements, *(group.first("FrameAnatomySequence") for group in groups)):
-        if item is not None and (meaning := _meaning(item, "AnatomicRegionSequence")):
-            return meaning.upper()
-    return ""
+        if item is not None and (region := item.first("AnatomicRegionSequence")) is not None:
+            return region
+    return None
+
+
+def _body_part(elements: Elements, region: Elements | None) -> str:
+    """Body Part Examined; else the meaning of the anatomic region's code, in capitals as the defined terms are."""
+    return elements.text("BodyPartExamined") or (region.text("CodeMeaning").upper() if region is not None else "")
+
+
+def _code(item: Elements | None) -> str:
+    value, scheme = (item.text("CodeValue"), item.text("CodingSchemeDesignator")) if item is not None else ("", "")
+    return f"{value} {scheme}" if value and scheme else ""
 
 
 def _meaning(elements: Elements, keyword: str) -> str:

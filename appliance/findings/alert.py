@@ -23,7 +23,7 @@ from appliance.ledger.records import Verdict
 from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
 
-Kind = Literal["provisional", "alert", "confirmation", "correction", "withdrawal"]
+Kind = Literal["provisional", "alert", "confirmation", "correction", "withdrawal", "refusal"]
 
 _CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
@@ -56,12 +56,13 @@ def render_alert(
         source: header of an analysed image; patient, visit and order are its.
         control_id: MSH-10, see `message_control_id`.
         kind: "provisional" says that haemorrhage is suspected on a part of the study, "confirmation" that it still is
-            on the whole, "alert" and "correction" that it is, "withdrawal" that it no longer is.
+            on the whole, "alert" and "correction" that it is, "withdrawal" that it no longer is, "refusal" that the
+            study was not analysed.
         issued_at: when the verdict was issued (aware).
 
     Raises: ValueError if `kind` contradicts the verdict, or `control_id` is not 1 to 20 printable ASCII characters.
     """
-    if verdict.positive == (kind == "withdrawal"):
+    if verdict.positive == (kind in ("withdrawal", "refusal")):
         raise ValueError(f"{kind!r} contradicts a verdict with positive={verdict.positive}")
     if not re.fullmatch(rf"[!-~]{{1,{_CONTROL_ID_LENGTH}}}", control_id):
         raise ValueError(f"message control id {control_id!r} is not 1 to {_CONTROL_ID_LENGTH} characters")
@@ -142,8 +143,8 @@ def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list
 
 
 def _observations(verdict: Verdict, kind: Kind, revision: int, acquired: str, sent: str) -> list[str]:
-    positive = kind != "withdrawal"
-    withdrawn = "" if positive else "The earlier alert is withdrawn. "
+    positive = kind not in ("withdrawal", "refusal")
+    withdrawn = "The earlier alert is withdrawn. " if kind == "withdrawal" else ""
     impression = f"{withdrawn}{wording.impression(verdict)}"
     rows: list[dict[int, str]] = [
         {2: "ST", 3: _coded(codes.DICOM_STUDY), 5: _text(verdict.study_instance_uid)},

@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import lru_cache
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Literal
 
+from appliance.governance.label import Age, Indication, kernel_matches, scanner_matches
 from appliance.governance.package import Package
-from appliance.settings import IndicationException
 from dicom_io.header import Header
-from dicom_io.volume import Volume
+from dicom_io.volume import UNIFORM_MM, Volume
 
 Outcome = Literal["met", "violated", "unknown", "excepted"]
 
 CRITERIA = (
-    "modality", "sop_class", "body_part", "age", "kvp", "slice_thickness", "contrast", "patient", "geometry",
-    "coverage", "slabs", "gaps", "brain",
+    "intended_use", "scanner", "modality", "sop_class", "body_part", "age", "contrast", "kvp", "slice_thickness",
+    "spacing", "kernel", "tilt", "patient", "geometry", "coverage", "slabs", "gaps", "duplicates", "order", "onset",
+    "brain",
 )  # fmt: skip
 """The names of the criteria, in the order in which they are shown; exceptions refer to them."""
 
-_GROWING = {"coverage", "slabs", "gaps"}
+BOX = "a rule of this box, not of the label"
+"""The clause of what is asked of every study, whatever the label says."""
+
+USE = "triage"
+"""What this box uses every package for."""
+
+_GROWING = {"coverage", "slabs", "gaps", "spacing"}
 """Criteria that a series which is still arriving can yet come to meet."""
 
-_HEAD = re.compile(r"\b(HEAD|BRAIN|SKULL|CRANI\w*|CEREBR\w*|NEURO\w*|SCHAEDEL|SCHÄDEL|KOPF|CRANE|CRÂNE|TETE|TÊTE)\b")
-_HEAD_TERMS = {"HEAD", "BRAIN", "SKULL"}
-"""The Body Part Examined terms (PS3.16 Annex L) by which a label names the head."""
-_ELSEWHERE = re.compile(
-    r"\b(NECK|SPINE|C-?SPINE|CHEST|THORAX|LUNG|ABDOMEN|PELVIS|SINUS\w*|ORBITS?|TEMPORAL|FACE|FACIAL|MAXILLO\w*"
-    r"|EXTREMITY|KNEE|HIP|SHOULDER|CAROTID\w*|ANGIO\w*|CTA|PERFUSION|CTP)\b"
+_HEAD = re.compile(
+    r"\b(HEAD\w*|BRAIN\w*|SKULL\w*|CRANI\w*|CEREBR\w*|ENC[EÉ]PHAL\w*|NEURO\w*|SCHAEDEL\w*|SCHÄDEL\w*|KOPF\w*|HIRN"
+    r"|CR[AÂ]NE|CR[AÁ]NEO|T[EÊ]TE|CABEZA|CEREBRO|TESTA|HOOFD|HERSENEN|CCT|NCCT|CTH|CTB)\b"
 )
-_AGE = re.compile(r"(\d{3})([DWMY])")
-_DAYS = {"D": 1.0, "W": 7.0, "M": 30.4375, "Y": 365.25}
+_ELSEWHERE = re.compile(
+    r"\b(HEAD\W?(AND\W|&\W?)?NECK|NECK|[CTLS]?-?SPINE|HALS|HWS|CHEST|THORAX|LUNGS?|HEART|CORONARY|ABDOMEN|PELVIS"
+    r"|LIVER|KIDNEYS?|SINUS\w*|ORBITS?|TEMPORAL|IACS?|PETROUS|MASTOIDS?|FACE|FACIAL|MAXILLO\w*|MANDIBLE|JAW|DENTAL"
+    r"|EXTREMITY|KNEE|HIP|ANKLE|FOOT|HAND|WRIST|ELBOW|ARM|LEG|SHOULDER|FEM(UR|ORAL)|HUMER\w*|RADI(US|AL)"
+    r"|CAROTIDS?|WILLIS|ANGIO\w*|CTA|CTV|PERFUSION|CTP)\b"
+)
+
+HEAD_CODES = {
+    "69536005 SCT", "12738006 SCT", "89546000 SCT", "T-D1100 SRT", "T-A0100 SRT", "T-11100 SRT",
+}  # fmt: skip
+"""Head, brain and skull in the schemes that Anatomic Region Sequence comes in (PS3.16, CID 4030; SRT until 2019)."""
+_ANATOMY_SCHEMES = ("SCT", "SRT")
+
+_WITHOUT_AGENT = re.compile(
+    r"\b(W ?/? ?O(UT)?|WITHOUT|NON?|NOT|PRE|OHNE|VOR|SANS|SIN|SENZA|ZONDER|UTAN|UDEN)[ -]*(IV )?"
+    r"(CONTRAST\w*|CON|KM|INJ\w*|ENHANC\w*|C)\b|\b(UNENHANCED|NONCON\w*|PRECON\w*|NATIV\w*|PLAIN)\b"
+)
+_WITH_AGENT = re.compile(
+    r"(^|[ /&-])\+ ?C\b|\bC ?\+|\bCONTRAST|\bENHANCED|\bCECT\b|\bKM\b|\bCT[APV]\b|ANGIO|PERFUSION"
+    r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJECT"
+    r"|\b(ARTERIAL|VENOUS|PORTAL)\b"
+)
+_NO_AGENT = re.compile(r"(NO|NON|NONE|WITHOUT|OHNE|SANS|N|N/A|NA|NIL|0|-+)( .*)?")
+
+_SPOKEN = attrgetter(
+    "modality", "sop_class_uid", "series_description", "protocol_name", "anatomic_region", "body_part_examined",
+    "study_description", "patient_age", "patient_birth_date", "study_date", "contrast_bolus_agent", "image_type", "kvp",
+    "convolution_kernel", "gantry_detector_tilt", "manufacturer", "manufacturer_model_name", "station_name",
+)  # fmt: skip
+"""All that is read of a header but its place and its patient."""
+
+_AGES_DIFFER = 13
+"""Months by which a stated age and the dates may differ: one is rounded, the other entered a birthday late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +78,13 @@ class Criterion:
     """One line of a label, applied to one study.
 
     Attributes:
-        criterion: its name; an exception in the settings refers to it.
+        criterion: its name; an exception of the board refers to it.
         attribute: DICOM keywords that were read, or what was measured.
         value: what was read, as text.
         rule: what the label asks for.
         outcome: unknown counts as refused; excepted is unknown under a signed exception.
+        note: who excepted it, until when and why.
+        clause: where the label says so.
     """
 
     criterion: str
@@ -53,6 +93,19 @@ class Criterion:
     rule: str
     outcome: Outcome
     note: str = ""
+    clause: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether it lets the study pass."""
+        return self.outcome in ("met", "excepted")
+
+    def row(self) -> dict[str, Any]:
+        """What of it is told to machines: criterion, attribute, value, rule, clause, met."""
+        return {
+            **{name: getattr(self, name) for name in ("criterion", "attribute", "value", "rule", "clause")},
+            "met": self.met,
+        }
 
     def __str__(self) -> str:
         said = self.value or "absent"
@@ -68,68 +121,216 @@ class Admission:
     @property
     def admitted(self) -> bool:
         """True only if every criterion is met or excepted, and there is at least one."""
-        return bool(self.criteria) and all(c.outcome in ("met", "excepted") for c in self.criteria)
+        return bool(self.criteria) and all(c.met for c in self.criteria)
 
     @property
     def promising(self) -> bool:
         """Whether the model may see what has arrived: all is met that does not need further slices to be met."""
-        return bool(self.criteria) and all(
-            c.outcome in ("met", "excepted") or c.criterion in _GROWING for c in self.criteria
-        )
+        return bool(self.criteria) and all(c.met or c.criterion in _GROWING for c in self.criteria)
 
     @property
     def reason(self) -> str:
         """Why it is refused, in one line; '' when admitted."""
-        return "; ".join(str(c) for c in self.criteria if c.outcome in ("violated", "unknown"))
+        return "; ".join(str(c) for c in self.criteria if not c.met)
+
+    @property
+    def said(self) -> str:
+        """Why it is refused, for people: "paediatric (age 009Y; label: 18 years or older)"; '' when admitted."""
+        return "; ".join(_said(c) for c in self.criteria if not c.met)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The criteria, JSON-ready."""
         return [asdict(criterion) for criterion in self.criteria]
 
 
+@dataclass(frozen=True, slots=True)
+class BoardException:
+    """What the site's board lets pass although its value is unknown.
+
+    Attributes:
+        package, criterion: what it is for.
+        reason, signed_by: why, and who answers for it.
+        until: the last day on which it holds.
+    """
+
+    package: str
+    criterion: str
+    reason: str
+    signed_by: str
+    until: date
+
+
+def rules(package: Package) -> dict[str, tuple[str, str]]:
+    """What is asked of a study: criterion → (the rule in words, the clause of the label that it comes from)."""
+    label = package.indication
+    oldest = f", {label.maximum_age} or younger" if label.maximum_age else ""
+    texts = {
+        "intended_use": USE,
+        "scanner": _only(label.scanners, label.excluded_scanners),
+        "modality": " or ".join(label.modality),
+        "sop_class": "a listed image class",
+        "body_part": " or ".join(label.body_parts),
+        "age": f"{label.minimum_age} or older{oldest}",
+        "contrast": "with or without" if label.contrast else "no contrast agent",
+        "kvp": _span(label.kvp, "kV"),
+        "slice_thickness": _span(label.slice_thickness_mm, "mm"),
+        "spacing": _span(label.slice_spacing_mm, "mm") if label.slice_spacing_mm else "any",
+        "kernel": _only(label.kernels, label.excluded_kernels),
+        "tilt": f"{label.maximum_tilt_degrees or 0:g}° or less",
+        "patient": "one patient",
+        "geometry": "readable in every image",
+        "coverage": f"{label.minimum_coverage_mm:g} mm or more",
+        "slabs": f"{label.minimum_slabs} or more",
+        "gaps": "no gap between slices",
+        "duplicates": "no slice sent twice",
+        "order": "numbers that rise or fall along the head",
+        "onset": f"{label.maximum_hours_since_onset or 0:g} hours or less since onset",
+        "brain": f"{label.minimum_brain_ml:g} mL or more",
+    }
+    clauses: dict[str, str] = dict.fromkeys(("scanner", "patient", "geometry", "gaps"), BOX)
+    clauses.update(label.clauses)
+    return {name: (texts[name], clauses[name]) for name in CRITERIA if name in clauses}
+
+
+def _only(wanted: Sequence[str], excluded: Sequence[str]) -> str:
+    return ", ".join([" or ".join(wanted) or "any", *(f"not {one}" for one in excluded)])
+
+
+def _span(span: tuple[float, float], unit: str) -> str:
+    return f"{span[0]:g} to {span[1]:g} {unit}"
+
+
+def _said(criterion: Criterion) -> str:
+    name = criterion.criterion.replace("_", " ")
+    asked = "rule" if criterion.clause in ("", BOX) else "label"
+    young = criterion.criterion == "age" and criterion.outcome == "violated" and "younger" not in criterion.rule
+    word = "paediatric" if young else f"{name} {'not known' if criterion.outcome == 'unknown' else 'outside'}"
+    return f"{word} ({name} {criterion.value or 'absent'}; {asked}: {criterion.rule})"
+
+
+# --- what a header says ---------------------------------------------------------------------------------
+
+
 def body_region(header: Header) -> Literal["head", "elsewhere", ""]:
-    """The region that a header speaks of, the most particular text first; '' if none says.
+    """The region that a header speaks of, the most particular word first; '' if none says.
 
     Body Part Examined is empty on many scanners and wrong on some, so the description of the series comes before it
     ("CTA CAROTIDS" in a study called HEAD), and of one text another region outweighs the head ("HEAD AND NECK").
+    Before Body Part Examined comes the code of the region, of which any that is not the head's is another region.
     """
-    texts = (
-        header.series_description,
-        header.protocol_name,
-        header.body_part_examined,
-        header.study_description,
-    )
-    for text in texts:
-        words = re.sub(r"[_/.,;^]", " ", text.upper())
-        if _ELSEWHERE.search(words):
-            return "elsewhere"
-        if _HEAD.search(words):
-            return "head"
-    return ""
+    for text in (header.series_description, header.protocol_name):
+        if region := _region_in(text):
+            return region
+    code, _, scheme = header.anatomic_region.partition(" ")
+    if code and scheme in _ANATOMY_SCHEMES:
+        return "head" if header.anatomic_region in HEAD_CODES else "elsewhere"
+    return _region_in(header.body_part_examined) or _region_in(header.study_description)
 
 
-def age_in_years(header: Header) -> float | None:
-    """The patient's age at the study: PatientAge (PS3.5 6.2, VR AS), else from the birth and study dates.
-
-    None if neither is readable, or if both are and differ by more than a year: then nobody knows which is right.
-    """
-    stated = _AGE.fullmatch(header.patient_age.strip())
-    years = int(stated[1]) * _DAYS[stated[2]] / _DAYS["Y"] if stated else None
-    try:
-        born = date.fromisoformat(header.patient_birth_date.strip())
-        studied = date.fromisoformat(header.study_date.strip())
-    except ValueError:
-        return years
-    computed = (studied - born).days / _DAYS["Y"]
-    if computed < 0 or (years is not None and abs(years - computed) > 1.0 + 1 / 12):
-        return None
-    return computed if years is None else years
+@lru_cache(maxsize=4096)
+def _region_in(text: str) -> Literal["head", "elsewhere", ""]:
+    words = re.sub(r"[_/.,;^]", " ", text.upper())
+    if _ELSEWHERE.search(words):
+        return "elsewhere"
+    return "head" if _HEAD.search(words) else ""
 
 
 def has_contrast(header: Header) -> bool:
-    """Whether the header speaks of a contrast agent; "NONE" and the like do not."""
-    agent = header.contrast_bolus_agent.strip().upper()
-    return bool(agent) and not re.fullmatch(r"(NO|NONE|WITHOUT|N)( .*)?", agent)
+    """Whether the header speaks of a contrast agent; "NONE" and the like do not.
+
+    The agent must be named where one was given (PS3.3 table A.3-1, Contrast/Bolus module), but people forget: so the
+    description of the series counts too ("HEAD +C", "POST CONTRAST", "CTA"), Image Type, and the name of the protocol
+    where it speaks only of images with an agent. The study's description does not: it may be of two series.
+    """
+    return contrast_said(header)[1]
+
+
+def contrast_said(header: Header) -> tuple[str, bool]:
+    """What the header says of a contrast agent, and whether it says that there was one."""
+    agent = header.contrast_bolus_agent.strip()
+    if agent and not _NO_AGENT.fullmatch(agent.upper()):
+        return agent, True
+    without, given = _agent_in(header.series_description)
+    if given:
+        return f"{agent or 'none'}, but described as {header.series_description}", True
+    kinds = " ".join(header.image_type)
+    if _agent_in(kinds)[1]:
+        return f"{agent or 'none'}, but ImageType is {kinds}", True
+    protocol_without, given = _agent_in(header.protocol_name)
+    if given and not (without or protocol_without):
+        return f"{agent or 'none'}, but the protocol is {header.protocol_name}", True
+    return agent or "none", False
+
+
+@lru_cache(maxsize=4096)
+def _agent_in(text: str) -> tuple[bool, bool]:
+    """Whether a description speaks of images without an agent, and of images with one."""
+    words = re.sub(r"[_.,;^()]+", " ", text.upper())
+    without = bool(_WITHOUT_AGENT.search(words) or re.search(r"\bW ?/? ?O\b", words))
+    return without, bool(_WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", words)))
+
+
+def age_said(label: Indication, header: Header) -> tuple[str, bool | None]:
+    """What the header says of the patient's age at the study, and whether the label lets that in.
+
+    It may say so twice: as PatientAge, and by PatientBirthDate and StudyDate. Who is outside the label by either is
+    outside it. Who is inside by both, which differ by more than 13 months, is of unknown age: one is somebody else's.
+    """
+    youngest, oldest = Age.of(label.minimum_age), Age.of(label.maximum_age) if label.maximum_age else None
+    told: list[str] = []
+    answers: list[bool | None] = []
+    try:
+        stated: Age | None = Age.of(header.patient_age)
+    except ValueError:
+        stated = None
+    if stated:
+        told.append(header.patient_age.strip())
+        too_old = stated.has_reached(oldest.next) if oldest else False
+        answers.append(_all((stated.has_reached(youngest), None if too_old is None else not too_old)))
+    born, studied = _day(header.patient_birth_date), _day(header.study_date)
+    if born and studied:
+        if studied < born:
+            return " and ".join([*told, "born after the study"]), False if False in answers else None
+        told.append(f"{_completed(born, studied)} by the dates")
+        answers.append(_on(youngest, born) <= studied and not (oldest and _on(oldest.next, born) <= studied))
+        if stated and False not in answers and _differ(stated, (studied - born).days):
+            return " but ".join(told), None
+    met = False if False in answers else None if None in answers or not answers else True
+    return ", ".join(told), met
+
+
+def _day(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text.strip()) if re.fullmatch(r"\d{8}", text.strip()) else None
+    except ValueError:
+        return None
+
+
+def _on(age: Age, born: date) -> date:
+    try:
+        return age.reached_on(born)
+    except (OverflowError, ValueError):
+        return date.max
+
+
+def _completed(born: date, studied: date) -> Age:
+    """The age in whole years, of infants in months, of the newborn in days."""
+    days = (studied - born).days
+    for unit, length, least in (("years", 365.2425, 2), ("months", 30.436875, 2)):
+        count = int(days / length) + 1
+        while count and _on(Age(count, unit), born) > studied:
+            count -= 1
+        if count >= least:
+            return Age(count, unit)
+    return Age(days, "days")
+
+
+def _differ(stated: Age, days: int) -> bool:
+    slack = _AGES_DIFFER * 31
+    return not stated.days()[0] - slack <= days <= stated.next.days()[1] + slack
+
+
+# --- the gate -------------------------------------------------------------------------------------------
 
 
 def admit(
@@ -137,7 +338,7 @@ def admit(
     headers: Sequence[Header],
     volume: Volume,
     slabs: int,
-    exceptions: Sequence[IndicationException] = (),
+    exceptions: Sequence[BoardException] = (),
     today: date | None = None,
 ) -> Admission:
     """Apply a package's indication to the selected series of a study.
@@ -148,96 +349,181 @@ def admit(
         headers: of every image of the series.
         volume: its geometry.
         slabs: how many slabs of the model's thickness it yields.
-        exceptions: signed exceptions; each lets one unknown criterion of one package pass until its day.
+        exceptions: of the board; each lets one unknown criterion of one package pass until its day.
         today: the day on which exceptions must hold; today if omitted.
     """
     label = package.indication
-    low_kv, high_kv = label.kvp
-    thin, thick = label.slice_thickness_mm
-    last = volume.planes[-1].geometry.thickness or 0.0
-    coverage = volume.offsets[-1] - volume.offsets[0] + last
-    patients = len({header.patient for header in headers})
-    placed = sum(bool(header.frames) for header in headers)
+    asked = rules(package)
+    # The slices of a series differ in little else than their place.
+    distinct = list({_SPOKEN(header): header for header in headers}.values())
+    criteria: list[Criterion] = []
 
-    def every(
-        criterion: str, attribute: str, rule: str, read: Callable[[Header], tuple[str, bool | None]]
-    ) -> Criterion:
-        answers = dict.fromkeys(read(header) for header in headers)
-        verdicts = {met for _, met in answers}
-        met = False if False in verdicts else None if None in verdicts or not verdicts else True
+    def judge(criterion: str, attribute: str, value: str, met: bool | None) -> None:
+        if criterion in asked:
+            criteria.append(_criterion(asked, criterion, attribute, value, met))
+
+    def every(criterion: str, attribute: str, read: Callable[[Header], tuple[str, bool | None]]) -> None:
+        if criterion not in asked:
+            return
+        answers = dict.fromkeys(map(read, distinct))
+        met = _all(met for _, met in answers)
         shown = [text for text, one in answers if one is met] or [text for text, _ in answers]
-        return _judge(criterion, attribute, " / ".join(shown[:3]), rule, met)
+        judge(criterion, attribute, " / ".join(shown[:3]), met)
 
-    def body_part(header: Header) -> tuple[str, bool | None]:
-        texts = (header.body_part_examined, header.series_description, header.protocol_name, header.study_description)
-        region = body_region(header)
-        met = None if not region else region == "head" and bool(_HEAD_TERMS & set(label.body_parts))
-        return " · ".join(filter(None, texts)), met
-
-    def age(header: Header) -> tuple[str, bool | None]:
-        years = age_in_years(header)
-        return ("", None) if years is None else (f"{years:.1f} years", years >= label.minimum_age_years)
-
-    def kvp(header: Header) -> tuple[str, bool | None]:
-        return ("", None) if header.kvp is None else (f"{header.kvp:g} kV", low_kv <= header.kvp <= high_kv)
-
-    def thickness(header: Header) -> tuple[str, bool | None]:
-        known = [plane.thickness for plane in header.frames if plane.thickness is not None]
-        if not known or len(known) < len(header.frames):
-            return "", None
-        text = f"{min(known):g} mm" if min(known) == max(known) else f"{min(known):g} to {max(known):g} mm"
-        return text, thin <= min(known) <= max(known) <= thick
-
+    judge("intended_use", "package", package.intended_use, package.intended_use == USE)
+    criteria.append(scanner(package, distinct))
+    every("modality", "Modality", lambda h: (h.modality, h.modality in label.modality if h.modality else None))
+    every("sop_class", "SOPClassUID", lambda h: (h.sop_class_uid, h.sop_class_uid in label.sop_classes))
+    every("body_part", "SeriesDescription, ProtocolName, AnatomicRegionSequence, BodyPartExamined, StudyDescription",
+          _body_part)  # fmt: skip
+    every("age", "PatientAge, PatientBirthDate, StudyDate", lambda h: age_said(label, h))
+    every("contrast", "ContrastBolusAgent, ContrastBolusAgentSequence, SeriesDescription, ImageType, ProtocolName",
+          lambda h: _contrast(label, h))  # fmt: skip
+    every("kvp", "KVP", lambda h: ("", None) if h.kvp is None else (f"{h.kvp:g} kV", _in(h.kvp, label.kvp)))
+    judge("slice_thickness", "SliceThickness", *_thickness(label, headers))
+    distances = [after - before for before, after in pairwise(volume.offsets)]
+    met = _within(distances, label.slice_spacing_mm) if label.slice_spacing_mm else None
+    judge("spacing", "distance of neighbouring ImagePositionPatient", _range(distances, "mm"), met)
+    every("kernel", "ConvolutionKernel", lambda h: _kernel(label, h))
+    leans = [
+        volume.tilt_degrees,
+        *(abs(h.gantry_detector_tilt) for h in distinct if h.gantry_detector_tilt is not None),
+    ]
+    judge("tilt", "ImageOrientationPatient, GantryDetectorTilt", f"{max(leans):.1f}°",
+          max(leans) <= (label.maximum_tilt_degrees or 0))  # fmt: skip
+    patients = len({header.patient for header in headers})
+    judge("patient", "PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
+          "the same in every image" if patients == 1 else f"{patients} different", patients == 1)  # fmt: skip
+    placed = sum(bool(header.frames) for header in headers)
+    judge("geometry", "ImagePositionPatient, ImageOrientationPatient, PixelSpacing",
+          f"readable in {placed} of {len(headers)} images", True if placed == len(headers) else None)  # fmt: skip
+    coverage = volume.offsets[-1] - volume.offsets[0] + (volume.planes[-1].geometry.thickness or 0.0)
+    judge("coverage", "ImagePositionPatient", f"{coverage:.0f} mm", coverage >= label.minimum_coverage_mm)
+    judge("slabs", "slabs", str(slabs), slabs >= label.minimum_slabs)
     missing = sum(gap.mm for gap in volume.gaps)
-    criteria = [
-        every("modality", "Modality", " or ".join(label.modality),
-              lambda h: (h.modality, h.modality in label.modality if h.modality else None)),
-        every("sop_class", "SOPClassUID", "a listed image class",
-              lambda h: (h.sop_class_uid, h.sop_class_uid in label.sop_classes)),
-        every("body_part", "BodyPartExamined, SeriesDescription, ProtocolName, StudyDescription",
-              " or ".join(label.body_parts), body_part),
-        every("age", "PatientAge, PatientBirthDate, StudyDate", f"{label.minimum_age_years:g} years or older", age),
-        every("kvp", "KVP", f"{low_kv:g} to {high_kv:g} kV", kvp),
-        every("slice_thickness", "SliceThickness", f"{thin:g} to {thick:g} mm", thickness),
-        every("contrast", "ContrastBolusAgent", "with or without" if label.contrast else "no contrast agent",
-              lambda h: (h.contrast_bolus_agent or "none", label.contrast or not has_contrast(h))),
-        _judge("patient", "PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
-               "the same in every image" if patients == 1 else f"{patients} different", "one patient", patients == 1),
-        _judge("geometry", "ImagePositionPatient, ImageOrientationPatient, PixelSpacing",
-               f"readable in {placed} of {len(headers)} images", "readable in every image",
-               True if placed == len(headers) else None),
-        _judge("coverage", "ImagePositionPatient", f"{coverage:.0f} mm", f"{label.minimum_coverage_mm:g} mm or more",
-               coverage >= label.minimum_coverage_mm),
-        _judge("slabs", "slabs", str(slabs), f"{label.minimum_slabs} or more", slabs >= label.minimum_slabs),
-        _judge("gaps", "ImagePositionPatient",
-               "none" if not volume.gaps else f"{len(volume.gaps)}, {missing:.1f} mm in all",
-               "no gap between slices", not volume.gaps),
-    ]  # fmt: skip
+    judge("gaps", "ImagePositionPatient",
+          "none" if not volume.gaps else f"{len(volume.gaps)}, {missing:.1f} mm in all", not volume.gaps)  # fmt: skip
+    twice = len(volume.duplicates)
+    judge("duplicates", "ImagePositionPatient", f"{twice} slices sent twice" if twice else "none", not twice)
+    judge("order", "InstanceNumber, ImagePositionPatient", *_order(volume))
+    judge("onset", "time since onset in the order", "", None)  # no source of orders tells it yet
     return Admission(tuple(_except(package, c, exceptions, today or date.today()) for c in criteria))
 
 
 def admit_pixels(package: Package, admission: Admission, brain_volume_ml: float) -> Admission:
     """The same admission with what only the pixels show: that there is a brain in the picture."""
-    least = package.indication.minimum_brain_ml
-    criterion = _judge("brain", "soft tissue inside the skull", f"{brain_volume_ml:.0f} mL", f"{least:g} mL or more",
-                       brain_volume_ml >= least)  # fmt: skip
-    return Admission((*admission.criteria, criterion))
+    return _with_brain(package, admission, f"{brain_volume_ml:.0f} mL",
+                       brain_volume_ml >= package.indication.minimum_brain_ml)  # fmt: skip
 
 
-def _judge(criterion: str, attribute: str, value: str, rule: str, met: bool | None) -> Criterion:
-    outcome: Outcome = "unknown" if met is None else "met" if met else "violated"
-    return Criterion(criterion, attribute, value, rule, outcome)
+def pixels_unknown(package: Package, admission: Admission, why: str) -> Admission:
+    """The same admission where nobody looked at the pixels."""
+    return _with_brain(package, admission, why, None)
 
 
-def _except(
-    package: Package, criterion: Criterion, exceptions: Sequence[IndicationException], today: date
+def _with_brain(package: Package, admission: Admission, value: str, met: bool | None) -> Admission:
+    brain = _criterion(rules(package), "brain", "soft tissue inside the skull", value, met)
+    return Admission((*admission.criteria, brain))
+
+
+def scanner(package: Package, headers: Sequence[Header]) -> Criterion:
+    """The scanner's criterion, which is part of every admission, whether the label limits it or not."""
+    label = package.indication
+    answers: dict[tuple[str, str, str], bool | None] = {}
+    for one in headers:
+        who = (one.manufacturer, one.manufacturer_model_name, one.station_name)
+        if who not in answers:
+            wanted = scanner_matches(label.scanners, *who[:2]) if label.scanners else True
+            excluded = scanner_matches(label.excluded_scanners, *who[:2])
+            answers[who] = _all((wanted, None if excluded is None else not excluded))
+    met = _all(answers.values())
+    shown = [who for who, one in answers.items() if one is met] or list(answers)
+    value = " / ".join(" · ".join(part.strip() or "–" for part in who) for who in shown[:3])
+    attribute = "Manufacturer, ManufacturerModelName, StationName"
+    return _criterion(rules(package), "scanner", attribute, value, met)
+
+
+def _criterion(
+    asked: dict[str, tuple[str, str]], criterion: str, attribute: str, value: str, met: bool | None
 ) -> Criterion:
+    outcome: Outcome = "unknown" if met is None else "met" if met else "violated"
+    rule, clause = asked[criterion]
+    return Criterion(criterion, attribute, value, rule, outcome, clause=clause)
+
+
+def _all(answers: Iterable[bool | None]) -> bool | None:
+    """False if one is, else unknown if one is or there is none."""
+    found = set(answers)
+    return False if False in found else None if None in found or not found else True
+
+
+def _in(value: float, span: tuple[float, float]) -> bool:
+    return span[0] <= value <= span[1]
+
+
+def _within(values: Sequence[float], span: tuple[float, float]) -> bool | None:
+    """Whether all distances lie in a range, but for the rounding of positions; None if there are none."""
+    low, high = span
+    return low - UNIFORM_MM <= min(values) <= max(values) <= high + UNIFORM_MM if values else None
+
+
+def _range(values: Sequence[float], unit: str) -> str:
+    if not values:
+        return ""
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def _body_part(header: Header) -> tuple[str, bool | None]:
+    texts = (
+        header.series_description, header.protocol_name, header.anatomic_region, header.body_part_examined,
+        header.study_description,
+    )  # fmt: skip
+    region = body_region(header)
+    return " · ".join(filter(None, texts)), region == "head" if region else None
+
+
+def _contrast(label: Indication, header: Header) -> tuple[str, bool | None]:
+    said, given = contrast_said(header)
+    return said, label.contrast or not given
+
+
+def _thickness(label: Indication, headers: Sequence[Header]) -> tuple[str, bool | None]:
+    stated = {plane.thickness for header in headers for plane in header.frames}
+    known = sorted(one for one in stated if one is not None)
+    if any(not _in(one, label.slice_thickness_mm) for one in known):
+        return _range(known, "mm"), False
+    if len(known) < len(stated) or not all(header.frames for header in headers):
+        return "", None
+    return _range(known, "mm"), True
+
+
+def _kernel(label: Indication, header: Header) -> tuple[str, bool | None]:
+    kernel = header.convolution_kernel.strip()
+    if not kernel:
+        return "", None
+    wanted = kernel_matches(label.kernels, kernel) if label.kernels else True
+    return kernel, wanted and not kernel_matches(label.excluded_kernels, kernel)
+
+
+def _order(volume: Volume) -> tuple[str, bool | None]:
+    """How the instance numbers (and the frames of one instance) go along the volume."""
+    numbers = [(plane.instance_number, plane.frame) for plane in volume.planes]
+    known = [(number, frame) for number, frame in numbers if number is not None]
+    if len(known) < len(numbers):
+        return "", None
+    if all(a < b for a, b in pairwise(known)):
+        return "they rise", True
+    if all(a > b for a, b in pairwise(known)):
+        return "they fall", True
+    return "they jump", False
+
+
+def _except(package: Package, criterion: Criterion, exceptions: Sequence[BoardException], today: date) -> Criterion:
     if criterion.outcome != "unknown":
         return criterion
     for one in exceptions:
         if (one.package, one.criterion) == (package.name, criterion.criterion) and today <= one.until:
             note = f"excepted by {one.signed_by} until {one.until}: {one.reason}"
-            return Criterion(
-                criterion.criterion, criterion.attribute, criterion.value, criterion.rule, "excepted", note
-            )
+            return replace(criterion, outcome="excepted", note=note)
     return criterion

@@ -11,7 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from appliance.governance.label import Indication, narrowed
 from appliance.governance.signature import SIGNATURE, Keyring, SignatureError, check, read_keyring, sign
 from appliance.settings import Settings, SettingsError
 from dicom_io.errors import ScansideError
@@ -27,6 +28,8 @@ from dicom_io.errors import ScansideError
 MANIFEST = "package.toml"
 UNLISTED = frozenset({MANIFEST, SIGNATURE, "README.md", "metrics.json"})
 """What may lie at the top of a package without a digest; nothing that runs reads the last two."""
+PARITY = "parity.npz"
+"""Slabs and the published model's answers to them, listed like any other file of a package."""
 ANY = "any"
 """The label whose probability is the study's."""
 
@@ -46,29 +49,6 @@ class PackageError(ScansideError):
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
-class Indication:
-    """What the package may be used on, for the gate to hold a study against. Ranges include both ends."""
-
-    modality: Annotated[tuple[Text, ...], Field(min_length=1)]
-    sop_classes: Annotated[tuple[Text, ...], Field(min_length=1)]
-    body_parts: Annotated[tuple[Text, ...], Field(min_length=1)]
-    minimum_age_years: Annotated[float, Field(ge=0)]
-    kvp: tuple[Positive, Positive]
-    slice_thickness_mm: tuple[Positive, Positive]
-    contrast: bool
-    minimum_slabs: Count
-    minimum_coverage_mm: Positive
-    minimum_brain_ml: Annotated[float, Field(ge=0)]
-
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> Indication:
-        for name, (low, high) in (("kvp", self.kvp), ("slice_thickness_mm", self.slice_thickness_mm)):
-            if low > high:
-                raise ValueError(f"{name} runs from {low} down to {high}")
-        return self
-
-
-@dataclass(frozen=True, slots=True, config=_CONFIG)
 class Window:
     """A linear window in HU: ``center`` and ``width`` as in PS3.3 C.11.2.1.2."""
 
@@ -78,12 +58,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
 class Preprocessing:
-    """How a slab becomes the model's input: ``size`` pixels of ``spacing_mm``, one channel for each window."""
+    """How a slab becomes the model's input: ``size`` pixels of ``spacing_mm``, one channel for each window.
+
+    With one neighbour, the model sees the channels of the slab below, of the slab and of the slab above, foot to head.
+    """
 
     slab_mm: Positive
     size: Count
     spacing_mm: Positive
     windows: Annotated[tuple[Window, ...], Field(min_length=1)]
+    neighbours: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
@@ -121,10 +105,33 @@ class Model:
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
 class OperatingPoint:
-    """Where a study is positive, and where a pixel of the lesion map is drawn."""
+    """Where a study is positive, and where a pixel of the lesion map is drawn.
+
+    Attributes:
+        threshold: on the study's probability.
+        lesion_threshold: on the lesion map.
+        sensitivity, specificity: what was measured at the threshold; None where the package does not say.
+        studies: on how many.
+    """
 
     threshold: Probability
     lesion_threshold: Probability
+    sensitivity: Probability | None = None
+    specificity: Probability | None = None
+    studies: Count | None = None
+
+    @model_validator(mode="after")
+    def _measured(self) -> OperatingPoint:
+        if len({figure is None for figure in (self.sensitivity, self.specificity, self.studies)}) > 1:
+            raise ValueError("sensitivity, specificity and studies go together")
+        return self
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Parity:
+    """How far the answers of a model that serves the package may be from those in `PARITY`, which are in 0..1."""
+
+    tolerance: Annotated[float, Field(gt=0, le=0.2)]
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
@@ -138,6 +145,7 @@ class Package:
         files: path within the package → "sha256:…" of its content.
         folder: where the package lies; not part of package.toml.
         signed_by: id of the trusted key that signed it, empty if it is unsigned; not part of package.toml.
+        digest: "sha256:…" of package.toml, and so of all that it states; not part of it.
     """
 
     name: Name
@@ -147,19 +155,22 @@ class Package:
     clearance: Text
     notice: Text
     mode: Literal["evaluation", "clinical"]
-    intended_use: Literal["triage"]
+    intended_use: Literal["triage", "detection"]
     labels: Annotated[tuple[Name, ...], Field(min_length=1)]
     indication: Indication
     preprocessing: Preprocessing
     model: Model
     operating_point: OperatingPoint
     files: Annotated[dict[str, Digest], Field(min_length=1)]
+    parity: Parity | None = None
     folder: Annotated[Path, Field(strict=False)] = field(default=Path(), compare=False)
     signed_by: str = field(default="", compare=False)
+    digest: str = field(default="", compare=False)
 
     @model_validator(mode="after")
     def _agrees(self) -> Package:
-        expected = (len(self.preprocessing.windows), self.preprocessing.size, self.preprocessing.size)
+        seen = self.preprocessing
+        expected = ((2 * seen.neighbours + 1) * len(seen.windows), seen.size, seen.size)
         if self.model.input.shape != expected:
             raise ValueError(f"model.input is {list(self.model.input.shape)}, preprocessing makes {list(expected)}")
         if self.model.output("probabilities").shape != (len(self.labels),):
@@ -168,6 +179,8 @@ class Package:
             raise ValueError(f"labels must hold {ANY!r} and differ from one another")
         if "model.onnx" not in self.files:
             raise ValueError("files must list model.onnx")
+        if (self.parity is None) != (PARITY not in self.files):
+            raise ValueError(f"[parity] and {PARITY} among the files go together")
         for path in self.files:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(f"files.{path!r} lies outside the package")
@@ -227,10 +240,11 @@ def _read(content: bytes, folder: Path, signed_by: str) -> Package:
         data = tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PackageError(f"this is not TOML: {error}", str(path), "restore the file as it was published") from error
-    for key in ("folder", "signed_by"):
+    for key in ("folder", "signed_by", "digest"):
         if key in data:
             raise PackageError(f"{key}: there is no such key", str(path), "remove it")
-    found = {**data, "folder": str(folder), "signed_by": signed_by}
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    found = {**data, "folder": str(folder), "signed_by": signed_by, "digest": digest}
     try:
         # By way of JSON, because strict mode takes JSON's arrays for tuples, but nothing else for something else.
         package = _SCHEMA.validate_json(json.dumps(found, default=str))
@@ -331,16 +345,25 @@ def load_configured(settings: Settings, names: Sequence[str] | None = None) -> t
     """The packages that the settings name, or those of these names, under the keys that the settings trust.
 
     Raises:
-        SettingsError: a key that is to be trusted cannot be read.
+        SettingsError: a key that is to be trusted cannot be read, or a site's limit is none of a label, or none at all.
         SignatureError: a package is not signed as it must be.
         PackageError: a package cannot be loaded.
     """
-    return load_all(
+    packages = load_all(
         settings.model_repository,
         settings.models.packages if names is None else names,
         trusted=trusted_keys(settings),
         allow_unsigned=settings.models.allow_unsigned,
     )
+    for limit in settings.limit:
+        if names is None and limit.package not in settings.models.packages:
+            said = f"limit.package: {limit.package!r} does not run here"
+            raise SettingsError(said, "", "name one of models.packages")
+        packages = tuple(
+            replace(one, indication=narrowed(one.indication, limit.keys)) if one.name == limit.package else one
+            for one in packages
+        )
+    return packages
 
 
 def trusted_keys(settings: Settings) -> Keyring:

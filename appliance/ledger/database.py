@@ -169,7 +169,8 @@ class Database:
 
     def _append(
         self, connection: sa.Connection | sqlite3.Connection, name: Event, study_id: int | None, **detail: Any
-    ) -> None:
+    ) -> int:
+        """Append an event; returns its number."""
         raw: Any = connection.connection.driver_connection if isinstance(connection, sa.Connection) else connection
         last = _LAST_HASH.all(raw)
         row = {
@@ -181,7 +182,7 @@ class Database:
             "detail": detail,
         }
         digest = event_hash(last[0][0] if last else "", row)
-        _INSERT_EVENT.run(raw, **row | {"detail": json.dumps(detail), "hash": digest})
+        return _INSERT_EVENT.run(raw, **row | {"detail": json.dumps(detail), "hash": digest})
 
     def log(self, name: Event, **detail: Any) -> None:
         """Append an event that changes no state."""

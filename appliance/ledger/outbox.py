@@ -9,11 +9,12 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import Database, LedgerError, Row, later, now, seconds_between
+from appliance.ledger.board import BoardRecords
+from appliance.ledger.database import LedgerError, Row, later, now, seconds_between
 from appliance.ledger.states import DELIVERY, step
 
 
-class Outbox(Database):
+class Outbox(BoardRecords):
     """The part of the ledger that findings and delivery work with."""
 
     def unrendered_findings(self, attempts: int) -> Sequence[Row]:
@@ -91,31 +92,34 @@ class Outbox(Database):
     def take_delivery(self, destination: str, longest_pause: float = 300.0) -> Row | None:
         """Start the most urgent due delivery to a destination: its row with uid, object, path, study_id.
 
+        What is due of a package that the board stopped is withdrawn instead: it was on its way when that happened.
+
         Args:
             longest_pause: no delivery waits longer than so many seconds for its next try, even if the clock was
                 set back.
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
-        with self._write() as connection:
-            row = (
-                connection.execute(
-                    sa.select(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, v.revision)
-                    .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-                    .where(
-                        d.destination == destination,
-                        d.state == "pending",
-                        (d.due_at <= now()) | (d.due_at > later(longest_pause)),
-                        f.path.is_not(None),
-                        ~self._earlier_open(),
-                    )
-                    .order_by(d.urgency, d.id)
-                    .limit(1)
-                )
-                .mappings()
-                .first()
+        query = (
+            sa.select(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, v.revision, v.positive)
+            .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+            .where(
+                d.destination == destination,
+                d.state == "pending",
+                (d.due_at <= now()) | (d.due_at > later(longest_pause)),
+                f.path.is_not(None),
+                ~self._earlier_open(),
             )
-            if row is None:
-                return None
+            .order_by(d.urgency, d.id)
+            .limit(1)
+        )
+        with self._write() as connection:
+            while True:
+                row = connection.execute(query).mappings().first()
+                if row is None:
+                    return None
+                stopped = self._stopped(connection, row["package"])
+                if not stopped or not self._withdraw(connection, d.id == row["id"], stopped):
+                    break
             self._move_delivery(
                 connection, row["id"], "take", attempts=row["attempts"] + 1, sent_at=row["sent_at"] or now()
             )
@@ -227,13 +231,13 @@ class Outbox(Database):
             return len(rows)
 
     def requeue_delivery(self, delivery_id: int, destinations: Collection[str]) -> None:
-        """Send a dead or rejected delivery once more, because somebody asked for it.
+        """Send a dead, rejected or withdrawn delivery once more, because somebody asked for it.
 
         Args:
             destinations: those that are configured.
 
         Raises:
-            LedgerError: there is no such delivery, it is not dead or rejected, its destination is not configured,
+            LedgerError: there is no such delivery, it is under way or acknowledged, its destination is not configured,
                 retention removed its object, or a newer revision of it went there since, which it would overtake.
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
@@ -245,7 +249,8 @@ class Outbox(Database):
             if row is None:
                 raise LedgerError("there is no such delivery", where, "`scanside study UID` lists a study's deliveries")
             if (row.state, "requeue") not in DELIVERY:
-                raise LedgerError(f"it is {row.state}, not dead or rejected", where, "there is nothing to send again")
+                said = f"it is {row.state}, not dead, rejected or withdrawn"
+                raise LedgerError(said, where, "there is nothing to send again")
             if row.destination not in destinations:
                 raise LedgerError(f"{row.destination} is not configured", where, "configure it again under that name")
             if row.removed_at is not None:

@@ -47,7 +47,9 @@ class Verdict:
         limitations: what was not analysed or is doubtful, in sentences.
         notice: the package's regulatory notice, to be shown wherever the verdict is.
         provisional: it is about what had arrived of a study that was still arriving.
-        withdrawn: why an earlier verdict is taken back although nothing was read in its place; "" where it is not.
+        withdrawn: why an earlier verdict is taken back although nothing was read in its place, or why there never was
+            one (of no series); "" where one stands.
+        mode: in which the package ran: clinical, shadow (nobody is told) or evaluation; "" where that was not recorded.
     """
 
     study_instance_uid: str
@@ -66,6 +68,7 @@ class Verdict:
     limitations: tuple[str, ...]
     provisional: bool = False
     withdrawn: str = ""
+    mode: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal record."""

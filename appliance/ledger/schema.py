@@ -69,7 +69,7 @@ instance = Table(
     Column("sop_instance_uid", String, nullable=False),
     Column("digest", String, nullable=False),  # SHA-256 of the Part 10 file; names it in the spool
     Column("size", Integer, nullable=False),
-    Column("header", JSON, nullable=False),  # a change of Header's fields needs a migration of these
+    Column("header", JSON, nullable=False),  # a change of Header's fields needs a migration of these, or a default
     # False once the same SOP Instance UID arrived with other bytes: both stay, the newest counts.
     Column("is_current", Boolean, nullable=False, default=True),
     Column("received_at", String, nullable=False),

@@ -44,6 +44,8 @@ DELIVERY: Final = {
     ("", "create"): "pending",
     # Its object could not be made.
     ("pending", "give_up"): "dead",
+    # The package that it speaks for was suspended or retired before it left.
+    ("pending", "withdraw"): "withdrawn",
     ("pending", "take"): "sending",
     ("sending", "acknowledge"): "acknowledged",
     ("sending", "retry"): "pending",
@@ -52,6 +54,7 @@ DELIVERY: Final = {
     ("sending", "give_up"): "dead",
     ("dead", "requeue"): "pending",
     ("rejected", "requeue"): "pending",
+    ("withdrawn", "requeue"): "pending",
 }
 
 COMMITMENT: Final = {

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
+from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
 from appliance.ledger.database import Row, Statement, later, now
 from appliance.ledger.outbox import Outbox
@@ -79,6 +80,15 @@ class NewFinding:
     path: str | None
     destinations: tuple[str, ...]
     urgency: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What a refusal tells the hospital: a verdict that says nothing of the study, with its findings."""
+
+    verdict: Verdict
+    issued_at: str
+    findings: Sequence[NewFinding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,8 +438,13 @@ class Ledger(Outbox, Commitments, Performed, Retention):
         admission: list[dict[str, Any]],
         selection: list[dict[str, Any]],
         inputs: Inputs,
+        notice: Notice | None = None,
     ) -> None:
-        """Record whether a package may see a complete study, and which instances of it."""
+        """Record whether a package may see a complete study, and which instances of it.
+
+        Args:
+            notice: goes out with a refusal, unless this package has spoken of the study before.
+        """
         c = t.analysis.c
         with self._write() as connection:
             row = self._analysis_of(connection, study_id, package)
@@ -450,6 +465,27 @@ class Ledger(Outbox, Commitments, Performed, Retention):
                 connection.execute(t.analysis.insert().values(study_id=study_id, package=package, **values))
             name = Event.STUDY_ADMITTED if admitted else Event.STUDY_REFUSED
             self._append(connection, name, study_id, package=package, version=version, reason=reason)
+            self._tell_refusal(connection, study_id, package, notice)
+
+    def _tell_refusal(self, connection: sa.Connection, study_id: int, package: str, notice: Notice | None) -> None:
+        row = self._analysis_of(connection, study_id, package)
+        assert row is not None
+        if notice is None or self._has_spoken(connection, study_id, package):
+            return
+        # It rests on no image.
+        nothing = {"id": row["id"], "inputs": []}
+        self._insert_verdict(connection, nothing, 1, notice.verdict, notice.issued_at, notice.findings, late=False)
+
+    def has_spoken(self, study_id: int, package: str) -> bool:
+        """Whether a package has a verdict on a study, or said why it has none."""
+        with self.read() as connection:
+            return self._has_spoken(connection, study_id, package)
+
+    @staticmethod
+    def _has_spoken(connection: sa.Connection, study_id: int, package: str) -> bool:
+        a = t.analysis.c
+        query = sa.select(t.verdict.c.id).join(t.analysis).where(a.study_id == study_id, a.package == package)
+        return connection.execute(query.limit(1)).first() is not None
 
     def begin_early(
         self,
@@ -623,11 +659,14 @@ class Ledger(Outbox, Commitments, Performed, Retention):
             )
             self._append(connection, Event.ANALYSIS_PARKED, row["study_id"], package=row["package"], reason=reason)
 
-    def withhold(self, analysis_id: int, reason: str, admission: list[dict[str, Any]]) -> None:
-        """Refuse a study whose pixels showed what its headers did not."""
+    def withhold(
+        self, analysis_id: int, reason: str, admission: list[dict[str, Any]], notice: Notice | None = None
+    ) -> None:
+        """Refuse a study whose pixels showed what its headers did not; the notice as in `decide`."""
         with self._write() as connection:
             row = self._move_analysis(connection, analysis_id, "refuse", reason=reason, admission=admission)
             self._append(connection, Event.STUDY_REFUSED, row["study_id"], package=row["package"], reason=reason)
+            self._tell_refusal(connection, row["study_id"], row["package"], notice)
 
     def fail_analysis(self, analysis_id: int, reason: str, attempts: int, pause: float) -> bool:
         """Record a failed try; True if it was the last and it is set aside, else the next is due after ``pause`` s."""
@@ -676,7 +715,10 @@ class Ledger(Outbox, Commitments, Performed, Retention):
             return int(connection.scalars(sa.select(t.analysis.c.study_id).where(t.analysis.c.id == analysis_id)).one())
 
     def told(self, analysis_id: int) -> dict[str, list[Told]]:
-        """What each HL7 destination was told of an analysis so far: destination → answers, oldest first."""
+        """What each HL7 destination was told of an analysis so far: destination → answers, oldest first.
+
+        A message that was withdrawn before it was tried told nobody; one that was tried may have arrived.
+        """
         query = (
             sa.select(
                 t.delivery.c.destination,
@@ -685,6 +727,7 @@ class Ledger(Outbox, Commitments, Performed, Retention):
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith("alert."))
+            .where((t.delivery.c.state != "withdrawn") | (t.delivery.c.attempts > 0))
             .order_by(t.verdict.c.revision)
         )
         answers: dict[str, list[Told]] = {}
@@ -709,14 +752,21 @@ class Ledger(Outbox, Commitments, Performed, Retention):
         admission: list[dict[str, Any]],
         late: bool,
         untold: str = "",
+        board: int | None = None,
     ) -> int:
         """Write a verdict, its findings and their deliveries in one transaction; returns its number.
 
         Args:
             admission: what the gate said in the end, with what only the pixels showed.
             untold: why nobody is told of it, where somebody should be.
+            board: the newest decision of the board that the admission rests on.
+
+        Raises:
+            BoardMoved: the board has decided something since then; nothing was written.
         """
         with self._write() as connection:
+            if board is not None and self._last_decision(connection) != board:
+                raise BoardMoved
             row = self._move_analysis(connection, analysis_id, "issue", reason="", admission=admission)
             verdict_id = self._insert_verdict(connection, row, revision, verdict, issued_at, findings, late=late)
             self._append(
@@ -750,7 +800,7 @@ class Ledger(Outbox, Commitments, Performed, Retention):
     @staticmethod
     def _insert_verdict(
         connection: sa.Connection,
-        analysis: Row,
+        analysis: Mapping[Any, Any],
         revision: int,
         verdict: Verdict,
         issued_at: str,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import date, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import event_hash, now, seconds_between
+from appliance.ledger.chain import walk_all
+from appliance.ledger.database import now, seconds_between
 from appliance.ledger.store import Ledger
 
 
@@ -87,6 +89,19 @@ def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:
     }
 
 
+def decisions(ledger: Ledger, first: date, last: date) -> list[dict[str, Any]]:
+    """What the gate decided on the studies that were complete within those days (UTC): package, state, admission."""
+    a, s = t.analysis.c, t.study.c
+    query = (
+        sa.select(a.study_id, a.package, a.state, a.admission)
+        .join(t.study)
+        .where(s.completed_at >= first.isoformat(), s.completed_at < (last + timedelta(1)).isoformat())
+        .order_by(a.id)
+    )
+    with ledger.read() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+
 def troubles(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
     """What needs somebody: ``deliveries`` that are dead or rejected, ``analyses`` that were set aside.
 
@@ -152,15 +167,9 @@ def state_counts(ledger: Ledger) -> dict[str, dict[str, int]]:
 
 
 def verify_events(ledger: Ledger) -> int | None:
-    """The number of the first event whose hash does not follow from those before it; None if all do."""
-    previous = ""
-    with ledger.read() as connection:
-        for row in connection.execute(sa.select(t.event).order_by(t.event.c.id)).mappings():
-            body = {key: value for key, value in row.items() if key not in ("id", "hash")}
-            if row["hash"] != event_hash(previous, body):
-                return int(row["id"])
-            previous = row["hash"]
-    return None
+    """The number of the first event that is not what was written, or is gone; None if there is none."""
+    _, fault = walk_all(ledger)
+    return fault.event if fault else None
 
 
 STEPS = (
@@ -224,7 +233,8 @@ def is_late(report: dict[str, Any], budget_seconds: float) -> bool:
     if any(one["late"] for one in report["verdicts"]):
         return True
     open_alert = any(
-        one["object"].startswith("alert.") and one["state"] != "acknowledged" for one in report["deliveries"]
+        one["object"].startswith("alert.") and one["state"] not in ("acknowledged", "withdrawn")
+        for one in report["deliveries"]
     )
     unfinished = any(one["state"] in ("admitted", "running", "failed") for one in report["analyses"])
     overdue = seconds_between(report["last_instance_at"], now()) > budget_seconds

@@ -15,10 +15,12 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 
 from appliance.delivery.outbox import POLL_SECONDS
+from appliance.governance.board import APPROVAL, INTEGRITY, Board, Mode, integrity, read_board
 from appliance.governance.indication import Admission, Criterion, admit, admit_pixels
-from appliance.governance.package import ANY, Package, load_configured
+from appliance.governance.integrity import load_sound
+from appliance.governance.package import ANY, Package
 from appliance.inference.decode import decode_each, decode_verified_many
-from appliance.inference.slabs import foreseen_slabs, plan_slabs
+from appliance.inference.slabs import Context, foreseen_slabs, in_context, plan_slabs
 from appliance.inference.stream import (
     ARRIVING,
     COMPLETE,
@@ -34,19 +36,21 @@ from appliance.inference.stream import (
 )
 from appliance.inference.triton import TritonClient
 from appliance.intake.spool import Spool
+from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
-from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, StoredInstance
+from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
+from appliance.services.guard import Guard
 from appliance.services.issuing import Issuer
 from appliance.services.process import service
 from appliance.settings import Settings
 from appliance.study.arrival import Arrival, Arrivals
 from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
-from appliance.study.selection import Considered
+from appliance.study.selection import unselected
 from dicom_io.errors import ScansideError
 from dicom_io.pixels import NATIVE_SYNTAXES, decoder_for
 from dicom_io.plausible import ImplausibleImage
-from dicom_io.volume import assemble, planes_of
+from dicom_io.volume import Volume, assemble, planes_of
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +71,9 @@ def run_engine(settings: Settings) -> None:
     """Complete, admit, analyse and render studies until told to stop.
 
     Raises:
-        ScansideError: a model package is not what it says, or the ledger cannot be used.
+        ScansideError: the model packages cannot run together, or the ledger cannot be used.
     """
-    packages = load_configured(settings)
+    packages, broken = load_sound(settings)
     with service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
         settings.findings_directory.mkdir(parents=True, exist_ok=True)
         Spool(settings.spool_directory).recover(ledger.digests())  # intake does so as well, but may start later
@@ -83,13 +87,15 @@ def run_engine(settings: Settings) -> None:
         decoder = decoder_for(settings.box.device)
         decode = partial(decode_verified_many, decoder=decoder) if decoder else decode_each
         issuer = Issuer(settings, ledger, packages)
-        engine = Engine(settings, ledger, packages, client, Pipeline(client, decode=decode), issuer)
+        engine = Engine(settings, ledger, packages, client, Pipeline(client, decode=decode), issuer, broken)
         stack.callback(engine.close)
+        engine.guard.step()
         parked = ledger.park_analyses(settings.models.attempts)
-        log.info("engine: runs %s (%d analyses taken up again)", ", ".join(settings.models.packages), parked)
+        log.info("engine: runs %s (%d analyses taken up again)", ", ".join(one.name for one in packages), parked)
         for package in packages:
             if not package.signed_by:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
+        threading.Thread(target=engine.guard.run, args=(stopping,), name="guard", daemon=True).start()
         threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
         while not stopping.is_set():
             try:
@@ -117,6 +123,12 @@ class Engine:
 
     One thread watches and decides; a study that it found complete is answered by one of `ANALYSES` others. Nothing
     else decides on a study while it is being answered.
+
+    Args:
+        broken: packages that are to run here and could not be loaded, and why; they refuse every study.
+
+    Attributes:
+        guard: knows whether packages and records are what they must be; somebody has to have it step.
     """
 
     def __init__(
@@ -127,10 +139,14 @@ class Engine:
         client: TritonClient,
         pipeline: Pipeline,
         issuer: Issuer,
+        broken: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._packages = {package.name: package for package in packages}
+        self._broken = dict(broken or {})
+        self.guard = Guard(settings, ledger, packages, client, self._broken)
+        self._board = read_board(ledger)
         self._client = client
         self._pipeline = pipeline
         self._issuer = issuer
@@ -138,7 +154,7 @@ class Engine:
         self._working: dict[int, tuple[int, Future[None]]] = {}
         self._arrivals = Arrivals(ledger)
         self._looked: dict[int, tuple[Arriving, float, float]] = {}
-        self._ahead: dict[int, dict[tuple[str, tuple[str, ...]], Future[SlabAnswer]]] = {}
+        self._ahead: dict[int, dict[_Name, Future[SlabAnswer]]] = {}
         # Work ahead costs no try. What was arriving when an engine ended may be what ended it: it waits for its
         # analysis, which does.
         self._not_ahead = {one.id for one in ledger.arriving_studies()}
@@ -166,6 +182,7 @@ class Engine:
 
     def _decide_all(self) -> None:
         versions = {package.name: package.version for package in self._packages.values()}
+        versions |= dict.fromkeys(self._broken, "")
         busy = {study_id for study_id, _ in self._working.values()}
         # Only what this engine completes can come to be undecided after its first look at all of them.
         undecided = self._ledger.undecided_studies(versions, self._undecided)
@@ -173,7 +190,10 @@ class Engine:
         for study_id, name in undecided:
             if study_id not in busy:
                 with self._isolated(study_id):
-                    self._decide(study_id, self._packages[name])
+                    if package := self._packages.get(name):
+                        self._decide(study_id, package)
+                    else:
+                        self._refuse(study_id, name, self._broken[name])
 
     @contextmanager
     def _isolated(self, study_id: int) -> Iterator[None]:
@@ -264,11 +284,12 @@ class Engine:
                 foreseen = [plan.members for plan in plan_slabs(selection.volume, slab_mm)]
             else:
                 foreseen = foreseen_slabs(selection.volume, slab_mm)
-                members = {member for slab in foreseen for member in slab}
+            contexts = in_context(selection.volume, foreseen, package.preprocessing.neighbours, whole=whole)
+            if not whole:
+                members = {member for context in contexts for slab in context for member in slab}
                 covered = members if covered is None else covered & members
-            planes = selection.volume.planes
-            named = [(package.name, tuple(planes[member].sop_instance_uid for member in one)) for one in foreseen]
-            new = {name: members for members, name in zip(foreseen, named, strict=True) if name not in asked}
+            named = {_name(package, selection.volume, context): context for context in contexts}
+            new = {name: context for name, context in named.items() if name not in asked}
             if not new:
                 continue
             admission = self._admission(package, arrival, len(foreseen))
@@ -313,10 +334,26 @@ class Engine:
         self._pipeline.prepare(files[:PREPARED], urgency=urgency)
 
     def _admission(self, package: Package, arrival: Arrival, slabs: int) -> Admission:
-        """What the gate says of what is there of a study's selected series."""
+        """What the gate and the board say of what is there of a study's selected series."""
         series, volume = arrival.selection.series, arrival.selection.volume
         assert series is not None and volume is not None
-        return admit(package, series.headers, volume, slabs, self._settings.exception)
+        exceptions = self._board_now().exceptions(package)
+        return self._cleared(package, admit(package, series.headers, volume, slabs, exceptions))[0]
+
+    def _board_now(self) -> Board:
+        """The board with its newest decision."""
+        # That there are fewer than before is no decision: the guard says what is gone, and what was known holds.
+        if self._ledger.last_decision() > self._board.last:
+            self._board = read_board(self._ledger)
+        fault = self.guard.fault
+        return self._board.distrust(fault) if fault and not self._board.fault else self._board
+
+    def _cleared(self, package: Package, admission: Admission) -> tuple[Admission, Mode, int]:
+        """The admission with what board and guard say now; the mode, and the decision up to which that was heard."""
+        board = self._board_now()
+        criterion, mode = board.judge(package)
+        label = [one for one in admission.criteria if one.criterion not in (APPROVAL, INTEGRITY)]
+        return Admission((*label, criterion, self.guard.integrity(package))), mode, board.last
 
     def _alert_early(self, study_id: int, arrival: Arrival, package: Package) -> None:
         """Answer on what is there, once enough slabs next to one another leave no doubt."""
@@ -325,10 +362,11 @@ class Engine:
         known = {name: future for name, future in self._ahead[study_id].items() if name[0] == package.name}
         answers: dict[tuple[int, ...], SlabAnswer] = {}
         plans = plan_slabs(volume, package.preprocessing.slab_mm)
-        for plan in plans:
-            name = package.name, tuple(volume.planes[member].sop_instance_uid for member in plan.members)
-            if (future := known.get(name)) and future.done() and not future.exception():
-                answers[plan.members] = future.result()
+        members = [plan.members for plan in plans]
+        for context in in_context(volume, members, package.preprocessing.neighbours, whole=False):
+            future = known.get(_name(package, volume, context))
+            if future and future.done() and not future.exception():
+                answers[context[len(context) // 2]] = future.result()
         any_place = package.labels.index(ANY)
         certain = [one for one in sorted(answers) if answers[one].probabilities[any_place] >= wanted.threshold]
         if longest_run(certain, {gap.after for gap in volume.gaps}) < wanted.slabs:
@@ -379,9 +417,7 @@ class Engine:
             criterion = Criterion("files", "instances of the study", said, "all of them, sent again", "violated")
             admission = Admission((criterion,))
         elif selection.series is None or selection.volume is None:
-            reasons = "; ".join(f"series {_number(one)}: {one.reason}" for one in selection.considered)
-            rule = "an axial original head CT series"
-            admission = Admission((Criterion("series", "series of the study", reasons, rule, "violated"),))
+            admission = unselected(package, arrival.series, selection)
         else:
             try:
                 slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
@@ -393,6 +429,7 @@ class Engine:
                 admission = Admission((Criterion("gate", "the gate itself", said, "a decision", "unknown"),))
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
             inputs = [[uid, arrival.instances[uid].digest] for uid in uids]
+        admission, mode, _ = self._cleared(package, admission)
         standing = self._ledger.standing_verdict(study_id, package.name)
         if (
             admission.admitted
@@ -401,6 +438,7 @@ class Engine:
             and not standing["result"].get("withdrawn")
             and standing["inputs"] == inputs
             and standing["result"]["package_version"] == package.version
+            and (standing["result"].get("mode") or mode) == mode
         ):
             # A dose report or one of our own captures came back from the PACS: no new revision of the same answer.
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
@@ -418,10 +456,28 @@ class Engine:
             admission=admission.to_json(),
             selection=selection.to_json(),
             inputs=inputs,
+            notice=self._notice(study_id, package, mode, admission, arrival.instances),
         )
         verb = "admitted" if admission.admitted else "refused"
         why = "" if admission.admitted else f" ({admission.reason})"
         log.info("study %d: %s by %s%s", study_id, verb, package.name, why)
+
+    def _refuse(self, study_id: int, name: str, problem: str) -> None:
+        """Refuse a complete study on behalf of a package that could not be loaded."""
+        admission = Admission((integrity(None, problem),))
+        if (standing := self._ledger.standing_verdict(study_id, name)) is not None:
+            self._issuer.take_back(standing, self._arrivals.look(study_id).instances, admission.reason)
+        self._ledger.decide(
+            study_id,
+            name,
+            "",
+            admitted=False,
+            reason=admission.reason,
+            admission=admission.to_json(),
+            selection=[],
+            inputs=[],
+        )
+        log.error("study %d: refused, because %s could not be loaded: %s", study_id, name, problem)
 
     def _answer(self) -> None:
         """Begin to answer what waits and whose package Triton serves, the most urgent first.
@@ -505,7 +561,12 @@ class Engine:
         study_id = row["study_id"]
         instances = self._issuer.files(study_id, row["inputs"])
         volume = assemble([plane for one in instances.values() for plane in planes_of(one.header)])
-        admission = Admission(tuple(Criterion(**criterion) for criterion in row["admission"]))
+        admission, mode, _ = self._cleared(
+            package, Admission(tuple(Criterion(**criterion) for criterion in row["admission"]))
+        )
+        if not admission.admitted:
+            self._withhold(row, package, mode, instances, admission)
+            return
         stat = self._is_stat(study_id, (row["evidence"] or {}).get("calling_ae", ""))
         reading = read_volume(
             self._pipeline,
@@ -516,17 +577,14 @@ class Engine:
             owner=study_id,
             urgency=STAT if stat else COMPLETE,
         )
-        admission = admit_pixels(package, admission, reading.brain_ml)
+        admission, mode, board = self._cleared(package, admit_pixels(package, admission, reading.brain_ml))
         if not admission.admitted:
-            for one in self._ledger.verdicts(row["id"])[-1:]:
-                self._issuer.take_back(one, instances, admission.reason)
-            self._ledger.withhold(row["id"], admission.reason, admission.to_json())
-            log.info("study %d: refused by %s (%s)", study_id, package.name, admission.reason)
+            self._withhold(row, package, mode, instances, admission)
             return
         first = next(iter(instances.values()))
         limitations = [f"The study was still arriving: {len(volume.planes)} slices were read."] if early else []
         verdict = verdict_on(
-            package,
+            package if mode == "clinical" else replace(package, mode="evaluation"),
             volume,
             reading,
             study_uid=row["study_instance_uid"],
@@ -539,12 +597,43 @@ class Engine:
                 if not one["chosen"]
             ],
         )
-        self._issuer.issue(row, replace(verdict, provisional=early), admission, first)
+        try:
+            self._issuer.issue(row, replace(verdict, provisional=early, mode=mode), admission, first, board)
+        except BoardMoved:
+            self._analyse(row, package, early)  # what was read is remembered
+
+    def _withhold(
+        self, row: Row, package: Package, mode: Mode, instances: Mapping[str, StoredInstance], admission: Admission
+    ) -> None:
+        """Refuse a study although it was begun."""
+        for one in self._ledger.verdicts(row["id"])[-1:]:
+            self._issuer.take_back(one, instances, admission.reason)
+        notice = self._notice(row["study_id"], package, mode, admission, instances)
+        self._ledger.withhold(row["id"], admission.reason, admission.to_json(), notice)
+        log.info("study %d: refused by %s (%s)", row["study_id"], row["package"], admission.reason)
+
+    def _notice(
+        self, study_id: int, package: Package, mode: Mode, admission: Admission, instances: Mapping[str, StoredInstance]
+    ) -> Notice | None:
+        """What the hospital is told of a refusal, where it wants to hear of it."""
+        source = next(iter(instances.values()), None)
+        if admission.admitted or source is None:
+            return None
+        return self._issuer.refusal(study_id, package, mode, admission, source)
 
     def _spool_files(self, instances: Mapping[str, StoredInstance]) -> dict[str, tuple[Path, str, int]]:
         return {
             uid: (self._issuer.spooled(one), one.digest, one.header.number_of_frames) for uid, one in instances.items()
         }
+
+
+_Name = tuple[str, tuple[tuple[str, ...], ...]]
+"""A package and, for a slab and each neighbour that it is seen with, the SOP Instance UIDs of its planes."""
+
+
+def _name(package: Package, volume: Volume, context: Context) -> _Name:
+    planes = volume.planes
+    return package.name, tuple(tuple(planes[member].sop_instance_uid for member in slab) for slab in context)
 
 
 def longest_run(slabs: Sequence[tuple[int, ...]], gaps: Container[int]) -> int:
@@ -560,10 +649,6 @@ def longest_run(slabs: Sequence[tuple[int, ...]], gaps: Container[int]) -> int:
         run = run + 1 if slab[0] == below + 1 and below not in gaps else 1
         longest = max(longest, run)
     return longest
-
-
-def _number(series: Considered) -> str:
-    return str(series.series_number) if series.series_number is not None else "without number"
 
 
 def _pause(attempt: int) -> float:

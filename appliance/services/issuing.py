@@ -15,14 +15,16 @@ from pydicom.errors import InvalidDicomError
 
 from appliance.findings.alert import Kind, message_control_id, render_alert
 from appliance.findings.render import object_uid, objects_for, package_device, render
+from appliance.governance.board import APPROVAL, INTEGRITY
 from appliance.governance.indication import Admission
 from appliance.governance.package import Package
 from appliance.inference.decode import decode_verified, verified
+from appliance.inference.verdict import EVALUATION
 from appliance.intake.spool import path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Inputs, Ledger, NewFinding, StoredInstance, Told
+from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance, Told
 from appliance.settings import DicomDestination, Hl7Destination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
@@ -30,6 +32,10 @@ from dicom_io.objects.common import part10
 log = logging.getLogger(__name__)
 
 URGENCY = {"alert": 0, "report": 10}
+SHADOW = "shadow"
+"""The mode in which verdicts and findings are made and nobody is told."""
+_OUR_FAULT = (APPROVAL, INTEGRITY, "gate", "files")
+"""Criteria whose failure is the box's affair, not the study's."""
 OTHER_URGENCY = 20
 """Captures come after the report: larger, and of use only once somebody looks."""
 
@@ -62,8 +68,18 @@ class Issuer:
             raise ScansideError("instances that were admitted are gone", f"study {study_id}", "report this fault")
         return found
 
-    def issue(self, row: Row, verdict: Verdict, admission: Admission, source: StoredInstance) -> None:
-        """Write the alerts' files, then verdict, findings and deliveries in one transaction."""
+    def issue(
+        self, row: Row, verdict: Verdict, admission: Admission, source: StoredInstance, board: int | None = None
+    ) -> None:
+        """Write the alerts' files, then verdict, findings and deliveries in one transaction.
+
+        Args:
+            board: the newest decision of the board that the admission rests on.
+
+        Raises:
+            BoardMoved: the board has decided something since then; nothing was written down.
+        """
+        shadow = verdict.mode == SHADOW
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
@@ -73,12 +89,12 @@ class Issuer:
             wanted = tuple(
                 one.name
                 for one in self._settings.destination
-                if isinstance(one, DicomDestination) and name.split(".")[0] in one.objects
+                if isinstance(one, DicomDestination) and name.split(".")[0] in one.objects and not shadow
             )
             uid = object_uid(self._settings.box.uid_root, *key, revision, name)
             findings.append(NewFinding(name, uid, None, wanted, URGENCY.get(name, OTHER_URGENCY)))
         last = self._ledger.last_instance_at(row["study_id"])
-        untold = "no HL7 destination is configured" if verdict.positive and not hl7 else ""
+        untold = "no HL7 destination is configured" if verdict.positive and not hl7 and not shadow else ""
         self._ledger.issue_verdict(
             row["id"],
             revision,
@@ -88,11 +104,13 @@ class Issuer:
             admission=admission.to_json(),
             late=seconds_between(last, issued_at) > self._settings.budget_seconds,
             untold=untold,
+            board=board,
         )
         ring(self._settings.run_directory, "delivery")
         self.issued.set()
         answer = "positive" if verdict.positive else "negative"
-        log.info("study %d: %s (%.2f), revision %d", row["study_id"], answer, verdict.probability, revision)
+        told = "in shadow, nobody is told: " if shadow else ""
+        log.info("study %d: %s%s (%.2f), revision %d", row["study_id"], told, answer, verdict.probability, revision)
         if untold:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
 
@@ -122,7 +140,8 @@ class Issuer:
         self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, source: Path
     ) -> list[NewFinding]:
         """Write the message to each HL7 destination that this verdict tells something new; what to deliver."""
-        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
+        if verdict.mode == SHADOW:
+            return []
         told = self._ledger.told(analysis_id)
         header = pydicom.dcmread(source, stop_before_pixels=True)
         findings: list[NewFinding] = []
@@ -130,29 +149,72 @@ class Issuer:
             if not isinstance(destination, Hl7Destination):
                 continue
             kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
-            if kind is None:
-                continue
-            message = message_control_id(*key, str(revision), kind, destination.name)
-            text = render_alert(
-                verdict,
-                header,
-                control_id=message,
-                kind=kind,
-                revision=revision,
-                issued_at=datetime.fromisoformat(issued_at),
-                # What is only evaluated must not look like the real thing to an interface engine.
-                processing_id=destination.processing_id if self._packages[verdict.package].mode == "clinical" else "T",
-                sending_application=self._settings.box.name,
-                sending_facility=destination.sending_facility,
-                receiving_application=destination.receiving_application,
-                receiving_facility=destination.receiving_facility,
-            )
-            path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
-            _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
-            # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
-            name = f"alert.{destination.name}"
-            findings.append(NewFinding(name, message, str(path), (destination.name,), URGENCY["alert"]))
+            if kind is not None:
+                findings.append(self._message(destination, study_id, verdict, revision, issued_at, header, kind))
         return findings
+
+    def refusal(
+        self, study_id: int, package: Package, mode: str, admission: Admission, source: StoredInstance
+    ) -> Notice | None:
+        """Write the message to each HL7 destination that wants to hear of what was not analysed; None if none does.
+
+        Nothing is told in shadow, nor where the box itself, not the study, is why, nor a second time.
+
+        Args:
+            source: an instance of the study; patient and order are its.
+        """
+        wanted = [one for one in self._settings.destination if isinstance(one, Hl7Destination) and one.refusals]
+        ours = any(not one.met and one.criterion in _OUR_FAULT for one in admission.criteria)
+        if mode == SHADOW or ours or not wanted or self._ledger.has_spoken(study_id, package.name):
+            return None
+        verdict = Verdict(
+            source.header.study_instance_uid, "", package.name, package.version,
+            package.notice if mode == "clinical" else f"{EVALUATION} {package.notice}",
+            positive=False, probability=0.0, threshold=package.operating_point.threshold, subtypes={}, volume_ml=0.0,
+            slabs=(), key_slabs=(), codecs=(), limitations=(), withdrawn=admission.said, mode=mode,
+        )  # fmt: skip
+        issued_at = now()
+        try:
+            header = pydicom.dcmread(self.spooled(source), stop_before_pixels=True)
+        except (InvalidDicomError, FileNotFoundError):
+            log.exception("study %d: nobody is told that it was not analysed", study_id)
+            return None
+        findings = [self._message(one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
+        return Notice(verdict, issued_at, findings)
+
+    def _message(
+        self,
+        destination: Hl7Destination,
+        study_id: int,
+        verdict: Verdict,
+        revision: int,
+        issued_at: str,
+        header: pydicom.Dataset,
+        kind: Kind,
+    ) -> NewFinding:
+        """Write the message of that kind to one destination."""
+        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
+        message = message_control_id(*key, str(revision), kind, destination.name)
+        text = render_alert(
+            verdict,
+            header,
+            control_id=message,
+            kind=kind,
+            revision=revision,
+            issued_at=datetime.fromisoformat(issued_at),
+            # What is only evaluated must not look like the real thing to an interface engine.
+            processing_id=destination.processing_id if verdict.mode == "clinical" else "T",
+            sending_application=self._settings.box.name,
+            sending_facility=destination.sending_facility,
+            receiving_application=destination.receiving_application,
+            receiving_facility=destination.receiving_facility,
+        )
+        path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
+        _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
+        # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
+        if kind == "refusal":
+            return NewFinding(f"refusal.{destination.name}", message, str(path), (destination.name,), OTHER_URGENCY)
+        return NewFinding(f"alert.{destination.name}", message, str(path), (destination.name,), URGENCY["alert"])
 
     def render(self) -> None:
         """Make the file of every finding that has none yet, most urgent first."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from appliance.governance.indication import body_region, has_contrast
+from appliance.governance.indication import BOX, Admission, Criterion, body_region, has_contrast, scanner
+from appliance.governance.package import Package
 from appliance.study.grouping import Series
 from dicom_io.errors import GeometryError
 from dicom_io.header import Header
@@ -128,12 +129,24 @@ def select(series: Sequence[Series]) -> Selection:
     )
 
 
+def unselected(package: Package, series: Sequence[Series], selection: Selection) -> Admission:
+    """The gate's decision on a study of which no series can be analysed."""
+    reasons = "; ".join(f"series {_number(one)}: {one.reason}" for one in selection.considered)
+    rule = "an axial original head CT series"
+    who = scanner(package, [one.first for one in series])
+    return Admission((who, Criterion("series", "series of the study", reasons, rule, "violated", clause=BOX)))
+
+
 def considered(series: Series, *, chosen: bool, reason: str) -> Considered:
     """What is recorded of one series."""
     first = series.first
     return Considered(
         series.series_instance_uid, first.series_number, first.series_description, len(series.headers), chosen, reason
     )
+
+
+def _number(series: Considered) -> str:
+    return str(series.series_number) if series.series_number is not None else "without number"
 
 
 def _candidate(series: Series) -> _Candidate | str:

@@ -127,7 +127,7 @@ class Asked:
     futures: dict[int, list[Future[Any]]] = dataclasses.field(default_factory=dict)
     closed: bool = False
 
-    def ask(self, package: Any, admission: Any, frames: Any, spacing: Any, *, owner: int, urgency: int) -> Future[Any]:
+    def ask(self, package: Any, admission: Any, slabs: Any, *, owner: int, urgency: int) -> Future[Any]:
         if self.closed:
             raise Closed("the test is over", "here", "none")
         future: Future[Any] = Future()

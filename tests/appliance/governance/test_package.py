@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +33,7 @@ def load_all(repository: Path, names: list[str]) -> tuple[Package, ...]:
 def folder(tmp_path: Path) -> Path:
     """A copy of the shipped package, under its own name."""
     target = tmp_path / "ich_reference"
-    target.mkdir()
-    for name in ("package.toml", "model.onnx"):
-        shutil.copy(SHIPPED / "ich_reference" / name, target)
+    shutil.copytree(SHIPPED / "ich_reference", target, ignore=shutil.ignore_patterns("package.sig"))
     return target
 
 
@@ -55,7 +55,8 @@ def test_the_shipped_package() -> None:
     assert (package.name, package.mode, package.intended_use) == ("ich_reference", "evaluation", "triage")
     assert package.labels[0] == "any"
     assert package.indication.modality == ("CT",)
-    assert package.model.input.shape == (3, 256, 256)
+    channels = 3 * (1 + 2 * package.preprocessing.neighbours)
+    assert package.model.input.shape == (channels, 256, 256)
     assert package.model.output("lesion_map").shape == (1, 64, 64)
     assert len(package.preprocessing.windows) == 3
     assert "not cleared" in package.notice
@@ -78,7 +79,7 @@ def test_the_shipped_package() -> None:
         ("kvp = [80.0, 140.0]", "kvp = [140.0, 80.0]", "indication: kvp runs from 140.0 down to 80.0"),
         ("kvp = [80.0, 140.0]", "kvp = [80.0]", "indication.kvp.1: it is missing"),
         ("maximum_batch = 16", "maximum_batch = 0", "model.maximum_batch: input should be greater"),
-        ("size = 256", "size = 128", "model.input is [3, 256, 256], preprocessing makes [3, 128, 128]"),
+        ("size = 256", "size = 128", ", 256, 256], preprocessing makes ["),
         ("shape = [6]", "shape = [5]", "probabilities has another length than the 6 labels"),
         ('"any", ', '"all", ', "labels must hold 'any'"),
         ('"subdural"]', '"epidural"]', "labels must hold 'any' and differ from one another"),
@@ -101,6 +102,57 @@ def test_what_is_wrong_is_named(folder: Path, edit: Edit, old: str, new: str, sa
     assert caught.value.where == str(folder / "package.toml")
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.fixture
+def plain(folder: Path, edit: Edit) -> Edit:
+    """`edit`, of a package that sees slabs alone, was measured on nothing and has no parity vectors."""
+    (folder / "parity.npz").unlink(missing_ok=True)
+    optional = r'(?m)^(neighbours|sensitivity|specificity|studies|\[parity\]|tolerance|"parity.npz").*\n'
+    text = re.sub(optional, "", (folder / "package.toml").read_text("utf-8"))
+    text = re.sub(r"shape = \[\d+, 256, 256\]", "shape = [3, 256, 256]", text)
+    (folder / "package.toml").write_text(text, "utf-8")
+    return edit
+
+
+def test_what_a_package_need_not_say(folder: Path, plain: Edit) -> None:
+    package = load(folder)
+    assert package.preprocessing.neighbours == 0
+    point = package.operating_point
+    assert (point.sensitivity, point.specificity, point.studies, package.parity) == (None, None, None, None)
+    plain("size = 256", "size = 256\nneighbours = 1")
+    with pytest.raises(PackageError, match=r"model.input is \[3, 256, 256\], preprocessing makes \[9, 256, 256\]"):
+        load(folder)
+    plain("shape = [3, 256, 256]", "shape = [9, 256, 256]")
+    plain("lesion_threshold", "sensitivity = 0.96\nspecificity = 0.97\nstudies = 600\nlesion_threshold")
+    (folder / "parity.npz").write_bytes(b"vectors")
+    plain("[files]", f'[parity]\ntolerance = 0.02\n[files]\n"parity.npz" = "{digest_of(b"vectors")}"')
+    package = load(folder)
+    assert (package.preprocessing.neighbours, package.model.input.shape) == (1, (9, 256, 256))
+    point = package.operating_point
+    assert (point.sensitivity, point.specificity, point.studies) == (0.96, 0.97, 600)
+    assert package.parity == packages.Parity(0.02)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("size = 256", "size = 256\nneighbours = 2", "preprocessing.neighbours: input should be 0 or 1"),
+        ("lesion_thr", "sensitivity = 0.9\nstudies = 9\nlesion_thr", "specificity and studies go together"),
+        ("[files]", "[parity]\ntolerance = 0.01\n[files]", "[parity] and parity.npz among the files go together"),
+        ("[files]", f'[files]\n"parity.npz" = "sha256:{0:064}"', "[parity] and parity.npz among the files go together"),
+        ("[files]", "[parity]\ntolerance = 0.0\n[files]", "parity.tolerance: input should be greater than 0"),
+    ],
+)
+def test_what_is_wrong_with_it_is_named(folder: Path, plain: Edit, old: str, new: str, says: str) -> None:
+    plain(old, new)
+    with pytest.raises(PackageError) as caught:
+        load(folder)
+    assert says in caught.value.what
+
+
+def digest_of(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-0.1", "1.1"])

@@ -45,7 +45,7 @@ def fill(folder: Path) -> Path:
     folder.mkdir()
     (folder / "extra").mkdir()
     manifest = (Path(triton_models.__file__).parent / "ich_reference" / "package.toml").read_text("utf-8")
-    manifest = manifest[: manifest.index("[files]")] + "[files]\n"
+    manifest = manifest[: manifest.index("[parity]")] + "[files]\n"
     for name, content in (("model.onnx", MODEL), ("extra/second.bin", SECOND), ("third.bin", b"3")):
         (folder / name).write_bytes(content)
         manifest += f'"{name}" = "sha256:{hashlib.sha256(content).hexdigest()}"\n'

@@ -1,0 +1,104 @@
+"""What the gate would say of the files in a folder: nothing is stored, no model is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from appliance.governance.indication import Admission, BoardException, admit, admit_pixels, pixels_unknown
+from appliance.governance.package import Package
+from appliance.inference.brain import brain_area_mm2
+from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
+from appliance.study.grouping import group
+from appliance.study.selection import select, unselected
+from dicom_io.errors import HeaderError, ScansideError
+from dicom_io.header import Header, read_header
+from dicom_io.pixels import decode
+from dicom_io.volume import Volume
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The studies of a folder.
+
+    Attributes:
+        studies: Study Instance UID → SOP Instance UID → (file, header); of one instance in two files the later counts.
+        skipped: files that are no DICOM instance, each with the reason.
+    """
+
+    studies: dict[str, dict[str, tuple[Path, Header]]] = field(default_factory=dict)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def read_folder(files: Sequence[Path], on_read: Callable[[], object] = lambda: None) -> Folder:
+    """Read the headers of files, which may belong to several studies.
+
+    Args:
+        on_read: called after each.
+    """
+    found = Folder()
+    for path in files:
+        try:
+            header = read_header(path)
+        except HeaderError as error:
+            found.skipped.append((path, error.what))
+        else:
+            found.studies.setdefault(header.study_instance_uid, {})[header.sop_instance_uid] = path, header
+        on_read()
+    return found
+
+
+def judge(
+    packages: Sequence[Package],
+    study: dict[str, tuple[Path, Header]],
+    exceptions: Callable[[Package], Sequence[BoardException]] = lambda _: (),
+    on_decoded: Callable[[], object] = lambda: None,
+) -> list[tuple[Package, Admission]]:
+    """The admission of one study by each package, as the engine would decide it, with what only the pixels show.
+
+    The pixels are decoded only where everything else is met. Where they cannot be, the criterion is unknown; the engine
+    would set such an analysis aside as failed.
+
+    Args:
+        study: as in `Folder`.
+        exceptions: those of the board for a package.
+        on_decoded: called after each slice.
+    """
+    series = group(header for _, header in study.values())
+    selection = select(series)
+    found = []
+    for package in packages:
+        if selection.series is None or selection.volume is None:
+            found.append((package, unselected(package, series, selection)))
+            continue
+        plans = plan_slabs(selection.volume, package.preprocessing.slab_mm)
+        headers = selection.series.headers
+        admission = admit(package, headers, selection.volume, len(plans), exceptions(package))
+        if admission.admitted:
+            try:
+                brain_ml = _brain_ml(selection.volume, plans, study, on_decoded)
+            except ScansideError as error:
+                admission = pixels_unknown(package, admission, f"not decoded: {error.what}")
+            else:
+                admission = admit_pixels(package, admission, brain_ml)
+        else:
+            admission = pixels_unknown(package, admission, "not judged: it is refused without")
+        found.append((package, admission))
+    return found
+
+
+def _brain_ml(
+    volume: Volume, plans: Sequence[SlabPlan], study: dict[str, tuple[Path, Header]], on_decoded: Callable[[], object]
+) -> float:
+    """Soft tissue within the skull of a whole volume, as the engine measures it on its slabs."""
+    total = 0.0
+    for plan in plans:
+        planes = []
+        for member in plan.members:
+            plane = volume.planes[member]
+            planes.append(decode(study[plane.sop_instance_uid][0]).hu[plane.frame])
+            on_decoded()
+        middle = volume.planes[plan.members[len(plan.members) // 2]].geometry
+        total += brain_area_mm2(slab_hu(planes, "slab"), middle.spacing) * plan.thickness_mm / 1000
+    return total

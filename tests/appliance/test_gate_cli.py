@@ -1,0 +1,194 @@
+"""`scanside gate`: a folder judged without a box, and what a box says of its scanners."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+from typer.testing import CliRunner, Result
+
+from appliance import init
+from appliance.cli import app
+from appliance.governance.indication import BoardException, admit
+from appliance.governance.package import Package, load_configured
+from appliance.ledger.store import Ledger, NewInstance
+from appliance.services.dry_run import judge, read_folder
+from appliance.settings import Settings, load_settings
+from appliance.study.grouping import group
+from appliance.study.selection import select
+from dicom_io.header import Header
+from dicom_io.volume import assemble, planes_of
+from tests.appliance.governance.test_indication import label
+from tests.builders import head_series
+from triton_models.training import phantom
+from triton_models.training.vendors import VENDORS
+
+(PACKAGE,) = load_configured(Settings())
+
+
+def run(config: Path, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(
+        app, ["--config", str(config), "gate", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb"}
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return init.write(tmp_path / "box", {})
+
+
+@pytest.fixture(scope="module")
+def vendors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """A small study of a man of 20 by each maker's scanner."""
+    folder = tmp_path_factory.mktemp("vendors")
+    return {
+        name: phantom.write_study(phantom.simulate(3, size=64, age=20, vendor=name), folder / (name or "plain"))
+        for name in VENDORS
+    }
+
+
+def headers_of(files: list[Path]) -> list[Header]:
+    (study,) = read_folder(files).studies.values()
+    return [header for _, header in study.values()]
+
+
+@pytest.mark.parametrize("name", VENDORS)
+@pytest.mark.parametrize(
+    "of", ["adult_18", "adult_22", "not_on_one_maker", "kvp_100_140", "thin_to_5mm", "not_isolated_subarachnoid"]
+)
+def test_real_labels_on_the_scanners_of_every_maker(vendors: dict[str, list[Path]], name: str, of: str) -> None:
+    selection = select(group(headers_of(vendors[name])))
+    assert selection.series is not None
+    assert selection.volume is not None
+    found = admit(label(of), selection.series.headers, selection.volume, 30)
+    wrong = {one.criterion for one in found.criteria if not one.met}
+    assert wrong == (
+        {"age"} if of == "adult_22" else {"scanner"} if (of, name) == ("not_on_one_maker", "ge") else set()
+    )
+    (who,) = [one.value for one in found.criteria if one.criterion == "scanner"]
+    assert who.startswith(VENDORS[name].manufacturer)
+
+
+def test_a_real_study_without_an_age_is_refused_and_admitted_under_an_exception(ge_head: Path) -> None:
+    (study,) = read_folder(sorted(ge_head.glob("*.dcm"))).studies.values()
+    ((_, refused),) = judge([PACKAGE], study)
+    assert [one.criterion for one in refused.criteria if not one.met] == ["age", "brain"]
+    assert [one.outcome for one in refused.criteria if one.criterion == "age"] == ["unknown"]
+    signed = BoardException(PACKAGE.name, "age", "an old archive", "Dr A", date.today() + timedelta(1))
+    ((_, admitted),) = judge([PACKAGE], study, lambda package: [signed] if package is PACKAGE else [])
+    assert admitted.admitted
+    (brain,) = [one for one in admitted.criteria if one.criterion == "brain"]
+    assert 400 < float(brain.value.removesuffix(" mL")) < 2500
+
+
+def test_what_the_pixels_show_refuses_too(philips_phantom: Path, tmp_path: Path) -> None:
+    """The hollow skull, made old enough."""
+    for path in philips_phantom.glob("S*/I*"):
+        dataset = dcmread(path, force=True)
+        if dataset.get("SeriesNumber") == 201:
+            dataset.PatientAge = "050Y"
+            dataset.save_as(tmp_path / path.name)
+    (study,) = read_folder(sorted(tmp_path.iterdir())).studies.values()
+    ((_, found),) = judge([PACKAGE], study)
+    assert [one.criterion for one in found.criteria if not one.met] == ["brain"]
+    cut = next(iter(study.values()))[0]
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    ((_, found),) = judge([PACKAGE], study)
+    assert found.criteria[-1].outcome == "unknown"
+    assert "not decoded" in found.criteria[-1].value
+
+
+def test_a_folder_is_judged_as_a_list_of_studies_and_packages(
+    config: Path, vendors: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cd"
+    shutil.copytree(vendors["siemens"][0].parent, folder / "a" / "b")
+    shutil.copytree(vendors["philips"][0].parent, folder / "c")
+    (folder / "readme.txt").write_text("not DICOM")
+    for path in (folder / "c").glob("*.dcm"):
+        dataset = dcmread(path)
+        dataset.PatientBirthDate, dataset.PatientAge = "", "009Y"
+        dataset.save_as(path)
+    result = run(config, "test", folder, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [set(one) for one in told] == [{"study", "package", "decision", "criteria"}] * 2
+    assert sorted(one["decision"] for one in told) == ["admitted", "refused"]
+    for one in told:
+        assert one["package"] == "ich_reference"
+        assert all(
+            list(criterion) == ["criterion", "attribute", "value", "rule", "clause", "met"]
+            for criterion in one["criteria"]
+        )
+        assert (one["decision"] == "admitted") == all(criterion["met"] for criterion in one["criteria"])
+    (refused,) = [one for one in told if one["decision"] == "refused"]
+    assert {c["criterion"]: c["value"] for c in refused["criteria"] if not c["met"]} == {
+        "age": "009Y", "brain": "not judged: it is refused without",
+    }  # fmt: skip
+    shown = run(config, "test", folder).stdout
+    for words in ("admitted", "refused", "009Y", "18 years or older", PACKAGE.indication.clauses["age"]):
+        assert words in shown
+
+
+def test_a_folder_without_dicom_is_an_error(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(config, "test", tmp_path / "empty").exit_code == 1
+    assert run(config, "test", tmp_path / "nowhere").exit_code == 2
+
+
+# --- report ---------------------------------------------------------------------------------------------
+
+
+def decided(ledger: Ledger, number: int, package: Package, **changes: Any) -> None:
+    """A study that a box received, completed and decided on."""
+    series = [replace(one, **changes) for one in head_series(study=f"1.{number}", series=f"1.{number}.1")]
+    association = ledger.open_association("S", "B", "127.0.0.1")
+    ledger.record_instances([NewInstance(one, f"{number}-{place}", 9, association) for place, one in enumerate(series)])
+    ledger.close_association(association, "released")
+    (arriving,) = ledger.arriving_studies()
+    ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+    found = admit(package, series, assemble([one for member in series for one in planes_of(member)]), 30)
+    ledger.decide(
+        arriving.id, package.name, package.version, admitted=found.admitted, reason=found.reason,
+        admission=found.to_json(), selection=[], inputs=[],
+    )  # fmt: skip
+
+
+def test_the_report_counts_by_scanner_and_warns_of_one_that_is_always_refused(config: Path) -> None:
+    ledger = Ledger(load_settings(config).ledger_path)
+    good = {"manufacturer": "SIEMENS", "manufacturer_model_name": "SOMATOM Force", "station_name": "CT1"}
+    bad = {"manufacturer": "GE MEDICAL SYSTEMS", "manufacturer_model_name": "Revolution EVO", "station_name": "CT2"}
+    decided(ledger, 1, PACKAGE, **good)
+    decided(ledger, 2, PACKAGE, **good, patient_age="009Y", patient_birth_date="")
+    decided(ledger, 3, PACKAGE, **bad, kvp=None)
+    decided(ledger, 4, PACKAGE, **bad, kvp=None, patient_age="", patient_birth_date="")
+    ledger.close()
+    today = date.today()
+    told = json.loads(run(config, "report", "--from", str(today - timedelta(1)), "--json").stdout)
+    one, two = told["scanners"]
+    assert (one["scanner"], one["package"]) == ("GE MEDICAL SYSTEMS · Revolution EVO · CT2", "ich_reference")
+    assert (one["admitted"], one["refused"], one["every_study_refused"]) == (0, 2, True)
+    assert [(why["criterion"], why["studies"]) for why in one["reasons"]] == [("kvp", 2), ("age", 1)]
+    assert (two["admitted"], two["refused"], two["every_study_refused"]) == (1, 1, False)
+    assert "009Y" in two["reasons"][0]["example"]
+    shown = run(config, "report").stdout
+    assert "warning: every study of GE MEDICAL SYSTEMS · Revolution EVO · CT2 was refused" in shown
+    assert "every study of SIEMENS" not in shown
+    before = json.loads(run(config, "report", "--to", str(today - timedelta(2)), "--json").stdout)
+    assert before["scanners"] == []
+    assert run(config, "report", "--from", "2026-02-01", "--to", "2026-01-01").exit_code == 2
+    study = (
+        CliRunner().invoke(app, ["--config", str(config), "study", "4"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+    )
+    for words in ("absent", "80 to 140 kV", PACKAGE.indication.clauses["kvp"], "PatientAge"):
+        assert words in study
+
+
+def test_without_a_ledger_there_is_no_report(config: Path) -> None:
+    assert run(config, "report").exit_code == 1

@@ -1,0 +1,109 @@
+"""A study that was not analysed: who hears of it, what is said, and how often."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.accounting import account
+from appliance.ledger.views import event_counts, study_report
+from appliance.settings import Hl7Destination
+from appliance.show import study_view, summary
+from tests.appliance.intake.test_retention import Box
+from tests.appliance.test_services import engine_beside, states, wait_until
+from tests.builders import header
+from tests.dicom_io.support import ct, head
+
+PIXELS = head(12, False)
+
+
+def box_of_a_child(folder: Path, *, refusals: bool) -> Box:
+    """A box that two interface engines listen to, of which one may want to hear of refusals; a child's head came."""
+    box = Box(folder)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    er = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575, refusals=refusals)
+    other = Hl7Destination(kind="hl7", name="other", host="127.0.0.1", port=2576)
+    box.settings = box.settings.model_copy(update={"destination": [er, other]})
+    bring(box, range(1, 31), patient_age="009Y", patient_birth_date="")
+    return box
+
+
+def bring(box: Box, numbers: Any, **changes: Any) -> None:
+    for number in numbers:
+        one = header(number, study="1.1", series="1.1.1", z=5.0 * number, **changes)
+        file = BytesIO()
+        image = ct(PIXELS, 12, position=(0.0, 0.0, 5.0 * number), instance_number=number, PatientAge=one.patient_age)
+        image.save_as(file, enforce_file_format=True)
+        assert box.store(one, file.getvalue()) in ("stored", "conflict")
+
+
+def let_decide(box: Box, state: str = "refused") -> None:
+    box.ledger.close_association(box.association, "released")
+    engine = engine_beside(box)
+    wait_until(engine, lambda: states(box, 1) == [state] and not box.ledger.arriving_studies())
+
+
+def messages(box: Box) -> list[str]:
+    return [path.read_bytes().decode("utf-8") for path in sorted(box.settings.findings_directory.rglob("*.hl7"))]
+
+
+def test_by_default_a_refusal_tells_nobody(tmp_path: Path) -> None:
+    box = box_of_a_child(tmp_path, refusals=False)
+    let_decide(box)
+    assert (messages(box), study_report(box.ledger, 1)["deliveries"]) == ([], [])
+    box.ledger.close()
+
+
+def test_who_wants_to_hear_of_it_is_told_once_and_without_an_alert(tmp_path: Path) -> None:
+    box = box_of_a_child(tmp_path, refusals=True)
+    let_decide(box)
+    (message,) = messages(box)
+    assert "not analysed: paediatric (age 009Y; label: 18 years or older)" in message
+    segments = [line.split("|") for line in message.split("\r") if line]
+    kinds = {one[3].split("^")[1]: one for one in segments if one[0] == "OBX"}
+    assert next(one[5] for one in kinds.values() if one[5] == "refusal")
+    assert all(len(one) < 9 or one[8] == "" for one in kinds.values()), "no abnormal flag, and no normal one"
+    assert not any("robability" in name or "emorrhage" in name for name in kinds)
+    assert segments[0][10] == "T", "the package is only evaluated"
+    (delivery,) = study_report(box.ledger, 1)["deliveries"]
+    assert (delivery["object"], delivery["destination"], delivery["state"]) == ("refusal.er", "er", "pending")
+    assert box.ledger.told(1) == {}
+    assert event_counts(box.ledger)["study.refused"] == 1
+    # It comes again with one slice more: it is refused again, and nobody hears of it again.
+    box.association = box.ledger.open_association("S", "B", "127.0.0.1")
+    bring(box, [31], patient_age="009Y", patient_birth_date="")
+    box.ledger.close_association(box.association, "released")
+    engine = engine_beside(box)
+    wait_until(engine, lambda: event_counts(box.ledger)["study.refused"] == 2)
+    assert messages(box) == [message]
+    assert len(study_report(box.ledger, 1)["deliveries"]) == 1
+    box.ledger.close()
+
+
+def test_a_refusal_that_was_told_is_no_verdict(tmp_path: Path) -> None:
+    box = box_of_a_child(tmp_path, refusals=True)
+    let_decide(box)
+    report = study_report(box.ledger, 1)
+    told = summary(report, 60.0)
+    assert (told["positive"], told["probability"], told["late"]) == (None, None, False)
+    assert study_view(report)
+    assert box.ledger.standing_verdict(1, "pkg") is None
+    (outcome,) = account(box.ledger, box.settings.spool_directory, datetime.now(UTC).date()).outcomes
+    assert outcome.startswith("refused: age")
+    box.ledger.close()
+
+
+def test_what_is_the_boxs_own_fault_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_(*_: object, **__: object) -> None:
+        raise RuntimeError("the gate is broken")
+
+    box = box_of_a_child(tmp_path, refusals=True)
+    monkeypatch.setattr("appliance.services.engine.admit", break_)
+    let_decide(box)
+    assert "the gate is broken" in study_report(box.ledger, 1)["analyses"][0]["reason"]
+    assert messages(box) == []
+    box.ledger.close()
