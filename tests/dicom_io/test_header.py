@@ -64,7 +64,7 @@ def test_every_attribute_agrees_with_pydicom(ge_head: Path, philips_phantom: Pat
             "manufacturer_model_name": "ManufacturerModelName", "contrast_bolus_agent": "ContrastBolusAgent",
             "patient_age": "PatientAge", "patient_birth_date": "PatientBirthDate", "study_date": "StudyDate",
             "instance_number": "InstanceNumber", "series_number": "SeriesNumber",
-            "acquisition_number": "AcquisitionNumber",
+            "acquisition_number": "AcquisitionNumber", "station_name": "StationName",
         }.items():  # fmt: skip
             value = getattr(header, name)
             expected = dataset.get(keyword)
@@ -105,6 +105,25 @@ def test_a_header_survives_json(ge_head: Path) -> None:
         assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
 
 
+def test_what_was_stored_before_an_attribute_was_read_lacks_it(ge_head: Path) -> None:
+    stored = read_header(ge_head / "14.dcm").to_json()
+    for name in ("station_name", "anatomic_region"):
+        del stored[name]
+    old = Header.from_json(json.loads(json.dumps(stored)))
+    assert (old.station_name, old.anatomic_region) == ("", "")
+
+
+def test_the_code_of_a_region_stands_beside_what_is_examined() -> None:
+    region, other = Dataset(), Dataset()
+    region.CodeValue, region.CodingSchemeDesignator, region.CodeMeaning = "T-A0100", "SRT", "Brain"
+    other.CodeValue, other.CodingSchemeDesignator, other.CodeMeaning = "45048000", "SCT", "Neck"
+    dataset = ct(PIXELS, 12, BodyPartExamined="HEAD", AnatomicRegionSequence=Sequence([region, other]))
+    assert (read(dataset).body_part_examined, read(dataset).anatomic_region) == ("HEAD", "T-A0100 SRT")
+    dataset.BodyPartExamined = ""
+    del dataset.AnatomicRegionSequence[0].CodingSchemeDesignator
+    assert (read(dataset).body_part_examined, read(dataset).anatomic_region) == ("BRAIN", "")
+
+
 def test_frames_of_an_enhanced_object() -> None:
     dataset = ct(head(12, False, frames=3), 12)
     for keyword in ("PlaneOrientationSequence", "PixelMeasuresSequence"):  # these in the shared groups
@@ -119,6 +138,7 @@ def test_frames_of_an_enhanced_object() -> None:
         setattr(dataset.SharedFunctionalGroupsSequence[0], sequence, Sequence([item]))
     region, anatomy, agent = Dataset(), Dataset(), Dataset()
     region.CodeMeaning, agent.CodeMeaning = "Head", "Iodinated contrast"
+    region.CodeValue, region.CodingSchemeDesignator = "69536005", "SCT"
     anatomy.AnatomicRegionSequence = Sequence([region])
     dataset.SharedFunctionalGroupsSequence[0].FrameAnatomySequence = Sequence([anatomy])
     dataset.ContrastBolusAgentSequence = Sequence([agent])
@@ -131,6 +151,7 @@ def test_frames_of_an_enhanced_object() -> None:
     assert {frame.orientation for frame in header.frames} == {(1, 0, 0, 0, 1, 0)}
     assert (header.kvp, header.gantry_detector_tilt, header.convolution_kernel) == (120, 12.5, "H31s")
     assert (header.body_part_examined, header.contrast_bolus_agent) == ("HEAD", "Iodinated contrast")
+    assert header.anatomic_region == "69536005 SCT"
     assert header.problems == ()
 
 
