@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from appliance.governance.package import Package
     from appliance.ledger.store import Ledger
 
+__all__ = ["app"]
+
 Name = Annotated[str, typer.Argument(help="A package of the repository.")]
 Who = Annotated[str, typer.Option(help="Who answers for it.")]
 Why = Annotated[str, typer.Option(help="The reason.")]

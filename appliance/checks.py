@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 
 from appliance.delivery.hl7 import MllpClient
-from appliance.governance.indication import CRITERIA
+from appliance.governance.board import read_board
 from appliance.governance.package import Package, load_configured
+from appliance.inference.served import served_problem
 from appliance.inference.triton import TritonClient
 from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import waiting_destinations
+from appliance.operations.audit import standing
 from appliance.settings import DicomDestination, Hl7Destination, Settings, Tls
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer, echo
 from dicom_io.tls import ServerCertificates
+
+SOON_DAYS = 30
+"""An approval or exception that ends within so many days is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,11 @@ def run_checks(settings: Settings) -> list[Check]:
         url = f"{settings.triton.host}:{settings.triton.grpc_port}"
         client = TritonClient(url, timeout=5.0)
         try:
-            problems = [problem for package in packages if (problem := client.problem(package))]
+            problems = [
+                problem
+                for package in packages
+                if (problem := client.problem(package) or served_problem(client, package, settings.box.device))
+            ]
         finally:
             client.close()
         if problems or not packages:
@@ -105,7 +114,8 @@ def run_checks(settings: Settings) -> list[Check]:
                 return f"{where} takes connections"
 
         checks.append(_check(f"destination {destination.name}", reach))
-    checks.append(_check("exceptions", lambda: _exceptions(settings)))
+    checks.append(_check("board", lambda: _board(settings, packages)))
+    checks.append(_check("audit", lambda: _audit(settings)))
     checks.append(_check("alerts", lambda: _alerts(settings)))
     checks.append(_check("outbox", lambda: _outbox(settings)))
     return checks
@@ -125,16 +135,38 @@ def _tls(section: Tls, host: str) -> str:
     return f"{host}:{section.port} takes connections; the certificate is good until {until.date()}"
 
 
-def _exceptions(settings: Settings) -> str:
-    today = date.today()
-    for one in settings.exception:
-        if one.package not in settings.models.packages or one.criterion not in CRITERIA:
-            raise ScansideError(
-                "no such package or criterion", f"exception {one.package}, {one.criterion}",
-                f"packages: {', '.join(settings.models.packages)}; criteria: {', '.join(CRITERIA)}",
-            )  # fmt: skip
-    held = [f"{one.criterion} until {one.until}" for one in settings.exception if today <= one.until]
-    return ", ".join(held) or "none"
+def _board(settings: Settings, packages: Sequence[Package]) -> str:
+    """Every package may run today, and what of that ends soon."""
+    ledger = Ledger(settings.ledger_path)
+    try:
+        board = read_board(ledger)
+    finally:
+        ledger.close()
+    judged = [(one, *board.judge(one)) for one in packages]
+    if refused := [f"{package.name}: {criterion.value}" for package, criterion, _ in judged if not criterion.met]:
+        remedy = "`scanside models history` shows what was decided; `scanside models approve` lets a version run"
+        raise ScansideError("; ".join(refused), "the board", remedy)
+    said = [
+        f"{package.name} {package.version} runs as {mode} ({criterion.value})" for package, criterion, mode in judged
+    ]
+    soon = date.today() + timedelta(days=SOON_DAYS)
+    said += [
+        f"record {one.record} ends SOON, on {one.until}: {one.package} {one.said}"
+        for one in board.decisions
+        if one.until and one.until <= soon and board.holds(one.record, date.today())
+    ]
+    return "; ".join(said)
+
+
+def _audit(settings: Settings) -> str:
+    ledger = Ledger(settings.ledger_path)
+    try:
+        events, fault = standing(ledger, settings.head_path)
+    finally:
+        ledger.close()
+    if fault:
+        raise ScansideError(fault, str(settings.ledger_path), "`scanside audit verify` walks the whole chain")
+    return f"{events} events, none is gone; `scanside audit verify` walks the whole chain"
 
 
 def _alerts(settings: Settings) -> str:

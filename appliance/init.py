@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +12,6 @@ from pydantic import BaseModel
 from appliance.settings import (
     DicomDestination,
     Hl7Destination,
-    IndicationException,
     Settings,
     SettingsError,
     load_settings,
@@ -30,7 +28,6 @@ def write(
     directory: Path,
     sections: Mapping[str, Mapping[str, Any]],
     destinations: Sequence[Mapping[str, Any]] = (),
-    exceptions: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write ``scanside.toml`` into a folder, make the folders it names, and return its path.
 
@@ -59,8 +56,6 @@ def write(
     kinds: dict[str, type[BaseModel]] = {"dicom": DicomDestination, "hl7": Hl7Destination}
     for one in destinations:
         parts.append("[[destination]]\n" + _keys(kinds[one["kind"]], one))
-    for one in exceptions:
-        parts.append("[[exception]]\n" + _keys(IndicationException, one))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts), encoding="utf-8")
@@ -114,6 +109,4 @@ def _keys(model: type[BaseModel], values: Mapping[str, Any], only: Sequence[str]
 
 def _toml(value: Any) -> str:
     """A value in TOML; JSON's text is TOML's for strings, numbers, booleans and lists of them."""
-    if isinstance(value, date):
-        return value.isoformat()
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tomllib
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -233,16 +232,6 @@ class Models(_Section):
     attempts: int = Field(3, ge=1, le=20, description="Tries of one analysis before it is set aside as failed.")
 
 
-class IndicationException(_Section):
-    """A criterion that the site's board lets a study pass although its value is unknown."""
-
-    package: str = Field(description="Name of the model package.")
-    criterion: str = Field(description="Name of the criterion, as `scanside study` shows it.")
-    reason: str = Field(min_length=1, description="Why.")
-    signed_by: str = Field(min_length=1, description="Who answers for it.")
-    until: date = Field(description="Last day on which it holds.")
-
-
 class Limit(_Section):
     """What this site asks beyond a package's label; it can only narrow the label."""
 
@@ -332,10 +321,6 @@ class Settings(BaseSettings):
         description="Where answers to requests for storage commitment go; [[commitment_peer]] once for each device. "
         "A device that is not named gets its answer on the association that it asked on, or not at all.",
     )
-    exception: list[IndicationException] = Field(
-        default_factory=list, description="Signed exceptions to unknown criteria of an indication."
-    )
-
     limit: list[Limit] = Field(
         default_factory=list,
         description="This site's own limits, within a package's label; [[limit]] once for each package.",
@@ -527,7 +512,7 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
     """Every key as (name, default, description), for the generated file and the manual."""
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
-        lists = ("destination", "exception", "commitment_peer", "limit")
+        lists = ("destination", "commitment_peer", "limit")
         kind = None if name in lists else section_of(field.annotation)
         if kind is not None:
             rows += document(kind, f"{prefix}{name}.")

@@ -34,6 +34,7 @@ def summary(report: dict[str, Any], budget_seconds: float) -> dict[str, Any]:
         "positive": newest["positive"] if newest else None,
         "probability": newest["probability"] if newest else None,
         "provisional": bool(newest and newest["result"].get("provisional")),
+        "mode": (newest["result"].get("mode") or None) if newest else None,
         "late": is_late(report, budget_seconds),
         "alert_seconds": acknowledged["seconds"] if acknowledged else None,
         "deliveries": {state: states.count(state) for state in sorted(set(states))},
@@ -159,6 +160,7 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
             continue
         told = "[bold red]positive[/]" if one["positive"] else "[green]negative[/]"
         told += ", [yellow]provisional[/]" if result.get("provisional") else ""
+        told += ", [yellow]in shadow: nobody was told[/]" if result.get("mode") == "shadow" else ""
         late = " [bold red]late[/]" if one["late"] else ""
         subtypes = ", ".join(f"{name} {value:.2f}" for name, value in result["subtypes"].items())
         parts += [
@@ -195,6 +197,7 @@ def _verdict(one: dict[str, Any]) -> str:
     if one["positive"] is not None:
         colour, word = ("bold red", "positive") if one["positive"] else ("green", "negative")
         word = f"provisional: {word}" if one["provisional"] else word
+        word = f"shadow: {word}" if one["mode"] == "shadow" else word
         since = [a["state"] for a in one["analyses"] if a["state"] != "issued"]
         then = f", then {_coloured(since[0])}" if since else ""
         return f"[{colour}]{word}[/] {one['probability']:.2f}{then}"

@@ -12,10 +12,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from appliance.governance.package import load_configured
+from appliance.governance.integrity import load_sound
 from appliance.inference.server import prepare
 from appliance.services.process import only_one, stop_signal
 from appliance.settings import Settings
+from dicom_io.errors import ScansideError
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,11 @@ def run_triton(settings: Settings) -> None:
     Raises:
         ScansideError: the environment, a model package or its TensorRT plan is not what it must be.
     """
-    packages = load_configured(settings)
+    packages, broken = load_sound(settings)
+    for name, problem in broken.items():
+        log.error("triton: %s is not served: %s", name, problem)
+    if not packages:
+        raise ScansideError("there is no package to serve", "; ".join(broken.values()), "`scanside models verify`")
     launch = prepare(
         settings.triton.environment,
         settings.triton_directory,

@@ -29,6 +29,7 @@ from rich.table import Table
 from appliance import init
 from appliance.demo.hospital import SCANNER_AE, Hospital, start_hospital
 from appliance.demo.orthanc import LOOPBACK, free_ports
+from appliance.governance.board import make_exception
 from appliance.governance.package import load_configured
 from appliance.inference.triton import TritonClient
 from appliance.ledger.store import Ledger
@@ -108,7 +109,9 @@ def _run(directory: Path, study_folder: Path | None, console: Console, stack: Ex
     console.print(
         f"PACS: {hospital.pacs.name}, AE {hospital.pacs.ae_title}, port {hospital.pacs.port}", highlight=False
     )
-    settings = load_settings(_configure(directory, hospital, ports, own_study=study_folder is not None))
+    settings = load_settings(_configure(directory, hospital, ports))
+    if study_folder is not None:
+        _except_age(settings)
     box = Leashed(
         [sys.executable, "-m", "appliance.cli", "--config", directory / "scanside.toml", "run"],
         log=directory / "scanside.log",
@@ -154,18 +157,9 @@ def _stop(box: Leashed, hospital: Hospital) -> None:
     box.stop()
 
 
-def _configure(directory: Path, hospital: Hospital, ports: list[int], *, own_study: bool) -> Path:
+def _configure(directory: Path, hospital: Hospital, ports: list[int]) -> Path:
     """Write the demo's configuration: this hospital, free ports, loopback only."""
     environment = os.environ.get("SCANSIDE_TRITON_ENVIRONMENT", ".venv-triton")
-    exceptions = [
-        {
-            "package": "ich_reference",
-            "criterion": "age",
-            "reason": "demonstration on de-identified studies, which often carry no age; nobody is treated on it",
-            "signed_by": "whoever started the demo",
-            "until": date.today() + timedelta(days=1),
-        }
-    ]
     return init.write(
         directory,
         {
@@ -202,8 +196,25 @@ def _configure(directory: Path, hospital: Hospital, ports: list[int], *, own_stu
                 "processing_id": "T",
             },
         ],
-        exceptions if own_study else (),
     )
+
+
+def _except_age(settings: Settings) -> None:
+    """Have the board of this hospital let studies pass that carry no age, as de-identified ones often do."""
+    ledger = Ledger(settings.ledger_path)
+    try:
+        for package in load_configured(settings):
+            make_exception(
+                ledger,
+                settings.evidence_directory,
+                package,
+                "age",
+                who="whoever started the demo",
+                why="demonstration on de-identified studies, which often carry no age; nobody is treated on it",
+                until=date.today() + timedelta(days=1),
+            )
+    finally:
+        ledger.close()
 
 
 def _phantoms(directory: Path) -> list[Scan]:

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from appliance.ledger import schema as t
-from appliance.ledger.database import Database, event_hash
+from appliance.ledger.database import Database, Row, event_hash
 
 CHUNK = 2000
 """Events that are checked at a time; some 25 ms."""
@@ -159,3 +159,12 @@ def glance(ledger: Database, noted: Collection[Head] = ()) -> Fault | None:
     if count and (first != 1 or last != count):
         return Fault(0, "", f"there are {count} events, numbered from {first} to {last}: some are gone")
     return None
+
+
+def newest(ledger: Database, names: Collection[str]) -> tuple[Row | None, int]:
+    """The newest event of these names, and how many events there are of any."""
+    c = t.event.c
+    query = sa.select(t.event).where(c.name.in_(names)).order_by(c.id.desc()).limit(1)
+    with ledger.read() as connection:
+        found = connection.execute(query).mappings().first()
+        return found, int(connection.scalar(sa.select(sa.func.max(c.id))) or 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from appliance.events import Event
 from appliance.ledger.board import DECISIONS
-from appliance.ledger.chain import CHUNK, Fault, Head, Walk, glance, named
+from appliance.ledger.chain import CHUNK, Fault, Head, Walk, glance, named, newest
 from appliance.ledger.store import Ledger
 from dicom_io.errors import ScansideError
 
@@ -127,6 +127,21 @@ class Auditor:
         if head not in self._noted and self._clock() >= self._note_at:
             write_head(self._path, head)
             self._noted, self._note_at = (head,), self._clock() + NOTE_SECONDS
+
+
+def standing(ledger: Ledger, path: Path) -> tuple[int, str]:
+    """How many events there are, and what is known, within milliseconds, to be wrong with them; '' if nothing is.
+
+    A running engine walks the whole chain; what it found is known here too.
+    """
+    noted, fault = _read(path)
+    last, count = newest(ledger, (Event.AUDIT_BROKEN, Event.AUDIT_RESTORED))
+    fault = fault or glance(ledger, noted) or named(ledger, DECISIONS)[1]
+    if fault:
+        return count, str(fault)
+    if last is not None and last["name"] == Event.AUDIT_BROKEN:
+        return count, f"event {last['detail']['event']}: {last['detail']['what']} (found at {last['at'][:19]})"
+    return count, ""
 
 
 def read_head(path: Path) -> Head | None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from appliance import init
 from appliance.cli import app
+from appliance.governance.board import make_exception, suspend
 from appliance.governance.indication import BoardException, admit
 from appliance.governance.package import Package, load_configured
 from appliance.ledger.store import Ledger, NewInstance
@@ -134,6 +135,25 @@ def test_a_folder_is_judged_as_a_list_of_studies_and_packages(
     shown = run(config, "test", folder).stdout
     for words in ("admitted", "refused", "009Y", "18 years or older", PACKAGE.indication.clauses["age"]):
         assert words in shown
+
+
+def test_what_the_board_decided_counts_in_a_dry_run(config: Path, ge_head: Path) -> None:
+    settings = load_settings(config)
+    ledger = Ledger(settings.ledger_path)
+    tomorrow = date.today() + timedelta(1)
+    evidence = settings.box.state_directory / "evidence"
+    make_exception(ledger, evidence, PACKAGE, "age", who="Dr A", why="an old archive", until=tomorrow)
+
+    def told() -> tuple[str, dict[str, bool]]:
+        (one,) = json.loads(run(config, "test", ge_head, "--json").stdout)
+        return one["decision"], {criterion["criterion"]: criterion["met"] for criterion in one["criteria"]}
+
+    decision, met = told()
+    assert (decision, met["age"], met["approval"]) == ("admitted", True, True)
+    suspend(ledger, evidence, PACKAGE.name, PACKAGE, who="Dr A", why="a doubt")
+    decision, met = told()
+    assert (decision, met["age"], met["approval"]) == ("refused", True, False)
+    ledger.close()
 
 
 def test_a_folder_without_dicom_is_an_error(config: Path, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def _lines(figures: Mapping[str, Any], shown: Mapping[str, Sequence[Outcome]]) -
     )  # fmt: skip
     yield from (
         "",
-        "A study with several kinds counts under each; the cells of subtype and volume hold those of one kind alone.",
+        "A study with several kinds counts under each; in the cells of subtype and volume under that of most of its blood.",
         "",
     )
     yield from _table(
@@ -326,7 +326,7 @@ def _lines(figures: Mapping[str, Any], shown: Mapping[str, Sequence[Outcome]]) -
     yield from ("", "## Pictures", "")
     yield from ("Brain window; green: the blood that was drawn, orange: what the model called. Chosen by rule.", "")
     rules = {
-        "hits": "Hits: of each subtype the one of median volume among those found",
+        "hits": "Hits: of each subtype, where it is most of the blood, the one of median volume among those found",
         "misses": "Misses: the largest; the slab with the most blood",
         "false_alarms": "False alarms: the most probable",
     }
@@ -412,7 +412,7 @@ def _failures(figures: Mapping[str, Any]) -> Iterator[str]:
         key=lambda row: (-row[0], row[1], row[2]),
     )
     if cells:
-        yield from ("", "Most misses, of one kind alone:", "")
+        yield from ("", "Most misses, by what most of the blood is:", "")
         yield from _table(
             ["subtype", "mL", "missed", "sensitivity"],
             [[subtype, name, f"{wrong} of {one['n']}", _said(one)] for wrong, subtype, name, one in cells[:8]],
@@ -438,7 +438,7 @@ def _method(figures: Mapping[str, Any]) -> Iterator[str]:
         "- Intervals: proportions Wilson 1927; AUC DeLong 1988, on the logit; Brier score and calibration error "
         "bootstrap percentiles; limits of agreement Bland and Altman 1986. Nothing is corrected for the number of "
         "groups.",
-        f"- {figures['seconds']} s of work, studies of both families added up, on a machine of two cores.",
+        f"- {figures['seconds']} s of work, studies of both families added up, on {figures['cores']} cores, in simulating, writing and reading.",
         "- " + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()) + ".",
     )
 

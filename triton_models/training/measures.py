@@ -72,6 +72,11 @@ class Outcome:
         return bool(self.volumes_ml)
 
     @property
+    def mostly(self) -> str:
+        """The subtype that most of the blood is; "" of none."""
+        return max(self.volumes_ml, key=lambda name: self.volumes_ml[name], default="")
+
+    @property
     def unjudged(self) -> bool:
         """Whether nothing can be said of it: the gate refused it, or it bleeds, and no voxel of its slices shows it."""
         return bool(self.refused) or (self.blood_hu > 0 and not self.volumes_ml)
@@ -216,9 +221,7 @@ def summary(outcomes: Sequence[Outcome], threshold: float, others: Sequence[Outc
         },
         "by_subtype_and_volume_ml": {
             subtype: {
-                name: sensitivity(
-                    one for one in positive if list(one.volumes_ml) == [subtype] and low <= one.volume_ml < high
-                )
+                name: sensitivity(one for one in positive if one.mostly == subtype and low <= one.volume_ml < high)
                 for name, low, high in ranges(VOLUMES_ML)
             }
             for subtype in subtypes

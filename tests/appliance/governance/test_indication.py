@@ -111,6 +111,10 @@ def test_each_criterion_says_what_was_read_what_is_asked_and_where_the_label_say
         ("age", {"patient_age": "065Y", "patient_birth_date": "20170101"}, "violated"),
         ("age", {"patient_age": "065Y", "patient_birth_date": "19900101"}, "unknown"),
         ("age", {"patient_age": "065Y", "patient_birth_date": "20270101"}, "unknown"),
+        ("age", {"patient_age": "065Y", "patient_birth_date": "19620301"}, "met"),
+        ("age", {"patient_age": "065Y", "patient_birth_date": "19620901"}, "unknown"),
+        ("age", {"patient_age": "065Y", "patient_birth_date": "19590401"}, "unknown"),
+        ("age", {"patient_age": "065Y", "patient_birth_date": "19591001"}, "met"),
         ("age", {"patient_age": "", "patient_birth_date": "20080602"}, "violated"),
         ("age", {"patient_age": "", "patient_birth_date": "20080601"}, "met"),
         ("age", {"patient_age": "018Y", "patient_birth_date": "20080602"}, "violated"),
@@ -239,6 +243,14 @@ def test_only_the_unknown_can_be_excepted_and_only_until_its_day() -> None:
         header(patient_age="065Y", patient_birth_date="20170101"),
     ):
         assert decide(child, exceptions=(exception(DAY),))["age"] == "violated"
+
+
+def test_what_is_wrong_in_one_slice_and_unknown_in_another_cannot_be_excepted() -> None:
+    first, second, *others = head_series()
+    series = [replace(first, kvp=None), replace(second, kvp=70.0), *others]
+    exception = BoardException(package="ich_reference", criterion="kvp", reason="r", signed_by="b", until=DAY)
+    assert decide(first, series, exceptions=(exception,))["kvp"] == "violated"
+    assert decide(first, [series[0], *others], exceptions=(exception,))["kvp"] == "excepted"
 
 
 def test_a_head_without_a_brain_is_refused_late() -> None:

@@ -446,6 +446,22 @@ def test_a_slab_is_seen_between_its_neighbours(reference: Package) -> None:
     assert sorted(files.decoded[: len(planes)]) == sorted(str(plane.sop_instance_uid[4:]) for plane in planes)
 
 
+def test_what_is_known_of_a_slab_but_for_the_models_answer_is_its_own(reference: Package) -> None:
+    planes, decoded = head_of(4), made_up()
+    volume, known = assemble(planes), []
+    for package in (seeing(reference, 0), seeing(reference, 1)):
+        model = Model()
+        model.gate.set()
+        made = Pipeline(cast(TritonClient, model), decode=decoded)
+        try:
+            reading = read_volume(made, package, ADMITTED, volume, files_of(planes), owner=1)
+        finally:
+            made.close()
+        known.append([(one.brain_mm2, one.shape, one.codecs, one.looks) for one in reading.answers])
+    assert known[0] == known[1]
+    assert len({repr(one) for one in known[0]}) == len(planes)
+
+
 def test_a_slab_waits_for_its_neighbours_but_its_slices_do_not(reference: Package) -> None:
     model, files = Model(), Files()
     package = seeing(reference, 1)

@@ -130,7 +130,7 @@ def server(reference: Package) -> Iterator[Running]:
 
 @pytest.fixture(params=[True, False], ids=["shared memory", "messages"])
 def client(request: pytest.FixtureRequest, server: Running) -> Iterator[TritonClient]:
-    with TritonClient(server.url, shared_memory=request.param, timeout=5.0) as client:
+    with TritonClient(server.url, shared_memory=request.param, timeout=60.0) as client:
         yield client
 
 

@@ -76,7 +76,8 @@ def figures(unseen: list[Outcome], training: list[Outcome], **others: Any) -> di
         "studies_for_look_alikes": 77,
         "refused_because": {},
         "versions": {"numpy": "1.2.3"},
-        "command": "python -m it",
+        "command": "make it",
+        "cores": 2,
         "seconds": 800,
         **others,
     }  # fmt: skip

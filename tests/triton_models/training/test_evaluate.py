@@ -62,7 +62,7 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path, asked: list[tuple[
 def test_the_pictures_are_chosen_by_rule() -> None:
     outcomes = [
         *(replace(BLEED, seed=n, volumes_ml={"subdural": float(n)}) for n in (1, 2, 9)),
-        replace(BLEED, seed=20, volumes_ml={"subdural": 3.0, "epidural": 3.0}),
+        replace(BLEED, seed=20, volumes_ml={"subdural": 0.5, "epidural": 3.0}),
         *(replace(BLEED, seed=30 + n, volumes_ml={"epidural": 1.0 + n}, probability=0.1) for n in range(7)),
         replace(BLEED, seed=40, volumes_ml={"epidural": 99.0}, probability=0.1, refused="age: unknown"),
         replace(NOTHING, seed=50, probability=0.6),
@@ -70,7 +70,7 @@ def test_the_pictures_are_chosen_by_rule() -> None:
         replace(NOTHING, seed=52),
         replace(BLEED, seed=53, volumes_ml={}),
     ]
-    assert examples(outcomes, 0.5) == {"hits": [2], "misses": [36, 35, 34, 33, 32], "false_alarms": [51, 50]}
+    assert examples(outcomes, 0.5) == {"hits": [20, 2], "misses": [36, 35, 34, 33, 32], "false_alarms": [51, 50]}
 
 
 def test_rare_look_alikes_are_drawn_until_there_are_enough() -> None:

@@ -1,0 +1,320 @@
+"""The chain of events: what was changed, removed, cut off or made anew is found and named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from appliance.cli import app
+from appliance.events import Event
+from appliance.governance.board import suspend
+from appliance.ledger.chain import Fault, Head, Walk, walk_all
+from appliance.ledger.database import event_hash
+from appliance.ledger.store import Ledger
+from appliance.ledger.views import event_counts
+from appliance.operations import audit
+from appliance.operations.audit import Auditor, read_head, standing, write_head
+from dicom_io.errors import ScansideError
+
+EVENTS = 12
+DECISION = 5
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    """A chain of `EVENTS`, of which `DECISION` is the board's."""
+    one = Ledger(path)
+    for number in range(1, EVENTS + 1):
+        if number == DECISION:
+            suspend(one, path.parent / "evidence", "pkg", None, who="Dr A", why="a test")
+        else:
+            one.log(Event.SERVICE_STARTED, number=number)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every ledger were too large for one step."""
+    monkeypatch.setattr(audit, "CHUNK", 3)
+    monkeypatch.setattr(Walk.advance, "__defaults__", (3,))
+
+
+@pytest.fixture
+def head(path: Path) -> Path:
+    return path.with_name("ledger.head")
+
+
+def change(path: Path, sql: str, *values: object) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA foreign_keys=OFF")
+    with raw:
+        raw.execute(sql, values)
+    raw.close()
+
+
+def rewrite(path: Path, first: int, detail: str) -> None:
+    """Change an event, and make its hash and all after it anew, as somebody would who knows how."""
+    raw = sqlite3.connect(path)
+    raw.row_factory = sqlite3.Row
+    with raw:
+        raw.execute("update event set detail = ? where id = ?", (detail, first))
+        previous = raw.execute("select hash from event where id = ?", (first - 1,)).fetchone()[0]
+        for row in raw.execute("select * from event where id >= ? order by id", (first,)).fetchall():
+            body = {key: row[key] for key in row.keys() if key not in ("id", "hash")}  # noqa: SIM118
+            previous = event_hash(previous, body | {"detail": json.loads(body["detail"])})
+            raw.execute("update event set hash = ? where id = ?", (previous, row["id"]))
+    raw.close()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def settle(auditor: Auditor) -> None:
+    """Step until there is nothing more to look at."""
+    for _ in range(50):
+        if not auditor.step():
+            return
+    raise AssertionError("it never comes to an end")
+
+
+TAMPERED: list[tuple[str, int, str]] = [
+    ("update event set detail = '{\"number\": 8}' where id = 7", 7, "what it says was changed"),
+    ("update event set detail = '{' where id = 7", 7, "cannot be read"),
+    ("update event set at = '2020-01-01T00:00:00.000000+00:00' where id = 7", 7, "what it says was changed"),
+    ("update event set name = 'service.stopped' where id = 7", 7, "what it says was changed"),
+    ("update event set boot = '' where id = 7", 7, "what it says was changed"),
+    ("update event set monotonic_ns = monotonic_ns + 1 where id = 7", 7, "what it says was changed"),
+    ("update event set study_id = 1 where id = 7", 7, "what it says was changed"),
+    (f"update event set hash = '{'0' * 64}' where id = 7", 7, "its hash was changed"),
+    ("delete from event where id = 7", 7, "it is gone; event 8 is the next"),
+    ("delete from event where id = 1", 1, "it is gone; event 2 is the next"),
+    ("update event set id = 99 where id = 12", 12, "it is gone; event 99 is the next"),
+    ("insert into event select -1, at, monotonic_ns, boot, name, study_id, detail, hash from event where id = 3", 1,
+     "there cannot be such an event"),
+    ("insert into event select 13, at, monotonic_ns, boot, name, study_id, detail, hash from event where id = 3", 13,
+     "does not follow from event 12"),
+    ("update event set detail = replace(detail, 'Dr A', 'Dr B') where id = 5", 5, "what it says was changed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sql", "event", "says"), TAMPERED)
+def test_the_first_wrong_event_is_named(ledger: Ledger, path: Path, sql: str, event: int, says: str) -> None:
+    last, fault = walk_all(ledger)
+    assert (last.event, fault) == (EVENTS, None)
+    change(path, sql)
+    last, fault = walk_all(ledger)
+    assert fault is not None
+    assert (fault.event, says in fault.what) == (event, True), fault
+    assert last.event == event - 1
+    assert f"event {event}" in str(fault)
+
+
+@pytest.mark.parametrize(("sql", "event", "says"), TAMPERED)
+def test_it_is_found_while_the_box_runs_and_said_once(
+    ledger: Ledger, path: Path, head: Path, sql: str, event: int, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    auditor = Auditor(ledger, head, clock)
+    settle(auditor)
+    assert auditor.fault == ""
+    change(path, sql)
+    clock.now += audit.PATROL_SECONDS
+    with caplog.at_level(logging.ERROR):
+        settle(auditor)
+        settle(auditor)
+    assert f"event {event if event < 13 else EVENTS + 2}" in auditor.fault or event in (1, 12), auditor.fault
+    assert auditor.fault in caplog.text
+    assert event_counts(ledger)["audit.broken"] == 1
+    clock.now += audit.BROKEN_SECONDS
+    settle(auditor)
+    assert auditor.fault
+    assert event_counts(ledger)["audit.broken"] <= 2
+    assert standing(ledger, head)[1]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_large_ledger_is_walked_in_pieces(ledger: Ledger, path: Path, head: Path) -> None:
+    clock = Clock()
+    change(path, "update event set boot = '' where id = 10")
+    auditor = Auditor(ledger, head, clock)
+    assert [auditor.step() for _ in range(3)] == [True, True, True]
+    assert auditor.fault == ""
+    assert not auditor.step()
+    assert auditor.fault.startswith("event 10 (service.started)")
+
+
+@pytest.mark.parametrize("sql", ["delete from event where id = 5", TAMPERED[-1][0]])
+@pytest.mark.usefixtures("small_pieces")
+def test_a_decision_that_was_touched_is_found_at_the_very_start(
+    ledger: Ledger, path: Path, head: Path, sql: str
+) -> None:
+    change(path, sql)
+    assert Auditor(ledger, head, Clock()).fault
+
+
+@pytest.mark.parametrize("sql", ["delete from event where id = 5", TAMPERED[-1][0]])
+def test_a_decision_that_was_touched_is_found_at_the_next_step(
+    ledger: Ledger, path: Path, head: Path, sql: str
+) -> None:
+    auditor = Auditor(ledger, head, Clock())
+    settle(auditor)
+    change(path, sql)
+    auditor.step()
+    assert "event 5" in auditor.fault
+
+
+def test_an_end_that_was_cut_off_is_found_at_once(ledger: Ledger, path: Path, head: Path) -> None:
+    auditor = Auditor(ledger, head, Clock())
+    settle(auditor)
+    change(path, "delete from event where id > 10")
+    assert walk_all(ledger)[1] is None, "the chain alone does not show it"
+    auditor.step()
+    assert f"event {EVENTS + 1}" in auditor.fault
+
+
+def test_an_end_that_was_cut_off_is_found_at_the_start(ledger: Ledger, path: Path, head: Path) -> None:
+    settle(Auditor(ledger, head, Clock()))
+    noted = read_head(head)
+    assert noted is not None
+    change(path, "delete from event where id > 10")
+    auditor = Auditor(ledger, head, Clock())
+    assert f"event {noted.event}: it was noted elsewhere, and is gone" in auditor.fault
+    last, fault = walk_all(ledger, [noted])
+    assert (last.event, fault and fault.event) == (11, None) or fault is not None
+    # What is written since does not hide it.
+    for number in range(10):
+        ledger.log(Event.SERVICE_STARTED, number=number)
+    assert "its hash is" in Auditor(ledger, head, Clock()).fault
+
+
+def test_a_chain_made_anew_is_found_by_its_head(ledger: Ledger, path: Path, head: Path) -> None:
+    settle(Auditor(ledger, head, Clock()))
+    rewrite(path, 7, '{"number": 70}')
+    assert walk_all(ledger)[1] is None, "the chain alone does not show it"
+    assert "noted elsewhere" in Auditor(ledger, head, Clock()).fault
+    # An older head, of before what was changed, shows nothing: it did not change.
+    with sqlite3.connect(path) as raw:
+        ((old,),) = raw.execute("select hash from event where id = 6").fetchall()
+    assert walk_all(ledger, [Head(6, old)])[1] is None
+
+
+def test_the_head_is_noted_as_the_chain_grows(ledger: Ledger, head: Path) -> None:
+    clock = Clock()
+    auditor = Auditor(ledger, head, clock)
+    assert event_counts(ledger)["audit.begun"] == 1
+    settle(auditor)
+    first = read_head(head)
+    assert first is not None and first.event == EVENTS + 1
+    ledger.log(Event.SERVICE_STOPPED)
+    settle(auditor)
+    assert read_head(head) == first
+    clock.now += audit.NOTE_SECONDS
+    settle(auditor)
+    second = read_head(head)
+    assert second is not None and second.event == EVENTS + 2
+    Auditor(ledger, head, clock)
+    assert event_counts(ledger)["audit.begun"] == 1
+
+
+def test_a_broken_chain_does_not_move_the_head(ledger: Ledger, path: Path, head: Path) -> None:
+    clock = Clock()
+    auditor = Auditor(ledger, head, clock)
+    settle(auditor)
+    before = head.read_bytes()
+    change(path, "delete from event where id = 7")
+    for _ in range(3):
+        clock.now += audit.PATROL_SECONDS
+        settle(auditor)
+    assert (auditor.fault != "", head.read_bytes()) == (True, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"event": "x", "hash": ""}', b"\xff"])
+def test_a_head_that_cannot_be_read_is_a_fault(ledger: Ledger, head: Path, content: bytes) -> None:
+    head.write_bytes(content)
+    assert "cannot be read" in Auditor(ledger, head, Clock()).fault
+    with pytest.raises(ScansideError, match="cannot be read"):
+        read_head(head)
+
+
+def test_what_was_mended_is_trusted_again(ledger: Ledger, path: Path, head: Path) -> None:
+    clock = Clock()
+    auditor = Auditor(ledger, head, clock)
+    settle(auditor)
+    with sqlite3.connect(path) as raw:
+        ((before,),) = raw.execute("select detail from event where id = 5").fetchall()
+    change(path, "update event set detail = '{}' where id = 5")
+    settle(auditor)
+    assert auditor.fault
+    change(path, "update event set detail = ? where id = 5", before)
+    settle(auditor)
+    assert auditor.fault, "not yet"
+    clock.now += audit.BROKEN_SECONDS
+    settle(auditor)
+    assert auditor.fault == ""
+    assert event_counts(ledger)["audit.restored"] == 1
+    assert standing(ledger, head)[1] == ""
+    ledger.log(Event.SERVICE_STOPPED)
+    settle(auditor)
+    assert auditor.fault == ""
+
+
+def test_a_fault_says_where_and_what() -> None:
+    assert str(Fault(7, "board.approved", "it is gone")) == "event 7 (board.approved): it is gone"
+    assert str(Fault(7, "", "it is gone")) == "event 7: it is gone"
+
+
+def test_a_walk_goes_on_where_it_stood(ledger: Ledger) -> None:
+    walk = Walk(ledger)
+    assert walk.advance() == (EVENTS, None)
+    assert walk.advance() == (0, None)
+    ledger.log(Event.SERVICE_STOPPED)
+    assert walk.advance() == (1, None)
+    assert walk.head.event == EVENTS + 1
+
+
+def test_the_command(tmp_path: Path, ledger: Ledger, path: Path, head: Path) -> None:
+    config = tmp_path / "scanside.toml"
+    config.write_text('[box]\nstate_directory = "."\n')
+
+    def told(*arguments: str, code: int = 0) -> dict[str, object]:
+        result = CliRunner().invoke(app, ["--config", str(config), "audit", "verify", *arguments, "--json"])
+        assert result.exit_code == code, result.output
+        found: dict[str, object] = json.loads(result.stdout)
+        return found
+
+    answer = told()
+    assert (answer["ok"], answer["events"], answer["fault"], answer["noted"]) == (True, EVENTS, None, None)
+    early = str(answer["head"])
+    number, _, digest = early.partition(":")
+    write_head(head, Head(int(number), digest))
+    assert told()["noted"] == early
+    rewrite(path, 9, '{"number": 90}')
+    for arguments in ([], ["--head", early]):
+        fault = told(*arguments, code=1)["fault"]
+        assert isinstance(fault, dict) and fault["event"] == EVENTS
+    head.unlink()
+    assert told()["ok"], "nobody knows better without a head"
+    assert told("--head", early, code=1)["ok"] is False
+    change(path, "update event set detail = '{}' where id = 5")
+    text = CliRunner().invoke(app, ["--config", str(config), "audit", "verify"])
+    assert (text.exit_code, "event 5 (board.suspended)" in text.stdout) == (1, True)
+    head.write_text("nothing")
+    assert told(code=1)["ok"] is False
+    wrong = CliRunner().invoke(app, ["--config", str(config), "audit", "verify", "--head", "12"])
+    assert wrong.exit_code == 2
