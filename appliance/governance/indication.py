@@ -56,7 +56,9 @@ _WITHOUT_AGENT = re.compile(
     r"(CONTRAST\w*|CON|KM|INJ\w*|ENHANC\w*|C)\b|\b(UNENHANCED|NONCON\w*|PRECON\w*|NATIV\w*|PLAIN)\b"
 )
 _WITH_AGENT = re.compile(
-    r"(^|[ /&-])\+ ?C\b|\bC ?\+|\bCONTRAST|\bENHANCED|\bCECT\b|\bKM\b|\bCT[APV]\b|ANGIO|PERFUSION"
+    # "Enhanced" is also what DICOM calls its multi-frame objects, and conversions to them say so.
+    r"(^|[ /&-])\+ ?C\b|\bC ?\+|\bCONTRAST"
+    r"|\bENHANCED(?! (CONVERSION|CT IMAGE|MULTI))|\bCECT\b|\bKM\b|\bCT[APV]\b|ANGIO|PERFUSION"
     r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJECT"
     r"|\b(ARTERIAL|VENOUS|PORTAL)\b"
 )

@@ -16,9 +16,11 @@ import sqlalchemy as sa
 from appliance.ledger import schema as t
 from appliance.ledger.database import Database, Row, event_hash
 
-CHUNK = 2000
-"""Events that are checked at a time; some 25 ms."""
+CHUNK = 1000
+"""Events that are checked at a time; some 20 ms."""
 
+_LEAST = -(2**63)
+"""The least number that SQLite can give a row."""
 _SELECT = "SELECT id, at, monotonic_ns, boot, name, study_id, detail, hash FROM event "
 
 
@@ -61,10 +63,9 @@ class Walk:
 
         Where it stood, it looks again, so that it sees an end that was cut off behind it.
         """
+        first = self.head.event or _LEAST
         with self._ledger.read() as connection:
-            rows = connection.exec_driver_sql(
-                f"{_SELECT} WHERE id >= ? ORDER BY id LIMIT ?", (self.head.event, limit + 1)
-            ).all()
+            rows = connection.exec_driver_sql(f"{_SELECT} WHERE id >= ? ORDER BY id LIMIT ?", (first, limit + 1)).all()
         if self.head.event:
             if not rows or rows[0].id != self.head.event:
                 return 0, Fault(self.head.event, "", "it was here, and is gone")
@@ -156,9 +157,14 @@ def glance(ledger: Database, noted: Collection[Head] = ()) -> Fault | None:
                 return Fault(head.event, "", f"it was noted elsewhere, and is gone; the last event is {last or 0}")
             if row.hash != head.hash:
                 return Fault(head.event, row.name, f"its hash is {row.hash}, and {head.hash} was noted elsewhere")
-    if count and (first != 1 or last != count):
-        return Fault(0, "", f"there are {count} events, numbered from {first} to {last}: some are gone")
-    return None
+        if not count or (first == 1 and last == count):
+            return None
+        gap = 1
+        if first == 1:
+            gap = connection.exec_driver_sql(
+                "SELECT min(id) + 1 FROM event e WHERE NOT EXISTS (SELECT 1 FROM event n WHERE n.id = e.id + 1)"
+            ).scalar_one()
+    return Fault(gap, "", f"there are {count} events, numbered from {first} to {last}, but not this one")
 
 
 def newest(ledger: Database, names: Collection[str]) -> tuple[Row | None, int]:

@@ -49,10 +49,12 @@ def later(seconds: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="microseconds")
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
 def event_hash(previous: str, row: dict[str, Any]) -> str:
     """The link of the chain of events: SHA-256 over the hash before it and the row as canonical JSON."""
-    body = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()
+    return hashlib.sha256(f"{previous}\n{_CANONICAL(row)}".encode()).hexdigest()
 
 
 def seconds_between(earlier: str, after: str) -> float:

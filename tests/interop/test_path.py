@@ -100,7 +100,7 @@ def test_an_enhanced_multi_frame_study(box: Box, tmp_path: Path) -> None:
     converted.save_as(path)
     assert [result.error for result in box.send([path])] == [""]
     report = box.settled(uid)
-    assert report["verdicts"][-1]["positive"], report["analyses"]
+    assert report["verdicts"] and report["verdicts"][-1]["positive"], [one["reason"] for one in report["analyses"]]
     assert len(box.messages(uid)) == 1
 
 

@@ -257,7 +257,7 @@ def _lines(figures: Mapping[str, Any], shown: Mapping[str, Sequence[Outcome]]) -
     )  # fmt: skip
     yield from (
         "",
-        "A study with several kinds counts under each; in the cells of subtype and volume under that of most of its blood.",
+        "A study with several kinds counts under each; in the cells of subtype and volume, where most of its blood is.",
         "",
     )
     yield from _table(
@@ -438,7 +438,7 @@ def _method(figures: Mapping[str, Any]) -> Iterator[str]:
         "- Intervals: proportions Wilson 1927; AUC DeLong 1988, on the logit; Brier score and calibration error "
         "bootstrap percentiles; limits of agreement Bland and Altman 1986. Nothing is corrected for the number of "
         "groups.",
-        f"- {figures['seconds']} s of work, studies of both families added up, on {figures['cores']} cores, in simulating, writing and reading.",
+        f"- {figures['seconds']} s of simulating, writing and reading, all added up, on {figures['cores']} cores.",
         "- " + ", ".join(f"{name} {version}" for name, version in figures["versions"].items()) + ".",
     )
 

@@ -235,7 +235,8 @@ def test_a_tiny_run_has_every_figure(tmp_path: Path) -> None:
     assert one["cpu_s_per_study"]["engine"] > 0
     assert one["cpu_s_per_study"]["triton"] > 0
     for name in SERVICES:
-        assert 20 < one["peak_mb_after_a_quarter"][name] <= one["peak_mb"][name]
+        # The kernel counts pages in batches for each thread: a peak may shrink by some of them.
+        assert 20 < one["peak_mb_after_a_quarter"][name] <= 1.01 * one["peak_mb"][name]
     assert picture.read_text().startswith("<svg")
     assert list((tmp_path / "run").iterdir()) == []
     assert mentioning(str(tmp_path)) == []

@@ -358,7 +358,7 @@ def test_the_codes_of_the_head_are_those_of_the_standard() -> None:
         *(({"series_description": text}, False) for text in (
             "HEAD W/O", "HEAD W/O CONTRAST", "WITHOUT CONTRAST", "NON-CONTRAST", "NON CON", "NONCONTRAST",
             "NO CONTRAST", "PRE CONTRAST", "C-", "HEAD -C", "ohne KM", "nativ", "SANS INJECTION", "UNENHANCED", "NCCT",
-            "AXIAL", "",
+            "AXIAL", "", "HEAD 5 (enhanced conversion)",
         )),
         ({"series_description": "AXIAL", "protocol_name": "HEAD WITH CONTRAST"}, True),
         ({"series_description": "AXIAL", "protocol_name": "HEAD W/WO CONTRAST W/O"}, False),

@@ -19,6 +19,7 @@ from triton_models.training import card, evaluate
 from triton_models.training.evaluate import Reader, examples, fingerprint, more_alike, real_head, run, stored
 from triton_models.training.lookalikes import KINDS
 from triton_models.training.measures import Outcome
+from triton_models.training.phantom import simulate
 
 from .test_measures import BLEED, NOTHING
 
@@ -127,9 +128,10 @@ def test_a_real_head_is_negative_and_the_gate_says_why_it_is_not_admitted(reader
 
 @pytest.mark.interop
 @pytest.mark.slow
-def test_a_study_is_read_as_the_appliance_reads_it(reader: Reader) -> None:
-    first = evaluate.FIRST_SEED["training"] + 1
-    seed = next(n for n in range(first, first + 40, 2) if sum(evaluate.drawn("training", n).volume_ml.values()) > 5)
+def test_a_study_is_read_as_the_appliance_reads_it(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = simulate(7, bleed="intraparenchymal", size=256)
+    monkeypatch.setattr(evaluate, "drawn", lambda family, seed: made)
+    seed = made.seed
     outcome, phantom, read = evaluate.evaluated(reader, "training", seed)
     assert outcome.refused == "" and read.verdict is not None and outcome.bleeds
     assert outcome.probability == pytest.approx(max(slab.probabilities["any"] for slab in read.verdict.slabs), abs=1e-6)
@@ -140,3 +142,14 @@ def test_a_study_is_read_as_the_appliance_reads_it(reader: Reader) -> None:
     again, picture = evaluate.example(reader, "training", seed)
     assert replace(again, seconds=0.0) == replace(outcome, seconds=0.0)
     assert (picture == np.array(card.TRUTH)).all(axis=2).any()
+
+
+def test_every_other_study_bleeds_on_its_familys_scanners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "study", lambda seed, **asked: (seed, asked["positive"], asked["family"]))
+    monkeypatch.setattr(evaluate, "simulate", lambda seed, **asked: (seed, asked["look_alikes"], asked["vendor"]))
+    assert [evaluate.drawn("unseen", 2), evaluate.drawn("unseen", 3), evaluate.drawn("training", 3)] == [
+        (2, False, "unseen"),
+        (3, True, "unseen"),
+        (3, True, "training"),
+    ]
+    assert evaluate.drawn("clip", 4) == (4, ("clip",), "neusoft")

@@ -178,8 +178,9 @@ def test_every_group_counts_its_own() -> None:
         "below 1": 1, "1 to 5": 1, "5 to 25": 1, "25 and more": 1
     }  # fmt: skip
     assert of(told["by_volume_ml"]["1 to 5"]) == (0.0, 1)
-    alone = told["by_subtype_and_volume_ml"]
-    assert of(alone["subdural"]["5 to 25"]) == (1.0, 1) and alone["subdural"]["25 and more"]["n"] == 0
+    mostly = told["by_subtype_and_volume_ml"]
+    assert of(mostly["subdural"]["5 to 25"]) == of(mostly["subdural"]["25 and more"]) == (1.0, 1)
+    assert mostly["epidural"]["25 and more"]["n"] == 0
     assert {name: of(one) for name, one in told["by_look_alike"].items()} == {
         "none": (1.0, 2), "pineal": (0.5, 2), "clip": (0.0, 1)
     }  # fmt: skip
