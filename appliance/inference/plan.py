@@ -33,7 +33,7 @@ from .triton import Output
 log = logging.getLogger(__name__)
 
 SINGLE = "model_fp32.onnx"
-"""What a package lists whose model.onnx is quantised for CPUs: TensorRT reads no unsigned eight-bit activations."""
+"""What a package lists whose model.onnx is quantised for CPUs; TensorRT does not read that one."""
 
 _BUILD = "run `scanside models build`"
 _WHERE = "TensorRT"

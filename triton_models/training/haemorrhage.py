@@ -291,6 +291,9 @@ def _surface(rng: np.random.Generator, head: Head, low_mm: float, off_sutures_mm
     def fits(at: tuple[NDArray[np.intp], ...]) -> Mask:
         table = head.table_mm[at]
         good = (table > 0.5) & (table < 2.0) & (np.abs(head.midline_mm[at]) > 22)
+        # Where the skull slopes, a slab shows bone and no blood; what is small and lies there is in no reader's count.
+        below, above = (np.clip(at[0] + shift, 0, head.hu.shape[0] - 1) for shift in (-3, 3))
+        good &= np.abs(head.table_mm[above, at[1], at[2]] - head.table_mm[below, at[1], at[2]]) < 2.0
         _, y, z = coordinates(head, at)
         return np.asarray(good & (z > low_mm - 0.4 * np.maximum(y - 20, 0)) & (head.sutures_mm[at] > off_sutures_mm))
 
@@ -342,7 +345,7 @@ def _unparted(sutures_mm: Volume, start: tuple[int, ...], ends: NDArray[np.intp]
 
 def _subdural(rng: np.random.Generator, head: Head, truth: NDArray[np.uint8], volume_ml: float, age: str) -> _Plan:
     """A crescent over one hemisphere; or a sheet along the falx or on the tentorium."""
-    thick = (1.8 + float(np.sqrt(volume_ml))) * rng.uniform(0.75, 1.35)
+    thick = (3.2 + float(np.sqrt(volume_ml))) * rng.uniform(0.75, 1.35)
     wide = float(np.sqrt(1000 * volume_ml / (0.67 * np.pi * thick)))
     place = str(rng.choice(("convexity", "falx", "tentorium"), p=(0.76, 0.16, 0.08)))
     if place != "convexity" and volume_ml > 15:
@@ -364,9 +367,9 @@ def _subdural(rng: np.random.Generator, head: Head, truth: NDArray[np.uint8], vo
         same = _same_side(head, where, point, 1.2)
     away = where.away(point, (1.0, 1.2, 0.9))
     along = np.sqrt(np.maximum(away * away - depth * depth, 0)) * (1 + 0.12 * noise(rng, where.shape, 22))
-    profile = np.clip(1 - (along / np.float32(0.95 * wide + 2)) ** 4, 0.02, 1) * np.clip(
-        1 + 0.18 * noise(rng, where.shape, 14), 0.5, 1.5
-    )
+    profile = 1 - (along / np.float32(0.95 * wide + 1)) ** 4
+    inside &= profile > 0.1  # beyond it there is not even a film
+    profile = np.maximum(profile, 0.1) * np.clip(1 + 0.18 * noise(rng, where.shape, 14), 0.5, 1.5)
     priority = np.asarray(np.maximum(depth, 0.0) / profile, dtype=np.float32)
     mixed = volume_ml > 3 and rng.random() < 0.3
     inside &= same
@@ -374,7 +377,7 @@ def _subdural(rng: np.random.Generator, head: Head, truth: NDArray[np.uint8], vo
         where,
         priority,
         lambda: np.asarray(inside & _free(truth, where)),
-        pushes=1.6,
+        pushes=1.35,
         mottled=6.0 if mixed else 2.5,
         level=float(rng.uniform(8, 24)) if mixed else 0.0,
     )
@@ -486,7 +489,7 @@ def _subarachnoid(rng: np.random.Generator, head: Head, truth: NDArray[np.uint8]
 
         def fits(at: tuple[NDArray[np.intp], ...]) -> Mask:
             _, _, z = coordinates(head, at)
-            return np.asarray((head.subarachnoid[at] > 0.6) & (head.table_mm[at] < 25) & (z > -30))
+            return np.asarray((head.subarachnoid[at] > 0.6) & (np.abs(head.table_mm[at] - 14) < 10) & (z > -30))
 
         points = [seat(rng, head, fits)]
     reach = 8 + 1.8 * float(np.cbrt(3000 * volume_ml / (4 * np.pi * 0.07)))
@@ -498,7 +501,7 @@ def _subarachnoid(rng: np.random.Generator, head: Head, truth: NDArray[np.uint8]
     )
 
     def room() -> Mask:
-        return np.asarray((head.subarachnoid[where.at] >= 0.4) & (head.table_mm[where.at] > 0.3) & _free(truth, where))
+        return np.asarray((head.subarachnoid[where.at] >= 0.4) & (head.table_mm[where.at] > 1.2) & _free(truth, where))
 
     return _Plan(
         where,

@@ -40,7 +40,7 @@ from .network import INPUTS, Network
 from .progress import Bar, say
 from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Store, Variety, make
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 PRESENT_MM2 = 12.0
 """A slab with so much blood is one that bleeds; what is below teaches its map only."""
 SURE_MM2 = 48.0

@@ -26,11 +26,11 @@ def answer(slabs: NDArray[np.float32], model: Model, off: float = 0.0) -> Output
     )
 
 
-class _Buffer(np.ndarray):  # type: ignore[type-arg]
+class _Buffer(np.ndarray):
     """An array whose memory stands for the device's."""
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return SimpleNamespace(ptr=self.ctypes.data)
 
 
@@ -90,7 +90,7 @@ class FakeTensorRT:
             if not self.buildable:
                 logger.log(1, "there is no implementation")
                 return None
-            return b"a fake plan of " + network.onnx
+            return b"a fake plan of " + bytes(network.onnx)
 
         return SimpleNamespace(
             create_network=lambda flags: SimpleNamespace(onnx=b""),

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner, Result
 
+from appliance.cli import app
 from appliance.governance.package import PARITY, Package, PackageError, Parity
+from appliance.inference.parity import Parity as Figures
 from appliance.inference.parity import check_parity
 from appliance.inference.plan import SINGLE, Gpu, PlanError, Record, build, compile_plan, find, plan_path, this_gpu
 from appliance.inference.server import prepare, render_config
@@ -323,11 +326,50 @@ def test_a_gpu_repository_holds_the_plans(
     assert not (home / "repository").exists()
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "scanside.toml"
+    path.write_text('[box]\nstate_directory = "state"\n')
+    return path
+
+
+def command(config: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["--config", str(config), "models", "build", *arguments])
+
+
+def test_the_command_builds_what_runs(
+    config: Path, reference: Package, plans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(FakeTensorRT(reference.model), fake_cupy(), "90")
+    installed(monkeypatch, gpu.cupy, gpu.trt)
+    # The fake engine does not answer as the shipped model does.
+    refused = command(config)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "not the model that was published" in refused.stderr
+    assert not plans.exists()
+    agrees = Figures(3, 0.0, 0.0, "any", TOLERANCE)
+    monkeypatch.setattr("appliance.inference.plan.check_parity", lambda package, ask: agrees)
+    built = command(config, "ich_reference", "--fp16", "--json")
+    assert built.exit_code == 0, built.output
+    (plan,) = json.loads(built.stdout)["plans"]
+    assert (plan["path"], plan["precision"]) == (str(plan_path(plans, reference, gpu)), "fp16")
+    assert find(plans, reference, gpu)
+    assert "TensorRT 10.13.2.6, sm90, fp32" in command(config).stdout
+
+
+def test_the_command_says_that_there_is_no_gpu(config: Path, plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, SimpleNamespace(cuda=SimpleNamespace(Device=no_gpu)), None)
+    refused = command(config)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "there is no NVIDIA GPU" in refused.stderr
+    assert not plans.exists()
+
+
 def test_the_real_tensorrt_for_rtx_builds_the_shipped_model(reference: Package) -> None:
     """For another GPU than this machine has: the names and arguments are TensorRT's own, the engine is not run."""
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs tensorrt-rtx-cu13-bindings and its -libs")
 
-    class Builder(trt.Builder):  # type: ignore[misc]
+    class Builder(trt.Builder):  # type: ignore[misc, name-defined]
         def create_builder_config(self) -> Any:
             config = super().create_builder_config()
             config.num_compute_capabilities = 1
@@ -340,6 +382,9 @@ def test_the_real_tensorrt_for_rtx_builds_the_shipped_model(reference: Package) 
     assert len(compile_plan(for_sm86, onnx, reference.model)) > len(onnx) // 4
     with pytest.raises(PlanError, match="cannot read the model"):
         compile_plan(for_sm86, onnx[: len(onnx) // 2], reference.model)
+    if source == SINGLE:  # why there is one
+        with pytest.raises(PlanError, match="cannot read the model"):
+            compile_plan(for_sm86, (reference.folder / "model.onnx").read_bytes(), reference.model)
     with pytest.raises(PlanError, match="from the model alone"):
         compile_plan(for_sm86, onnx, reference.model, fp16=True)
     renamed = replace(reference.model, input=replace(reference.model.input, name="another"))

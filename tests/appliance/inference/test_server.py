@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import venv
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,17 +18,13 @@ from appliance.inference.triton import DIGEST_PARAMETER, TritonError
 
 from .conftest import REFERENCE, seeing
 
-PLAN = b"a TensorRT plan"
-
 
 @pytest.fixture
 def package(tmp_path: Path) -> Package:
-    """The reference package, with a plan for a GPU beside its ONNX model."""
+    """A copy of the reference package."""
     folder = tmp_path / "package"
     shutil.copytree(REFERENCE, folder, ignore=shutil.ignore_patterns("package.sig"))
-    package = load(folder, allow_unsigned=True)
-    (folder / "model.plan").write_bytes(PLAN)
-    return replace(package, files={**package.files, "model.plan": f"sha256:{hashlib.sha256(PLAN).hexdigest()}"})
+    return load(folder, allow_unsigned=True)
 
 
 def parse(text: str) -> pb.ModelConfig:

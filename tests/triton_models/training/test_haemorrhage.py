@@ -120,6 +120,12 @@ def test_a_subdural_keeps_to_its_side_and_crosses_sutures(clean: Head) -> None:
     assert crossed
 
 
+def test_a_small_subdural_is_no_film(clean: Head) -> None:
+    for seed in range(3):
+        _, truth, _ = bled(clean, seed, "subdural", 0.3)
+        assert np.ptp(np.argwhere(truth), axis=0).max() < 25
+
+
 def test_blood_among_the_arachnoid_stays_there(clean: Head) -> None:
     for head, mask in masks(clean, "subarachnoid", 6.0):
         assert head.subarachnoid[mask].min() >= 0.4
