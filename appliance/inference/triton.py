@@ -39,6 +39,7 @@ URGENT, ROUTINE = 1, 2
 
 _PREFIX = "scanside-tensors-"
 _HEALTH_SECONDS = 2.0
+_LET_GO_SECONDS = 1.0
 _TOO_LATE = "StatusCode.DEADLINE_EXCEEDED"
 _UNREACHABLE = "StatusCode.UNAVAILABLE"
 _CHANNEL = [
@@ -104,7 +105,11 @@ class TritonClient:
             regions, self._free, self._closed = self._free, [], True
         for region in regions:
             self._give_up(region)
-        with suppress(InferenceServerException):
+        # For some milliseconds after an answer the server still calls a region in use.
+        deadline = time.monotonic() + _LET_GO_SECONDS
+        self._unregister()
+        while self._given_up and time.monotonic() < deadline:
+            time.sleep(0.02)
             self._unregister()
         self._grpc.close()
 

@@ -44,6 +44,7 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     answer: Callable[[Any], Outputs] = answer_of
     regions: dict[str, str] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
+    refused: threading.Event = field(default_factory=threading.Event)
     requests: list[int] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     writes: bool = True
@@ -72,6 +73,7 @@ class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
         if request.name in self.busy:
+            self.refused.set()
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"region '{request.name}' is in use")
         self.regions.pop(request.name, None)
         return service_pb2.SystemSharedMemoryUnregisterResponse()
@@ -379,6 +381,23 @@ def test_a_region_in_use_is_given_back_later(server: Running, reference: Package
         assert name in server.fake.regions
         server.fake.busy.clear()
     assert server.fake.regions == {}
+
+
+def test_a_region_in_use_at_the_end_is_given_back_once_it_is_free(server: Running, reference: Package) -> None:
+    """Right after an answer the real server refuses to let go of its region."""
+    with TritonClient(server.url) as client:
+        client.infer(reference, slabs_of(1))
+        server.fake.busy.update(server.fake.regions)
+        server.fake.refused.clear()
+
+        def free() -> None:
+            server.fake.refused.wait(30)
+            server.fake.busy.clear()
+
+        frees = threading.Thread(target=free)
+        frees.start()
+    frees.join()
+    assert not server.fake.regions
 
 
 def test_what_a_killed_client_left_is_swept_and_a_living_ones_is_not(server: Running, reference: Package) -> None:
