@@ -87,6 +87,7 @@ def show(
         "clearance": package.clearance,
         "notice": package.notice,
         "mode": package.mode,
+        "data": package.data or "not stated",
         "labels": ", ".join(package.labels),
         **{name: f"{rule} ({clause})" for name, (rule, clause) in asked.items()},
         **{f"limitation {n}": f"{one.text} ({one.clause})" for n, one in enumerate(package.indication.limitations, 1)},

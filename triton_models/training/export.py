@@ -25,7 +25,7 @@ SINGLE = "model_fp32.onnx"
 PARITY = 1e-4
 """Largest difference between PyTorch's and ONNX Runtime's outputs that is accepted."""
 
-_TOML = """\
+_TOML = '''\
 # Written by triton_models.training.export; what a field means is said in docs/architecture.md.
 name = "{name}"
 version = "{version}"
@@ -35,6 +35,10 @@ clearance = "none: research reference"
 notice = "Research use, not cleared. Trained on simulated head CTs only."
 mode = "evaluation"
 intended_use = "triage"
+data = """
+Trained, calibrated and tested on simulated non-contrast head CTs only: an average brain (MNI152), deformed, with \\
+bleeds, look-alikes and scanners by rule. No patient's images. Its operating point was set on {studies} studies of the \\
+same simulator; metrics.json says how many heads it was trained on, docs/model how it did on settings it never saw."""
 labels = [{labels}]
 
 [indication]
@@ -106,7 +110,7 @@ tolerance = {tolerance}
 
 [files]
 {files}
-"""
+'''
 
 
 def to_onnx(
