@@ -344,7 +344,7 @@ def studies(
     from appliance import show
     from appliance.ledger import views
 
-    budget = read_settings()[0].budget_seconds
+    budget = read_settings()[0].budget.seconds
     with _ledger() as ledger:
         reports = views.studies(ledger, limit)
         troubles = views.troubles(ledger)

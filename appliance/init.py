@@ -42,8 +42,6 @@ def write(
         raise SettingsError("there is a configuration already", str(path), "remove it, or choose another folder")
     wanted = {**sections, "box": {"state_directory": ".", **sections.get("box", {})}}
     parts = [_HEAD]
-    top = [name for name, field in Settings.model_fields.items() if not _is_section(field.annotation)]
-    parts.append(_keys(Settings, wanted.get("", {}), only=[name for name in top if name == "budget_seconds"]))
     for name, field in Settings.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -71,10 +69,6 @@ def write(
     return path
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
 def _optional_section(kind: Any) -> type[BaseModel] | None:
     """The section that a key may hold or lack."""
     return section_of(kind) if type(None) in get_args(kind) else None
@@ -92,10 +86,10 @@ def _is_key(line: str) -> bool:
     return " =" in line and line.split(" =")[0].removeprefix("# ").isidentifier()
 
 
-def _keys(model: type[BaseModel], values: Mapping[str, Any], only: Sequence[str] | None = None) -> str:
+def _keys(model: type[BaseModel], values: Mapping[str, Any]) -> str:
     lines = []
     for name, field in model.model_fields.items():
-        if (only is not None and name not in only) or _optional_section(field.annotation) is not None:
+        if _optional_section(field.annotation) is not None:
             continue
         if field.description:
             lines.append(f"# {field.description}")

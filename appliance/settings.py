@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -259,11 +259,43 @@ class DicomDestination(_Section):
     )
 
 
+class ClientTls(_Section):
+    """TLS for what we send: the peer's certificate must be of these authorities, and for the name that we call."""
+
+    authorities: Path | None = Field(
+        None, description="PEM file of the authorities that sign the peer's certificate; unset: those of this machine."
+    )
+    certificate: Path | None = Field(
+        None, description="PEM file of our certificate, then its chain, for a peer that asks for one."
+    )
+    key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
+
+    @model_validator(mode="after")
+    def _a_pair(self) -> ClientTls:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        return self
+
+
+_AFTER = Field(
+    ge=0,
+    le=86400,
+    description="0: told at once. Else a step of the escalation: told of an alert only if it is not acknowledged so "
+    "many seconds after the verdict.",
+)
+Identifier = Literal["accession", "study_uid", "patient_id", "patient_name", "birth_date"]
+_INCLUDE = Field(
+    description="What of the study is named beside its number on this box: accession, study_uid, patient_id, "
+    "patient_name, birth_date.",
+)
+
+
 class Hl7Destination(_Section):
     """An interface engine that receives alerts."""
 
     kind: Literal["hl7"]
     name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    after_seconds: Annotated[float, _AFTER] = 0.0
     host: str = Field(description="Its address.")
     port: Port = Field(description="Its MLLP port.")
     receiving_application: str = Field("", description="MSH-5.")
@@ -272,13 +304,66 @@ class Hl7Destination(_Section):
     processing_id: Literal["P", "T", "D"] = Field(
         "P", description="MSH-11: production, training, debugging. Always T for a package not in clinical mode."
     )
+    acknowledgement: Literal["original", "accept", "application"] = Field(
+        "original",
+        description="Original mode; or enhanced mode (MSH-15 AL), ended by the accept acknowledgement (MSH-16 NE) or "
+        "by the application's, which follows it on the same connection (MSH-16 AL).",
+    )
     acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the acknowledgement.")
+    application_seconds: float = Field(
+        30.0, gt=0, le=300, description="Longest wait for the application's acknowledgement after the accept one."
+    )
     refusals: bool = Field(
         False, description="Also tell it, once and without an alert, of a study that was not analysed, and why."
     )
+    tls: ClientTls | None = Field(None, description="Speak MLLP over TLS.")
 
 
-Destination = Annotated[DicomDestination | Hl7Destination, Field(discriminator="kind")]
+class MailDestination(_Section):
+    """A mail server that passes alerts on to people."""
+
+    kind: Literal["mail"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    after_seconds: Annotated[float, _AFTER] = 0.0
+    host: str = Field(description="The server's address.")
+    port: Port = Field(587, description="Its SMTP port.")
+    security: Literal["starttls", "tls", "none"] = Field(
+        "starttls", description="STARTTLS or nothing is sent; tls: TLS from the first byte; none: never over a network."
+    )
+    sender: str = Field(pattern=r"^[!-~]+@[!-~]+$", description="Address that the mail is from.")
+    recipients: list[Annotated[str, Field(pattern=r"^[!-~]+@[!-~]+$")]] = Field(
+        min_length=1, description="Addresses that it goes to."
+    )
+    username: str = Field("", description="Name to log in with; empty: no login.")
+    password_file: Path | None = Field(None, description="File that holds the password, and nothing else.")
+    include: Annotated[list[Identifier], _INCLUDE] = ["accession"]
+    acknowledge_seconds: float = Field(20.0, gt=0, le=300, description="Longest wait for each answer of the server.")
+    tls: ClientTls | None = Field(None, description="Whom we trust, and our own certificate.")
+
+
+class WebhookDestination(_Section):
+    """A service that takes alerts as signed JSON."""
+
+    kind: Literal["webhook"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    after_seconds: Annotated[float, _AFTER] = 0.0
+    url: str = Field(
+        pattern=r"^(https://[^\s/]+(/\S*)?|http://(127\.0\.0\.1|localhost)(:\d+)?(/\S*)?)$",
+        description="Where alerts are posted: https, or http to this machine.",
+    )
+    secret_file: Path = Field(
+        description="File that holds the key of the signature: whsec_ and 24 to 64 bytes in base64."
+    )
+    include: Annotated[list[Identifier], _INCLUDE] = ["accession"]
+    acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the answer.")
+    tls: ClientTls | None = Field(None, description="Whom we trust, and our own certificate.")
+
+
+AlertDestination = Hl7Destination | MailDestination | WebhookDestination
+"""What tells people or systems of an alert."""
+Destination = Annotated[
+    DicomDestination | Hl7Destination | MailDestination | WebhookDestination, Field(discriminator="kind")
+]
 
 
 class CommitmentPeer(_Section):
@@ -295,6 +380,28 @@ class Delivery(_Section):
     attempts: int = Field(50, ge=1, description="Tries before a delivery is a dead letter.")
     first_retry_seconds: float = Field(1.0, gt=0, description="Wait after the first failure; doubles each time.")
     longest_retry_seconds: float = Field(300.0, gt=0, description="Upper bound of that wait.")
+    alarm_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="An alert that nothing and nobody has acknowledged so long after the verdict is an alarm.",
+    )
+
+
+class Budget(_Section):
+    """Deadlines. A stage past its own is reported while it still lasts; a study past their sum is late."""
+
+    completion_seconds: float = Field(
+        25.0, gt=0, le=3600, description="From the last instance until the study counts as complete."
+    )
+    analysis_seconds: float = Field(25.0, gt=0, le=3600, description="From there until the verdict.")
+    alert_seconds: float = Field(
+        10.0, gt=0, le=3600, description="From the verdict until each destination has acknowledged the alert."
+    )
+
+    @property
+    def seconds(self) -> float:
+        """From the last instance to the acknowledged alert."""
+        return self.completion_seconds + self.analysis_seconds + self.alert_seconds
 
 
 class Settings(BaseSettings):
@@ -310,9 +417,7 @@ class Settings(BaseSettings):
     triton: Triton = Triton()
     models: Models = Models()
     delivery: Delivery = Delivery()
-    budget_seconds: float = Field(
-        60.0, gt=0, description="From the last instance to the acknowledged alert; past it a study is late."
-    )
+    budget: Budget = Budget()
     destination: list[Destination] = Field(
         default_factory=list, description="Where findings go; [[destination]] once for each."
     )
@@ -347,6 +452,16 @@ class Settings(BaseSettings):
             raise ValueError(f"two destinations are named {sorted(twice)[0]!r}")
         return value
 
+    @model_validator(mode="after")
+    def _escalation_begins(self) -> Settings:
+        steps = [one for one in self.alert_destinations if one.after_seconds]
+        if steps and len(steps) == len(self.alert_destinations):
+            raise ValueError("every destination of alerts has after_seconds: one must be told at once")
+        for one in steps:
+            if one.after_seconds >= self.delivery.alarm_seconds:
+                raise ValueError(f"{one.name}.after_seconds is not below delivery.alarm_seconds")
+        return self
+
     @field_validator("commitment_peer")
     @classmethod
     def _titles_differ(cls, value: list[CommitmentPeer]) -> list[CommitmentPeer]:
@@ -370,6 +485,17 @@ class Settings(BaseSettings):
             if clash:
                 raise ValueError(f"{key} and {clash[0]} are both {port}")
         return self
+
+    @property
+    def alert_destinations(self) -> tuple[AlertDestination, ...]:
+        """Who is told of alerts: those told at once first, then the steps of the escalation in their order."""
+        told = [one for one in self.destination if not isinstance(one, DicomDestination)]
+        return tuple(sorted(told, key=lambda one: one.after_seconds))
+
+    @property
+    def escalation(self) -> frozenset[str]:
+        """The names of the destinations that are steps of the escalation."""
+        return frozenset(one.name for one in self.alert_destinations if one.after_seconds)
 
     @property
     def ledger_path(self) -> Path:
@@ -442,6 +568,9 @@ def find_settings(path: Path | None) -> Path:
     raise SettingsError("there is no configuration file", looked, "run `scanside init DIR`, or name one with --config")
 
 
+_LocatedT = TypeVar("_LocatedT", bound=_Section)
+
+
 def load_settings(path: Path) -> Settings:
     """Read and check one configuration file. Relative paths in it start at its own folder.
 
@@ -464,7 +593,8 @@ def load_settings(path: Path) -> Settings:
     return settings.model_copy(
         update={
             "box": settings.box.model_copy(update={"state_directory": base / settings.box.state_directory}),
-            "intake": settings.intake.model_copy(update={"tls": _located(settings.intake.tls, base)}),
+            "intake": _located(settings.intake, base),
+            "destination": [_located(one, base) for one in settings.destination],
             "triton": settings.triton.model_copy(update={"environment": base / settings.triton.environment}),
             "models": settings.models.model_copy(
                 update={
@@ -477,18 +607,12 @@ def load_settings(path: Path) -> Settings:
     )
 
 
-def _located(section: Tls | None, base: Path) -> Tls | None:
-    """The section with its paths starting at that folder."""
-    if section is None:
-        return None
-    authorities = section.client_authorities
-    return section.model_copy(
-        update={
-            "certificate": base / section.certificate,
-            "key": base / section.key,
-            "client_authorities": authorities and base / authorities,
-        }
-    )
+def _located(section: _LocatedT, base: Path) -> _LocatedT:
+    """The section with its paths, and those of the sections in it, starting at that folder."""
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    found = {name: base / value for name, value in values.items() if isinstance(value, Path)}
+    inner = {name: _located(value, base) for name, value in values.items() if isinstance(value, _Section)}
+    return section.model_copy(update=found | inner)
 
 
 def section_of(kind: Any) -> type[BaseModel] | None:
@@ -501,7 +625,7 @@ def section_of(kind: Any) -> type[BaseModel] | None:
 
 def _sentence(error: Any) -> str:
     """One validation error as "key: what is wrong with it"."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("dicom", "hl7")) or "settings"
+    key = ".".join(str(part) for part in error["loc"] if part not in ("dicom", "hl7", "mail", "webhook")) or "settings"
     if error["type"] == "extra_forbidden":
         return f"{key}: there is no such key"
     message = error["msg"].removeprefix("Value error, ")
@@ -522,4 +646,13 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
     return rows
 
 
-__all__ = ["DicomDestination", "Hl7Destination", "InitSettingsSource", "Settings", "SettingsError"]
+__all__ = [
+    "AlertDestination",
+    "DicomDestination",
+    "Hl7Destination",
+    "InitSettingsSource",
+    "MailDestination",
+    "Settings",
+    "SettingsError",
+    "WebhookDestination",
+]

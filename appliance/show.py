@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from appliance.events import Event
 from appliance.ledger.retention import KeptStudy
 from appliance.ledger.views import is_late, timeline
 
@@ -109,6 +110,10 @@ def study_view(report: dict[str, Any]) -> RenderableType:
     head.add_row("state", f"{report['state']}, {report['instances']} images in {report['series']} series")
     if evidence:
         head.add_row("complete by", f"{evidence['by']} (confidence {evidence['confidence']})")
+    overdue = [one["detail"] for one in report["events"] if one["name"] == Event.STAGE_OVERDUE]
+    for one in overdue:
+        subject = f" ({escape(one['subject'])})" if one["subject"] else ""
+        head.add_row("[bold red]deadline missed[/]", f"{one['stage']}{subject}, begun at {one['since'][:19]} UTC")
     parts: list[RenderableType] = [head, "", timeline_table(report)]
     for analysis in report["analyses"]:
         parts += ["", _analysis(analysis, [v for v in report["verdicts"] if v["analysis_id"] == analysis["id"]])]

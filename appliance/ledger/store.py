@@ -16,6 +16,7 @@ from appliance.ledger import schema as t
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
 from appliance.ledger.database import Row, Statement, later, now
+from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.outbox import Outbox
 from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
@@ -148,7 +149,7 @@ _UPDATE_STUDY = Statement(
 )
 
 
-class Ledger(Outbox, Commitments, Performed, Retention):
+class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------

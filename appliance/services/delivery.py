@@ -11,6 +11,7 @@ from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
 from appliance.ledger.database import Row
 from appliance.ledger.doorbell import Doorbell
+from appliance.ledger.store import Ledger
 from appliance.services.process import STOP_SECONDS, service
 from appliance.settings import DicomDestination, Hl7Destination, Settings
 from dicom_io.scu import Peer
@@ -41,13 +42,14 @@ def run_delivery(settings: Settings) -> None:
                 attempts=settings.delivery.attempts,
                 first_retry_seconds=settings.delivery.first_retry_seconds,
                 longest_retry_seconds=settings.delivery.longest_retry_seconds,
-                budget_seconds=settings.budget_seconds,
+                budget_seconds=settings.budget.seconds,
             )
             worker.start()
             workers.append(worker)
         names = ", ".join(one.name for one in settings.destination) or "nobody: no destination is configured"
         log.info("delivery: to %s (%d deliveries taken up again)", names, parked)
         while not stopping.is_set():
+            _report_overdue(settings, ledger)
             if bell.wait(POLL_SECONDS):
                 for worker in workers:
                     worker.wake()
@@ -55,6 +57,24 @@ def run_delivery(settings: Settings) -> None:
             worker.stop()
         for worker in workers:
             worker.join(STOP_SECONDS / 2 / max(len(workers), 1))
+
+
+def _report_overdue(settings: Settings, ledger: Ledger) -> None:
+    """Hold every stage against its deadline; here, because a stage that hangs cannot do it itself."""
+    limits = settings.budget
+    try:
+        overdue = ledger.mark_overdue(
+            [one.name for one in settings.destination],
+            completion=limits.completion_seconds,
+            analysis=limits.analysis_seconds,
+            alert=limits.alert_seconds,
+        )
+    except Exception:
+        log.exception("deadlines could not be looked at")
+        return
+    for one in overdue:
+        subject = f" ({one.subject})" if one.subject else ""
+        log.error("study %d: %s%s is past its deadline; begun at %s", one.study_id, one.stage, subject, one.since)
 
 
 def _deliverer(

@@ -102,7 +102,7 @@ class Issuer:
             issued_at,
             findings,
             admission=admission.to_json(),
-            late=seconds_between(last, issued_at) > self._settings.budget_seconds,
+            late=seconds_between(last, issued_at) > self._settings.budget.seconds,
             untold=untold,
             board=board,
         )
@@ -208,6 +208,7 @@ class Issuer:
             sending_facility=destination.sending_facility,
             receiving_application=destination.receiving_application,
             receiving_facility=destination.receiving_facility,
+            acknowledgement=destination.acknowledgement,
         )
         path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
         _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))

@@ -1,0 +1,91 @@
+"""Stages that take longer than they may, written down while they still do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from appliance.events import Event
+from appliance.ledger import schema as t
+from appliance.ledger.database import Database, now, seconds_between
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """A stage of a study that is past its deadline.
+
+    Attributes:
+        stage: completion, analysis, or alert.
+        subject: what is waited for: "" of completion, the package of an analysis, the destination of an alert.
+        since: when the stage began, UTC.
+    """
+
+    study_id: int
+    stage: str
+    subject: str
+    since: str
+
+
+class Deadlines(Database):
+    """The part of the ledger that holds stages against their deadlines."""
+
+    def mark_overdue(
+        self, destinations: Collection[str], *, completion: float, analysis: float, alert: float
+    ) -> list[Overdue]:
+        """Append an event for each stage that is past its deadline and has none yet; returns those.
+
+        A stage that begins anew, as when a study is reopened, may be overdue once more.
+
+        Args:
+            destinations: those that are configured.
+            completion: seconds from the last instance until the study is complete.
+            analysis: from there until its verdict or refusal.
+            alert: from the verdict until each destination has acknowledged the alert.
+        """
+        at = now()
+        # By destination, as the index has it: there are many more deliveries than open ones.
+        alerted = _ALERTED.where(_D.destination.in_(destinations))
+        with self.read() as connection:
+            found = [
+                one
+                for limit, query in ((completion, _ARRIVING), (analysis, _ANALYSED), (alert, alerted))
+                for one in (Overdue(*row) for row in connection.execute(query))
+                if seconds_between(one.since, at) > limit
+            ]
+        if not found:
+            return []
+        with self._write() as connection:
+            known = self._marked(connection, {one.study_id for one in found})
+            new = [one for one in found if one not in known]
+            for one in new:
+                self._append(
+                    connection, Event.STAGE_OVERDUE, one.study_id, stage=one.stage, subject=one.subject, since=one.since
+                )
+        return new
+
+    @staticmethod
+    def _marked(connection: sa.Connection, studies: set[int]) -> set[Overdue]:
+        c = t.event.c
+        query = sa.select(c.study_id, c.detail).where(c.name == Event.STAGE_OVERDUE, c.study_id.in_(studies))
+        return {
+            Overdue(row.study_id, row.detail["stage"], row.detail["subject"], row.detail["since"])
+            for row in connection.execute(query)
+        }
+
+
+_S, _A, _D, _F, _V = t.study.c, t.analysis.c, t.delivery.c, t.finding.c, t.verdict.c
+_ARRIVING = sa.select(_S.id, sa.literal("completion"), sa.literal(""), _S.last_instance_at).where(
+    _S.state.in_(("receiving", "reopened"))
+)
+_ANALYSED = (
+    sa.select(_S.id, sa.literal("analysis"), _A.package, _S.completed_at)
+    .select_from(t.analysis.join(t.study))
+    .where(_A.state.in_(("admitted", "running")), _S.state == "complete")
+)
+_ALERTED = (
+    sa.select(_A.study_id, sa.literal("alert"), _D.destination, _V.issued_at)
+    .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+    .where(_D.state.in_(("pending", "sending")), _F.object.startswith("alert."))
+)
