@@ -22,7 +22,7 @@ LEDGER, SPOOL = "ledger.sqlite", "spool"
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 Row = tuple[str, str, bool]
-"""SOP Instance UID, digest, whether it is the current one of its UID."""
+"""SOP Instance UID, digest, whether it is the current one of its UID; of an instance that retention has not removed."""
 
 
 def violations(
@@ -96,7 +96,7 @@ def _held_against(ledger: Ledger, spool: Path, answered: Iterable[Image]) -> lis
 
 def _rows(ledger: Ledger) -> list[Row]:
     with ledger.read() as connection:
-        query = "SELECT sop_instance_uid, digest, is_current FROM instance"
+        query = "SELECT sop_instance_uid, digest, is_current FROM instance WHERE removed_at IS NULL"
         return [(uid, digest, bool(current)) for uid, digest, current in connection.exec_driver_sql(query)]
 
 

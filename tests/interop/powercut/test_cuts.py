@@ -62,7 +62,7 @@ def found_by_cutting(recording: Recording, cuts: list[int], folder: Path, seed: 
         answered = [one for after, one in recording.answers if after <= number]
         for mode in MODES if number % 3 == 0 else MODES[1:]:
             state = disk.after_cut(mode, random.Random(f"{seed} {number} {mode}"))
-            key = _fingerprint(state)
+            key = fingerprint(state)
             if seen.get(key) == len(answered):
                 continue
             seen[key] = len(answered)
@@ -89,7 +89,8 @@ def _empty(folder: Path) -> None:
             Path(entry.path).unlink()
 
 
-def _fingerprint(state: dict[str, bytes]) -> bytes:
+def fingerprint(state: dict[str, bytes]) -> bytes:
+    """The same for the same state of a disk."""
     total = hashlib.sha256()
     for path, content in sorted(state.items()):
         total.update(f"{path}\0{len(content)}\0".encode())
