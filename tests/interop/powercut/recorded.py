@@ -99,7 +99,7 @@ def record(
         "POWERCUT_IGNORE": ignore,
     }
     for number in range(1, rounds + 1):
-        with _running(config, environment, folder / "intake.log") as process:
+        with running(config, environment, folder / "intake.log") as process:
             _send(round_of_images(number, images), port, sent, process, kill=killed and number < rounds)
     operations = read_trace(folder / "trace", state)
     answers = [(after, sent.by_message[message]) for after, message in answered(operations)]
@@ -107,7 +107,8 @@ def record(
 
 
 @contextmanager
-def _running(config: Path, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(config: Path, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Intake, until the block is left; then it has to end in order, unless the block has killed it."""
     command = [sys.executable, "-m", "appliance.cli", "--config", str(config), "intake"]
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)

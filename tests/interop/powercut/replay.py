@@ -21,7 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 
-from tests.interop.powercut.scanner import Answers
+from tests.interop.powercut.scanner import C_STORE_RSP, Answers
 
 Mode = Literal["bare", "prefix", "subset"]
 MODES: tuple[Mode, ...] = ("bare", "prefix", "subset")
@@ -100,13 +100,13 @@ def read_trace(trace: Path, root: Path) -> list[Operation]:
     return found
 
 
-def answered(operations: Iterable[Operation]) -> list[tuple[int, int]]:
-    """(number of operations after which it counts as sent, message ID) of every Success."""
+def answered(operations: Iterable[Operation], field: int = C_STORE_RSP) -> list[tuple[int, int]]:
+    """(number of operations after which it counts as sent, message ID) of every Success with that Command Field."""
     streams: dict[tuple[int, int], Answers] = {}
     found = []
     for number, one in enumerate(operations, 1):
         if one.kind == Kind.SEND:
-            stream = streams.setdefault((one.inode, one.offset), Answers())
+            stream = streams.setdefault((one.inode, one.offset), Answers(field))
             found += [(number, message) for message in stream.feed(one.data)]
     return found
 

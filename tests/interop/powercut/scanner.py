@@ -15,6 +15,7 @@ from dataclasses import dataclass
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
 SUCCESS = 0x0000
+C_STORE_RSP = 0x8001
 
 _P_DATA = 0x04
 _RECEIVE_SECONDS = 20.0
@@ -178,14 +179,19 @@ def elements_of(command: bytes) -> dict[int, bytes]:
 
 
 class Answers:
-    """Reads the answers out of what a provider sent on one connection, piece by piece."""
+    """Reads the answers out of what a provider sent on one connection, piece by piece.
 
-    def __init__(self) -> None:
+    Args:
+        field: the Command Field of those that count (PS3.7 E.1).
+    """
+
+    def __init__(self, field: int = C_STORE_RSP) -> None:
+        self._field = field
         self._bytes = b""
         self._command = b""
 
     def feed(self, data: bytes) -> list[int]:
-        """The message IDs whose C-STORE-RSP with Success is whole with these bytes."""
+        """The message IDs whose answer with Success is whole with these bytes."""
         self._bytes += data
         found = []
         while len(self._bytes) >= 6:
@@ -200,14 +206,14 @@ class Answers:
                     continue
                 self._command += fragment
                 if control & 0x02:
-                    found += _success(elements_of(self._command))
+                    found += _success(elements_of(self._command), self._field)
                     self._command = b""
         return found
 
 
-def _success(command: dict[int, bytes]) -> list[int]:
+def _success(command: dict[int, bytes], wanted: int) -> list[int]:
     field, status = (int.from_bytes(command.get(key, b"\xff\xff"), "little") for key in (0x0100, 0x0900))
-    return [int.from_bytes(command[0x0120], "little")] if (field, status) == (0x8001, SUCCESS) else []
+    return [int.from_bytes(command[0x0120], "little")] if (field, status) == (wanted, SUCCESS) else []
 
 
 def _command(*elements: tuple[int, bytes]) -> bytes:
