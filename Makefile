@@ -11,10 +11,10 @@ TRAINING_VENV = .venv-training
 UV ?= uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint conformance lock lock-training model evaluate clean
+.PHONY: help setup demo test quick test-deploy lint conformance lock lock-training model evaluate clean
 
 help: ## Show the commands
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Build both environments
 
@@ -26,10 +26,15 @@ demo: ## Start everything, scan two patients, show the alert (STUDY=folder sends
 test: ## Run every check
 	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh test
 	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready lint
-	$(VENV)/bin/pytest -n 2 --dist loadgroup $(PYTEST)
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m "not deploy" $(PYTEST)
 
 quick: $(VENV)/.test ## Run the everyday tests: no peers, nothing slow
-	$(VENV)/bin/pytest -n 2 -m "not interop and not slow and not gpu" $(PYTEST)
+	$(VENV)/bin/pytest -n 2 -m "not interop and not slow and not gpu and not deploy" $(PYTEST)
+
+test-deploy: ## Boot a machine with systemd and break its services (as root)
+	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh deploy
+	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready
+	$(VENV)/bin/pytest -n 1 -m deploy $(PYTEST)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

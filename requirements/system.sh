@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the Debian or Ubuntu packages whose commands are missing. Usage: system.sh venv|demo|test
+# Installs the Debian or Ubuntu packages whose commands are missing. Usage: system.sh venv|demo|test|deploy
 # Where it cannot (no root, no network) it says what is missing and goes on: without Orthanc the demo uses a PACS of
 # its own and says so, and tests that need a peer skip and say so.
 set -eu
@@ -22,7 +22,7 @@ sys.exit(not any((pathlib.Path(folder) / name).is_file() for folder in folders i
 PY
     needed="$needed libpython$("$triton_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 
-if [ "${1:-demo}" != venv ]; then
+if [ "${1:-demo}" = demo ] || [ "${1:-demo}" = test ]; then
     missing Orthanc && useful="$useful orthanc"
 fi
 if [ "${1:-demo}" = test ]; then
@@ -30,8 +30,14 @@ if [ "${1:-demo}" = test ]; then
     missing dciodvfy && useful="$useful dicom3tools"
     missing dcm2niix && useful="$useful dcm2niix"
     missing gdcminfo && useful="$useful libgdcm-tools"
+    missing systemd-analyze && useful="$useful systemd"
     if missing node || missing npm; then useful="$useful nodejs npm"; fi
     missing cc && useful="$useful gcc libc6-dev"
+fi
+if [ "${1:-demo}" = deploy ]; then
+    missing systemd-nspawn && useful="$useful systemd-container"
+    missing mmdebstrap && useful="$useful mmdebstrap"
+    missing ip && useful="$useful iproute2"
 fi
 [ -n "$needed$useful" ] || exit 0
 

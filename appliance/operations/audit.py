@@ -7,6 +7,7 @@ stands in the log, which a site keeps elsewhere, and `scanside audit verify --he
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from appliance.events import Event
+from appliance.governance.board import read_board
 from appliance.ledger.board import DECISIONS
 from appliance.ledger.chain import CHUNK, Fault, Head, Walk, glance, named, newest
 from appliance.ledger.store import Ledger
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 PATROL_SECONDS = 600.0
 """So long after the whole chain was walked it is walked again."""
 NOTE_SECONDS = 10.0
-"""The head is noted so often at most: it is a file that is synced."""
+"""The head is noted so often at most, but at once with a decision: it is a file that is synced."""
 BROKEN_SECONDS = 60.0
 """A broken chain is walked again, and said again, this often: it may have been mended."""
 
@@ -57,8 +59,9 @@ class Auditor:
         """Check some events more; True if there are more that were not checked since the start."""
         if self.fault:
             return self._again()
+        wrong = self._look_at_decisions()  # first, so that the head that is noted is not older than they are
         count, fault = self._new.advance()
-        fault = fault or self._look_at_decisions()
+        fault = fault or wrong
         if not fault and count < CHUNK:
             if not self._whole:
                 self._whole, self._due = True, self._clock() + PATROL_SECONDS
@@ -77,6 +80,8 @@ class Auditor:
         for event, before in self._decisions.items():
             if found.get(event) != before:
                 return Fault(event, "", "it is another than the decision of the board that was here, or is gone")
+        if found != self._decisions:
+            self._note_at = self._clock()  # the head is noted at once: nobody may cut off a suspension unseen
         self._decisions = found
         return None
 
@@ -141,6 +146,22 @@ def standing(ledger: Ledger, path: Path) -> tuple[int, str]:
     if last is not None and last["name"] == Event.AUDIT_BROKEN:
         return count, f"event {last['detail']['event']}: {last['detail']['what']} (found at {last['at'][:19]})"
     return count, ""
+
+
+def lost_evidence(ledger: Ledger, directory: Path) -> Fault | None:
+    """The first decision of the board whose evidence is not what was kept with it."""
+    for one in read_board(ledger).decisions:
+        if not one.evidence_digest:
+            continue
+        path = directory / one.evidence_digest.removeprefix("sha256:")
+        what = f"its evidence {one.evidence}, kept as {path},"
+        try:
+            found = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        except OSError as error:
+            return Fault(one.record, f"board.{one.what}", f"{what} cannot be read: {error.strerror or error}")
+        if found != one.evidence_digest:
+            return Fault(one.record, f"board.{one.what}", f"{what} was changed: its digest is {found}")
+    return None
 
 
 def read_head(path: Path) -> Head | None:

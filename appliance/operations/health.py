@@ -1,9 +1,14 @@
-"""The box's figures, in the words of the ledger."""
+"""How the box tells that it is well: its figures, in the words of the ledger, and signs of life to systemd."""
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -12,7 +17,9 @@ from prometheus_client.registry import Collector
 
 from appliance.events import Event
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import events_since, state_counts
+from appliance.ledger.views import events_since, state_counts, unreached_alerts
+
+log = logging.getLogger(__name__)
 
 
 class LedgerMetrics(Collector):
@@ -25,7 +32,7 @@ class LedgerMetrics(Collector):
         self._last = 0
 
     def collect(self) -> Iterable[Metric]:
-        """Two short read transactions.
+        """Short read transactions.
 
         Raises:
             SQLAlchemyError: the ledger cannot be read.
@@ -36,6 +43,8 @@ class LedgerMetrics(Collector):
         for name, count in self._counted.items():
             events.add_metric([name], count)
         yield events
+        nobody = "Alerts that nobody has acknowledged, and somebody has to look after."
+        yield GaugeMetricFamily("scanside_alerts_unreached", nobody, float(len(unreached_alerts(self._ledger))))
         for table, states in state_counts(self._ledger).items():
             gauge = GaugeMetricFamily(f"scanside_{table}_state", "How many are in each state.", labels=["state"])
             for state, count in sorted(states.items()):
@@ -46,3 +55,69 @@ class LedgerMetrics(Collector):
 def metrics_text(ledger: Ledger) -> str:
     """What `LedgerMetrics` tells, in the Prometheus text exposition format 0.0.4."""
     return generate_latest(LedgerMetrics(ledger)).decode()
+
+
+def notify(*fields: str) -> None:
+    """Tell systemd about this service, by the protocol of sd_notify(3); nothing where systemd did not start it.
+
+    Args:
+        fields: such as READY=1, STOPPING=1, STATUS=one line for people.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+            manager.settimeout(1.0)
+            manager.connect("\0" + address[1:] if address.startswith("@") else address)
+            manager.send("\n".join(fields).encode())
+    except OSError as error:
+        # A service goes on without systemd's ear; where it waits for a sign of life, systemd acts by itself.
+        log.warning("systemd does not hear: %s", error)
+
+
+class Watchdog:
+    """Signs of life to systemd, from the loops that do the work: there is no thread of its own that could outlive them.
+
+    A loop signs each of its turns. With that systemd is pinged, unless another loop has not signed for longer than it
+    may take; then nobody pings any more, and systemd ends the service after its WatchdogSec and starts it again.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        # WATCHDOG_PID: set for the service's own process; a child that inherits the rest is not asked.
+        ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._period = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 if ours else 0.0
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._signed: dict[str, tuple[float, float]] = {}  # loop → when it signed last, how long it may take
+        self._pinged = float("-inf")
+        self._silent = ""
+
+    def loop(self, name: str, seconds: float) -> Callable[[], None]:
+        """Have a loop watched from now on; returns what it calls at every turn.
+
+        Args:
+            seconds: longest that one of its turns may take.
+        """
+
+        def sign() -> None:
+            self._sign(name, seconds)
+
+        sign()
+        return sign
+
+    def _sign(self, name: str, seconds: float) -> None:
+        if not self._period:
+            return
+        now = self._clock()
+        with self._lock:
+            self._signed[name] = now, seconds
+            silent = next((one for one, (at, longest) in self._signed.items() if now - at > longest), "")
+            if silent != self._silent:
+                self._silent = silent
+                if silent:
+                    log.error("%s has not turned for too long; systemd will start this service again", silent)
+            if silent or now - self._pinged < self._period / 4:
+                return
+            self._pinged = now
+        notify("WATCHDOG=1")

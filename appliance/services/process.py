@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 from appliance import __version__
 from appliance.events import Event
 from appliance.ledger.store import Ledger
+from appliance.operations.health import notify
 from appliance.settings import Settings, SettingsError
 from dicom_io.errors import ScansideError
 
@@ -25,6 +27,10 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS = 8.0
 """A service that was told to stop finishes what it does within this time, or leaves it to the next start."""
+
+_READABLE = "%(asctime)s %(levelname)s %(message)s"
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+_FIRST_PASSED = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 
 @contextmanager
@@ -80,12 +86,39 @@ def service(settings: Settings, name: str) -> Iterator[tuple[Ledger, threading.E
             ledger.close()
 
 
+def inherited_sockets() -> dict[int, socket.socket]:
+    """The listening TCP sockets that systemd opened for this service, by their port: sd_listen_fds(3).
+
+    They stay open when this process ends, so that whoever connects meanwhile waits for the next one. To be asked once;
+    a child process does not find them again.
+
+    Raises:
+        ScansideError: what was passed is something else.
+    """
+    count = os.environ.pop("LISTEN_FDS", "0")
+    names = os.environ.pop("LISTEN_FDNAMES", "")
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
+        return {}
+    found: dict[int, socket.socket] = {}
+    for number in range(_FIRST_PASSED, _FIRST_PASSED + int(count)):
+        one = socket.socket(fileno=number)
+        one.set_inheritable(False)
+        inet = one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM
+        if not inet or not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ScansideError(
+                "systemd passed something that is no listening TCP socket", names, "correct the socket unit"
+            )
+        found[one.getsockname()[1]] = one
+    return found
+
+
 def _end_in_time(stopping: threading.Event, name: str) -> None:
     """End the process when it was told to stop and a peer, a codec or Triton holds it up.
 
     Nothing is lost by it: what is under way is in the ledger, and the next start takes it up.
     """
     stopping.wait()
+    notify("STOPPING=1")
     time.sleep(STOP_SECONDS)
     log.warning("%s: something holds it up; what is under way is taken up at the next start", name)
     logging.shutdown()
@@ -95,10 +128,25 @@ def _end_in_time(stopping: threading.Event, name: str) -> None:
 def log_as(level: str, *, machine: bool = False) -> None:
     """Log lines to standard error: readable, or one JSON object each. They name studies by number only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if machine else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    readable = _JournalFormatter("%(message)s") if _is_journal() else logging.Formatter(_READABLE)
+    handler.setFormatter(_JsonFormatter() if machine else readable)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("pynetdicom", "pydicom", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _is_journal() -> bool:
+    """Whether standard error goes to systemd's journal, which has the time and the service itself: systemd.exec(5)."""
+    error = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{error.st_dev}:{error.st_ino}"
+
+
+class _JournalFormatter(logging.Formatter):
+    """Each line begins with its priority, so that ``journalctl -p`` finds it: sd-daemon(3)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
 class _JsonFormatter(logging.Formatter):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from appliance.cli import app
 from appliance.events import Event
@@ -19,7 +19,7 @@ from appliance.ledger.database import event_hash
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts
 from appliance.operations import audit
-from appliance.operations.audit import Auditor, read_head, standing, write_head
+from appliance.operations.audit import Auditor, lost_evidence, read_head, standing, write_head
 from dicom_io.errors import ScansideError
 
 EVENTS = 12
@@ -37,7 +37,9 @@ def ledger(path: Path) -> Iterator[Ledger]:
     one = Ledger(path)
     for number in range(1, EVENTS + 1):
         if number == DECISION:
-            suspend(one, path.parent / "evidence", "pkg", None, who="Dr A", why="a test")
+            minutes = path.with_name("minutes.pdf")
+            minutes.write_text("we agree")
+            suspend(one, path.parent / "evidence", "pkg", None, who="Dr A", why="a test", evidence=minutes)
         else:
             one.log(Event.SERVICE_STARTED, number=number)
     yield one
@@ -111,6 +113,16 @@ TAMPERED: list[tuple[str, int, str]] = [
      " from event where id = 3", 13, "does not follow from event 12"),
     ("update event set detail = replace(detail, 'Dr A', 'Dr B') where id = 5", 5, "what it says was changed"),
 ]  # fmt: skip
+
+
+def swap(path: Path, one: int, other: int) -> None:
+    """Exchange all but the numbers of two events."""
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA foreign_keys=OFF")
+    with raw:
+        for before, after in ((one, -99), (other, one), (-99, other)):
+            raw.execute("update event set id = ? where id = ?", (after, before))
+    raw.close()
 
 
 @pytest.mark.parametrize(("sql", "event", "says"), TAMPERED)
@@ -196,7 +208,8 @@ def test_an_end_that_was_cut_off_is_found_at_the_start(ledger: Ledger, path: Pat
     auditor = Auditor(ledger, head, Clock())
     assert f"event {noted.event}: it was noted elsewhere, and is gone" in auditor.fault
     last, fault = walk_all(ledger, [noted])
-    assert (last.event, fault and fault.event) == (11, None) or fault is not None
+    assert fault is not None
+    assert (last.event, fault.event, "the end was cut off" in fault.what) == (11, 12, True)
     # What is written since does not hide it.
     for number in range(10):
         ledger.log(Event.SERVICE_STARTED, number=number)
@@ -274,6 +287,61 @@ def test_what_was_mended_is_trusted_again(ledger: Ledger, path: Path, head: Path
     assert auditor.fault == ""
 
 
+@pytest.mark.parametrize("pair", [(7, 8), (3, 11), (1, 2), (11, 12), (4, 5)])
+def test_swapped_events_are_found_at_the_first(ledger: Ledger, path: Path, head: Path, pair: tuple[int, int]) -> None:
+    clock = Clock()
+    auditor = Auditor(ledger, head, clock)
+    settle(auditor)
+    swap(path, *pair)
+    last, fault = walk_all(ledger)
+    assert fault is not None
+    assert (last.event, fault.event, "does not follow" in fault.what) == (pair[0] - 1, pair[0], True)
+    clock.now += audit.PATROL_SECONDS
+    settle(auditor)
+    assert f"event {pair[0]} " in auditor.fault
+
+
+def test_the_first_of_several_wrong_events_is_named(ledger: Ledger, path: Path) -> None:
+    change(path, "delete from event where id = 9")
+    change(path, "update event set detail = '{}' where id = 6")
+    swap(path, 11, 12)
+    _, fault = walk_all(ledger)
+    assert fault is not None
+    assert fault.event == 6
+
+
+def test_the_evidence_of_the_board_is_part_of_it(tmp_path: Path, ledger: Ledger) -> None:
+    folder = tmp_path / "evidence"
+    records = []
+    for name in ("protocol.pdf", "letter.pdf"):
+        (tmp_path / name).write_text(name)
+        decision = suspend(ledger, folder, "pkg", None, who="Dr A", why="a test", evidence=tmp_path / name)
+        records.append((decision.record, folder / decision.evidence_digest.removeprefix("sha256:")))
+    assert lost_evidence(ledger, folder) is None
+    (first, protocol), (second, letter) = records
+    letter.chmod(0o644)
+    letter.write_text("letter.PDF")
+    fault = lost_evidence(ledger, folder)
+    assert fault is not None
+    assert (fault.event, fault.name, "letter.pdf" in fault.what) == (second, "board.suspended", True)
+    assert (str(letter) in fault.what, "was changed" in fault.what) == (True, True)
+    protocol.unlink()
+    fault = lost_evidence(ledger, folder)
+    assert fault is not None
+    assert (fault.event, "protocol.pdf" in fault.what, "No such file" in fault.what) == (first, True, True)
+
+
+def test_a_head_is_noted_at_once_with_a_decision(tmp_path: Path, ledger: Ledger, path: Path, head: Path) -> None:
+    """Else who is quick cuts a suspension off, and starts the box again."""
+    auditor = Auditor(ledger, head, Clock())
+    settle(auditor)
+    record = suspend(ledger, tmp_path / "evidence", "pkg", None, who="Dr A", why="a test").record
+    settle(auditor)
+    assert read_head(head) == Head(record, walk_all(ledger)[0].hash)
+    change(path, "delete from event where id = ?", record)
+    assert Auditor(ledger, head, Clock()).fault
+
+
 def test_a_fault_says_where_and_what() -> None:
     assert str(Fault(7, "board.approved", "it is gone")) == "event 7 (board.approved): it is gone"
     assert str(Fault(7, "", "it is gone")) == "event 7: it is gone"
@@ -286,6 +354,39 @@ def test_a_walk_goes_on_where_it_stood(ledger: Ledger) -> None:
     ledger.log(Event.SERVICE_STOPPED)
     assert walk.advance() == (1, None)
     assert walk.head.event == EVENTS + 1
+
+
+def test_a_walk_sees_what_became_of_the_event_where_it_stood(ledger: Ledger, path: Path) -> None:
+    regrown, gone = Walk(ledger), Walk(ledger)
+    regrown.advance()
+    change(path, "delete from event where id > 10")
+    for number in (11, 12):
+        ledger.log(Event.SERVICE_STARTED, number=-number)
+    _, fault = regrown.advance()
+    assert fault is not None
+    assert (fault.event, "another than the one that was here" in fault.what) == (EVENTS, True)
+    gone.advance()
+    ledger.log(Event.SERVICE_STOPPED)
+    change(path, "delete from event where id = ?", EVENTS)
+    _, fault = gone.advance()
+    assert fault is not None
+    assert (fault.event, "is gone" in fault.what) == (EVENTS, True)
+
+
+@pytest.mark.parametrize(
+    ("sql", "event"),
+    [
+        ("delete from event where id = 7", 7),
+        ("update event set detail = replace(detail, 'Dr A', 'Dr B') where id = 5", 5),
+        ("update event set name = 'board.revoked' where id = 5", 5),
+    ],
+)
+def test_a_check_knows_at_once_what_no_engine_has_found_yet(
+    ledger: Ledger, path: Path, head: Path, sql: str, event: int
+) -> None:
+    assert standing(ledger, head) == (EVENTS, "")
+    change(path, sql)
+    assert f"event {event}" in standing(ledger, head)[1]
 
 
 def test_the_command(tmp_path: Path, ledger: Ledger, path: Path, head: Path) -> None:
@@ -318,3 +419,59 @@ def test_the_command(tmp_path: Path, ledger: Ledger, path: Path, head: Path) -> 
     assert told(code=1)["ok"] is False
     wrong = CliRunner().invoke(app, ["--config", str(config), "audit", "verify", "--head", "12"])
     assert wrong.exit_code == 2
+
+
+def to_each(kind: str, tmp_path: Path, path: Path, head: Path) -> int:
+    """Do this to a ledger; returns the first event that is wrong then."""
+    match kind:
+        case "edited":
+            change(path, "update event set detail = '{\"number\": 8}' where id = 7")
+        case "removed":
+            change(path, "delete from event where id = 7")
+        case "cut off":
+            change(path, "delete from event where id >= 7")
+        case "swapped":
+            swap(path, 7, 8)
+        case "approval":
+            change(path, "update event set detail = replace(detail, 'Dr A', 'Dr B') where id = ?", DECISION)
+            return DECISION
+        case "made anew":
+            # Only the head shows it, so that is as far as the first that is wrong can be told.
+            rewrite(path, 7, '{"number": 70}')
+            return EVENTS
+        case "evidence":
+            (kept,) = (tmp_path / "evidence").iterdir()
+            kept.chmod(0o644)
+            kept.write_text("another")
+            return DECISION
+        case "evidence gone":
+            (kept,) = (tmp_path / "evidence").iterdir()
+            kept.unlink()
+            return DECISION
+    return 7
+
+
+KINDS = ["edited", "removed", "cut off", "swapped", "approval", "made anew", "evidence", "evidence gone"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_names_the_first_wrong_event(
+    tmp_path: Path, ledger: Ledger, path: Path, head: Path, kind: str
+) -> None:
+    config = tmp_path / "scanside.toml"
+    config.write_text('[box]\nstate_directory = "."\n')
+
+    def verify(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["--config", str(config), "audit", "verify", *arguments])
+
+    last, _ = walk_all(ledger)
+    write_head(head, last)
+    assert (verify().exit_code, json.loads(verify("--json").stdout)["fault"]) == (0, None)
+    event = to_each(kind, tmp_path, path, head)
+    told = json.loads(verify("--json").stdout)
+    assert (told["ok"], told["fault"]["event"], bool(told["fault"]["what"])) == (False, event, True)
+    shown = verify()
+    assert (shown.exit_code, f"event {event}" in shown.stdout) == (1, True)
+    if "evidence" in kind:
+        assert "minutes.pdf" in shown.stdout
+        assert told["events"] == EVENTS
