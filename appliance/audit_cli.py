@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Annotated
 
 import typer
@@ -29,10 +30,10 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Walk the whole chain of events, and name the first that is wrong."""
+    """Walk the whole chain of events and read the board's evidence; name the first event that is wrong."""
     from appliance.ledger.chain import Fault, Head, walk_all
     from appliance.ledger.store import Ledger
-    from appliance.operations.audit import read_head
+    from appliance.operations.audit import lost_evidence, read_head
 
     settings, _ = read_settings()
     if head is not None and not re.fullmatch(r"[1-9][0-9]{0,17}:[0-9a-f]{64}", head):
@@ -49,9 +50,10 @@ def verify(
     ledger = Ledger(settings.ledger_path)
     try:
         last, wrong = walk_all(ledger, [*given, *([noted] if noted else [])])
+        lost = lost_evidence(ledger, settings.evidence_directory)
     finally:
         ledger.close()
-    fault = wrong or fault
+    fault = min((one for one in (wrong, lost) if one), key=attrgetter("event"), default=fault)
     if as_json:
         emit(
             {
@@ -64,7 +66,7 @@ def verify(
         )
     elif fault:
         out.print(f"[bold red]NOT whole:[/] {escape(str(fault))}", highlight=False, soft_wrap=True)
-        out.print(f"{last.event} events before it are right", highlight=False)
+        out.print(f"{last.event} events follow from one another", highlight=False)
     else:
         out.print(f"[green]whole[/]: {last.event} events", highlight=False)
         out.print(f"head {last.event}:{last.hash} (note it elsewhere)", highlight=False, soft_wrap=True)

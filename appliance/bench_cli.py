@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,40 @@ def throughput(
         out.print(tables(told))
     if differ := sum(one["verdicts_that_differ"] for one in told["scanners"].values()):
         raise ScansideError(f"the same images were judged differently in {differ} studies", "scanside engine")
+
+
+@app.command()
+@guard
+def alerts(
+    number: Annotated[int, typer.Option("--alerts", min=2, help="Alerts of each round.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    faults: Annotated[bool, typer.Option("--faults", help="Also against a listener that fails at random.")] = False,
+    chance: Annotated[float, typer.Option(min=0.0, max=0.9, help="Of a fault, for each message.")] = 0.3,
+    directory: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure alerts from the outbox to their acknowledgement, beside a bare socket."""
+    from appliance.bench.alerts import lines, measure
+
+    logging.getLogger("appliance.delivery").setLevel(logging.CRITICAL)  # the listener's faults are counted, not told
+    with err.status("starting") as status:
+        told = measure(
+            number,
+            rounds,
+            directory,
+            faults=chance if faults else 0.0,
+            on_step=lambda what: status.update(escape(what)),
+        )
+    if as_json:
+        emit(told)
+    else:
+        for line in lines(told):
+            out.print(escape(line), highlight=False, soft_wrap=True)
+    found = told.get("faults", {})
+    if wrong := [f"{found[name]} {name}" for name in ("lost", "doubled", "reordered") if found.get(name)]:
+        raise ScansideError(f"of {found['sent']} alerts {', '.join(wrong)}", "the outbox", "report this fault")
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def suspend(name: Name, who: Who, why: Why, evidence: Evidence = None, as_json: 
     try:
         there = _package(settings, name)
     except ScansideError:  # what is broken must be stopped all the same, but not what nobody knows
-        if name not in settings.models.packages and not (settings.model_repository / name).is_dir():
+        there_at_all = "/" not in name and (settings.model_repository / name / "package.toml").exists()
+        if name not in settings.models.packages and not there_at_all:
             raise
     with _board(settings) as ledger:
         decision = board.suspend(ledger, settings.evidence_directory, name, there, who=who, why=why, evidence=evidence)

@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 
-from appliance.delivery.hl7 import MllpClient
 from appliance.governance.board import read_board
 from appliance.governance.package import Package, load_configured
 from appliance.inference.served import served_problem
 from appliance.inference.triton import TritonClient
 from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import waiting_destinations
+from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
-from appliance.settings import DicomDestination, Hl7Destination, Settings, Tls
+from appliance.services.delivery import mail_server, mllp_client, webhook
+from appliance.settings import (
+    Destination,
+    DicomDestination,
+    Hl7Destination,
+    MailDestination,
+    Settings,
+    Tls,
+    WebhookDestination,
+)
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer, echo
 from dicom_io.tls import ServerCertificates
@@ -98,27 +106,34 @@ def run_checks(settings: Settings) -> list[Check]:
         _check("triton", triton),
     ]
     for destination in settings.destination:
-        where = f"{destination.host}:{destination.port}"
-        if isinstance(destination, DicomDestination):
-            peer = Peer(destination.ae_title, destination.host, destination.port)
-
-            def reach(peer: Peer = peer) -> str:
-                echo(peer, title)
-                return f"{peer} answers"
-        else:
-            client = MllpClient(destination.host, destination.port, connect_timeout=5.0, ack_timeout=5.0)
-
-            def reach(client: MllpClient = client, where: str = where) -> str:  # type: ignore[misc]
-                with client:
-                    client.connect()
-                return f"{where} takes connections"
-
+        reach = partial(_reach, destination, title)
         checks.append(_check(f"destination {destination.name}", reach))
     checks.append(_check("board", lambda: _board(settings, packages)))
     checks.append(_check("audit", lambda: _audit(settings)))
     checks.append(_check("alerts", lambda: _alerts(settings)))
     checks.append(_check("outbox", lambda: _outbox(settings)))
     return checks
+
+
+def _reach(destination: Destination, title: str) -> str:
+    """Something takes connections there, and lets us in; nothing is sent."""
+    match destination:
+        case DicomDestination():
+            peer = Peer(destination.ae_title, destination.host, destination.port)
+            echo(peer, title)
+            return f"{peer} answers"
+        case Hl7Destination():
+            with mllp_client(destination) as client:
+                client.connect()
+            return f"{client.where} takes connections"
+        case MailDestination():
+            server = mail_server(destination)
+            server.open().close()
+            return f"{server.where} lets us in"
+        case WebhookDestination():
+            hook = webhook(destination)
+            hook.connection().close()
+            return f"{hook.where} takes connections"
 
 
 def _tls(section: Tls, host: str) -> str:
@@ -170,12 +185,24 @@ def _audit(settings: Settings) -> str:
 
 
 def _alerts(settings: Settings) -> str:
-    names = [one.name for one in settings.destination if isinstance(one, Hl7Destination)]
-    if not names:
+    told = settings.alert_destinations
+    if not told:
         raise ScansideError(
-            "no HL7 destination is configured: an alert would reach nobody", "", "add a [[destination]] of kind hl7"
+            "no destination of alerts is configured: an alert would reach nobody",
+            "",
+            "add a [[destination]] of kind hl7, mail or webhook",
         )
-    return f"go to {', '.join(names)}"
+    ledger = Ledger(settings.ledger_path)
+    try:
+        unreached = unreached_alerts(ledger)
+    finally:
+        ledger.close()
+    if unreached:
+        said = "; ".join(f"study {one['study_id']} since {one['at'][:19]}: {one['reason']}" for one in unreached)
+        remedy = "look at these studies; `scanside retry` sends again, `scanside retention --release` says it was seen"
+        raise ScansideError(f"NOBODY WAS REACHED by the alert of {said}", str(settings.ledger_path), remedy)
+    steps = [f"then {one.name} after {one.after_seconds:g} s" for one in told if one.after_seconds]
+    return ", ".join([f"go to {', '.join(one.name for one in told if not one.after_seconds)}", *steps])
 
 
 def _outbox(settings: Settings) -> str:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from appliance import __version__, audit_cli, bench_cli, board_cli, gate_cli, init
+from appliance import __version__, audit_cli, bench_cli, board_cli, gate_cli, hl7_cli, init
 from appliance.console import Json, State, emit, err, guard, out, read_settings
 from appliance.settings import Settings
 from dicom_io.errors import ScansideError
@@ -37,6 +37,7 @@ app.add_typer(board_cli.app, name="models")
 app.add_typer(gate_cli.app, name="gate")
 app.add_typer(audit_cli.app, name="audit")
 app.add_typer(bench_cli.app, name="bench")
+app.add_typer(hl7_cli.app, name="hl7")
 
 
 class Bleed(StrEnum):
@@ -200,6 +201,19 @@ def triton() -> None:
     from appliance.supervisor import run_triton
 
     _serve(run_triton)
+
+
+@app.command()
+@guard
+def alarm(
+    unit: Annotated[str, typer.Argument(help="What failed, such as scanside-engine.service.")],
+    result: Annotated[str, typer.Option(help="How, in systemd's word, such as watchdog or exit-code.")] = "",
+) -> None:
+    """Write into the ledger that a unit of systemd failed; for OnFailure=."""
+    from appliance.events import Event
+
+    with _ledger() as ledger:
+        ledger.log(Event.SERVICE_FAILED, unit=unit, result=result)
 
 
 # --- DICOM tools ----------------------------------------------------------------------------------------

@@ -36,14 +36,15 @@ def test(
 ) -> None:
     """Judge the studies of a folder by every package; nothing is stored, sent or asked of a model."""
     from appliance import show
+    from appliance.governance.board import integrity
     from appliance.governance.indication import Admission
     from appliance.services.dry_run import judge, read_folder
 
     settings, _ = read_settings()
-    packages, board = _packages(settings), _board(settings)
+    (packages, broken), board = _packages(settings), _board(settings)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found: list[tuple[str, Package, Admission]] = []
+    found: list[tuple[str, str, str, Admission]] = []
     with Progress(*bar, console=err, transient=True) as progress:
         reading = progress.add_task("headers", total=len(files))
         folder = read_folder(files, lambda: progress.advance(reading))
@@ -51,7 +52,16 @@ def test(
         for uid, study in folder.studies.items():
             for package, admission in judge(packages, study, board.exceptions):
                 approval, _ = board.judge(package)
-                found.append((uid, package, Admission((*admission.criteria, approval))))
+                found.append(
+                    (
+                        uid,
+                        package.name,
+                        package.version,
+                        Admission((*admission.criteria, approval, integrity(package, ""))),
+                    )
+                )
+            for name, problem in broken.items():
+                found.append((uid, name, "", Admission((integrity(None, problem),))))
             progress.advance(judging)
     if not found:
         raise ScansideError("there is no DICOM instance", str(directory), "name a folder that has some")
@@ -62,18 +72,18 @@ def test(
             [
                 {
                     "study": uid,
-                    "package": package.name,
+                    "package": name,
                     "decision": "admitted" if admission.admitted else "refused",
                     "criteria": [criterion.row() for criterion in admission.criteria],
                 }
-                for uid, package, admission in found
+                for uid, name, _, admission in found
             ]
         )
         return
-    for uid, package, admission in found:
+    for uid, name, version, admission in found:
         decision = "[green]admitted[/]" if admission.admitted else "[yellow]refused[/]"
         out.print(f"study {escape(uid)}", highlight=False, soft_wrap=True)
-        out.print(f"by {escape(package.name)} {escape(package.version)}: {decision}", highlight=False)
+        out.print(f"by {escape(f'{name} {version}'.strip())}: {decision}", highlight=False)
         out.print(show.admission_table(admission.to_json()))
 
 
@@ -175,29 +185,32 @@ def _kinds(settings: Settings, first: date, last: date) -> list[_Kind]:
     return sorted(kinds.values(), key=lambda one: (-one.refused, one.scanner, one.package))
 
 
-def _packages(settings: Settings) -> list[Package]:
-    """What runs here, and whatever else of the repository can be loaded."""
+def _packages(settings: Settings) -> tuple[list[Package], dict[str, str]]:
+    """What runs here, and whatever else of the repository can be loaded; what should run and cannot be, and why."""
+    from appliance.governance.integrity import load_sound
     from appliance.governance.package import load_configured
 
-    packages = list(load_configured(settings))
+    sound, broken = load_sound(settings)
+    packages = list(sound)
     there = {path.parent.name for path in settings.model_repository.glob("*/package.toml")}
     for name in sorted(there - set(settings.models.packages)):
         try:
             packages += load_configured(settings, [name])
         except ScansideError as error:
             err.print(f"[yellow]left out:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-    return packages
+    return packages, broken
 
 
 def _board(settings: Settings) -> Board:
-    """What the board decided; nothing, where no ledger is yet."""
+    """What the board decided, as far as its records can be trusted; nothing, where no ledger is yet."""
     from appliance.governance.board import Board, read_board
     from appliance.ledger.store import Ledger
+    from appliance.operations.audit import standing
 
     if not settings.ledger_path.exists():
         return Board()
     ledger = Ledger(settings.ledger_path)
     try:
-        return read_board(ledger)
+        return read_board(ledger, standing(ledger, settings.head_path)[1])
     finally:
         ledger.close()

@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from appliance.settings import (
     DicomDestination,
     Hl7Destination,
+    MailDestination,
     Settings,
     SettingsError,
+    WebhookDestination,
     load_settings,
     section_of,
 )
@@ -51,7 +53,12 @@ def write(
                 for key, inner in kind.model_fields.items()
                 if (section := _optional_section(inner.annotation)) is not None
             ]
-    kinds: dict[str, type[BaseModel]] = {"dicom": DicomDestination, "hl7": Hl7Destination}
+    kinds: dict[str, type[BaseModel]] = {
+        "dicom": DicomDestination,
+        "hl7": Hl7Destination,
+        "mail": MailDestination,
+        "webhook": WebhookDestination,
+    }
     for one in destinations:
         parts.append("[[destination]]\n" + _keys(kinds[one["kind"]], one))
     try:

@@ -253,9 +253,10 @@ class DicomDestination(_Section):
     ae_title: AeTitle = Field(description="Its application entity title.")
     host: str = Field(description="Its address.")
     port: Port = Field(description="Its DICOM port.")
-    objects: list[Literal["report", "capture"]] = Field(
+    objects: list[Literal["report", "capture", "segmentation", "presentation", "selection"]] = Field(
         default_factory=lambda: ["report", "capture"],  # type: ignore[arg-type]
-        description="Which objects it receives.",
+        description="Which objects it receives: report (SR), capture (a picture of each key slab), segmentation (SEG), "
+        "presentation (GSPS of each key slab), selection (key object selection). Order has no meaning.",
     )
 
 
@@ -380,6 +381,9 @@ class Delivery(_Section):
     attempts: int = Field(50, ge=1, description="Tries before a delivery is a dead letter.")
     first_retry_seconds: float = Field(1.0, gt=0, description="Wait after the first failure; doubles each time.")
     longest_retry_seconds: float = Field(300.0, gt=0, description="Upper bound of that wait.")
+    order_seconds: float = Field(
+        10.0, ge=0, description="So long after its first try an alert that failed is not overtaken by later ones."
+    )
     alarm_seconds: float = Field(
         300.0,
         gt=0,

@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance.governance.integrity import load_sound
-from appliance.inference.server import prepare
+from appliance.governance.package import Package
+from appliance.inference.server import Launch, prepare
+from appliance.inference.triton import TritonClient
+from appliance.operations.health import Watchdog, notify
 from appliance.services.process import only_one, stop_signal
 from appliance.settings import Settings
 from dicom_io.errors import ScansideError
@@ -23,6 +27,8 @@ log = logging.getLogger(__name__)
 SERVICES = ("intake", "engine", "deliver")
 STOP_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
+PROBE_PAUSE = 1.0
+PROBE_SECONDS = 10.0
 STEADY_SECONDS = 60.0
 """A child that ran for this long was well; its next end counts as the first again."""
 
@@ -63,8 +69,11 @@ def run_all(settings: Settings, config: Path, *, json_log: bool = False) -> None
 def run_triton(settings: Settings) -> None:
     """Put Triton's command, backends and model repository together and become the server.
 
+    Under systemd the server is a child, and this process tells systemd whether it answers: see `_watch`.
+
     Raises:
-        ScansideError: the environment, a model package or its TensorRT plan is not what it must be.
+        ScansideError: the environment, a model package or its TensorRT plan is not what it must be, or a server that is
+            watched ended by itself.
     """
     packages, broken = load_sound(settings)
     for name, problem in broken.items():
@@ -81,7 +90,35 @@ def run_triton(settings: Settings) -> None:
         http_port=settings.triton.http_port,
         metrics_port=settings.triton.metrics_port,
     )
-    os.execve(launch.command[0], launch.command, launch.env)
+    if os.environ.get("NOTIFY_SOCKET"):
+        _watch(settings, launch, packages)
+    else:
+        os.execve(launch.command[0], launch.command, launch.env)
+
+
+def _watch(settings: Settings, launch: Launch, packages: Sequence[Package]) -> None:
+    """Run the server until told to stop; systemd hears when it can run every package, and then as long as it can."""
+    url = f"127.0.0.1:{settings.triton.grpc_port}"
+    with stop_signal() as stopping, TritonClient(url, shared_memory=False, timeout=PROBE_SECONDS) as client:
+        server = subprocess.Popen(launch.command, env=launch.env)
+        turn = None
+        while server.poll() is None and not stopping.is_set():
+            if not any(client.problem(package) for package in packages):
+                if turn is None:
+                    notify("READY=1", f"STATUS=serves {', '.join(one.name for one in packages)}")
+                    turn = Watchdog().loop("triton", PROBE_SECONDS)
+                turn()
+            stopping.wait(PROBE_PAUSE)
+        if server.poll() is not None:
+            raise ScansideError(f"the server ended with code {server.returncode}", url, "its log says why")
+        notify("STOPPING=1")
+        server.terminate()
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error("the server did not stop in %g s and is killed", STOP_SECONDS)
+            server.kill()
+            server.wait()
 
 
 def _tend(child: _Child) -> None:

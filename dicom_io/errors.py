@@ -41,3 +41,7 @@ class GeometryError(ScansideError):
 
 class PeerError(ScansideError):
     """Another system that refused, did not answer, or broke the protocol."""
+
+
+class NotAccepted(PeerError):
+    """A peer that takes an association, and nothing of what was proposed in it."""

@@ -56,7 +56,7 @@ class Header:
 
     For the enhanced objects ``kvp``, ``gantry_detector_tilt``, ``convolution_kernel``, ``body_part_examined``,
     ``anatomic_region`` and ``contrast_bolus_agent`` come from the functional groups (or the contrast sequence) of the
-    first frame.
+    first frame; ``kvp`` and ``convolution_kernel`` are unknown (a problem) where the frames differ in them.
     """
 
     sop_class_uid: str
@@ -206,8 +206,12 @@ def _header(parsed: Parsed) -> Header:
         photometric_interpretation=elements.text("PhotometricInterpretation"),
         frames=frames,
         gantry_detector_tilt=_grouped_number(places, groups, "CTAcquisitionDetailsSequence", "GantryDetectorTilt"),
-        kvp=_grouped_number(places, groups, "CTXRayDetailsSequence", "KVP"),
-        convolution_kernel=_kernel(places, groups),
+        kvp=_grouped_number(places, groups, "CTXRayDetailsSequence", "KVP")
+        if _agree(elements, groups, per_frame, "CTXRayDetailsSequence", "KVP")
+        else None,
+        convolution_kernel=_kernel(places, groups)
+        if _agree(elements, groups, per_frame, "CTReconstructionSequence", "ConvolutionKernel")
+        else "",
         body_part_examined=_body_part(elements, region),
         study_description=elements.text("StudyDescription"),
         series_description=elements.text("SeriesDescription"),
@@ -322,6 +326,8 @@ def _contrast(places: Sequence[Elements]) -> str:
     for item in places:
         if text := item.text("ContrastBolusAgent") or _meaning(item, "ContrastBolusAgentSequence"):
             return text
+        if item.first("ContrastBolusAgentSequence") is not None:
+            return "an agent that is not named"
     return ""
 
 
@@ -332,6 +338,18 @@ def _grouped_number(
         if item is not None and (value := item.number(keyword)) is not None:
             return value
     return None
+
+
+def _agree(
+    elements: Elements, groups: Sequence[Elements], per_frame: Sequence[Elements], sequence: str, keyword: str
+) -> bool:
+    """Whether all frames of an enhanced object say the same; else (with a problem) nothing is known of it."""
+    said = {item.text(keyword) for group in (*groups, *per_frame[1:]) for item in group.items(sequence)}
+    if any(group.items(sequence) for group in per_frame) and not all(group.items(sequence) for group in per_frame):
+        said |= {"", "absent in some"}
+    if len(said) > 1:
+        elements.problem(keyword, ", ".join(sorted(said)), "the same in every frame")
+    return len(said) <= 1
 
 
 def _kernel(places: Sequence[Elements], groups: Sequence[Elements]) -> str:

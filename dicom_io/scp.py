@@ -11,12 +11,13 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import logging
+import select
 import socket
 import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,8 @@ APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 PENDING_CONNECTIONS = 64
 """Connections at most that have not asked for an association yet; ``artim_seconds`` ends each."""
 
+_TURN_SECONDS = 1.0
+
 _NOT_ACCEPTED = "its address is not accepted"
 _TOO_MANY = "too many connections without an association"
 
@@ -58,11 +61,19 @@ class Certificates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """An address to listen on: "" is every one, port 0 a free one. With certificates it speaks TLS only."""
+    """An address to listen on: "" is every one, port 0 a free one. With certificates it speaks TLS only.
+
+    Attributes:
+        inherited: a socket that listens there already. It is not ours to end: who connects after `StorageServer.stop`
+            waits for whoever listens on it next.
+        turn: called by the thread that accepts, after each connection and at least once a second.
+    """
 
     host: str
     port: int
     certificates: Certificates | None = None
+    inherited: socket.socket | None = None
+    turn: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,7 @@ class StorageServer:
         self._admitted: set[Association] = set()
         self._stopping = False
         self._sockets: list[socket.socket] = []
+        self._woken, self._wake = socket.socketpair()  # closing the one ends the acceptors' wait on the other
         self._ports: tuple[int, ...] = ()
         self._acceptors: list[threading.Thread] = []
 
@@ -124,9 +136,9 @@ class StorageServer:
     def _start(self, listeners: Sequence[Listener]) -> None:
         try:
             for listener in listeners:
-                self._sockets.append(_listen(listener))
+                self._sockets.append(listener.inherited or _listen(listener))
         except ScansideError:
-            for bound in self._sockets:
+            for bound in (*self._sockets, self._woken, self._wake):
                 bound.close()
             raise
         self._ports = tuple(int(one.getsockname()[1]) for one in self._sockets)
@@ -146,10 +158,10 @@ class StorageServer:
             if self._stopping:
                 return
             self._stopping = True
-        for bound in self._sockets:
-            bound.shutdown(socket.SHUT_RDWR)  # wakes its accept
-            bound.close()
+        self._wake.close()
         _join(self._acceptors, 1.0)
+        for bound in (*self._sockets, self._woken):
+            bound.close()
         while self._admitted and time.monotonic() < deadline:
             time.sleep(0.02)
         with self._lock:
@@ -161,12 +173,20 @@ class StorageServer:
     # --- for the acceptor threads -------------------------------------------------------------------------
 
     def _accept(self, bound: socket.socket, listener: Listener) -> None:
+        bound.setblocking(False)
+        ready = select.poll()
+        ready.register(bound, select.POLLIN)
+        ready.register(self._woken, select.POLLIN)
         while not self._stopping:
+            listener.turn()
+            ready.poll(_TURN_SECONDS * 1000)
+            if self._stopping:
+                return
             try:
                 connection, peer = bound.accept()
+            except BlockingIOError:  # nobody came, or is gone again
+                continue
             except OSError as error:
-                if self._stopping:
-                    return
                 # Out of file descriptors, or a peer that was gone at once: it gets better by waiting.
                 logger.error("a connection could not be accepted: %s", error)
                 time.sleep(0.1)

@@ -21,7 +21,7 @@ from pynetdicom.status import code_to_category
 from dicom_io._elements import parse, parse_meta, reading
 from dicom_io._part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_io._transport import acknowledge_at_once, send_at_once
-from dicom_io.errors import HeaderError, PeerError
+from dicom_io.errors import HeaderError, NotAccepted, PeerError
 
 # Files are sent as they are: read in pieces and never parsed, so not changed by a parser either.
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -113,6 +113,7 @@ def send(
         a result for each file, in the order of ``files``.
 
     Raises:
+        NotAccepted: the peer takes an association and none of the first files.
         PeerError: no association could be made at all.
     """
     paths = list(files)
@@ -282,7 +283,7 @@ def association_with(
     except (OSError, TypeError, ValueError) as error:
         raise PeerError(f"no association ({error})", str(peer), "check host, port and AE titles") from error
     if not association.is_established:
-        raise PeerError(*_no_association(association, bool(connected), rejections, peer))
+        raise _no_association(association, bool(connected), rejections, peer)
     # Its reactor thread looks for requests even while an answer is awaited, and would drop one that it takes.
     association._serve_request = lambda message, context: association.dimse.msg_queue.put((context, message))
     try:
@@ -291,12 +292,14 @@ def association_with(
         association.release()
 
 
-def _no_association(association: Any, connected: bool, rejections: Sequence[str], peer: Peer) -> tuple[str, str, str]:
+def _no_association(association: Any, connected: bool, rejections: Sequence[str], peer: Peer) -> PeerError:
     if not connected:
-        return "it cannot be reached", str(peer), "check that it runs, its host and port, and the network"
+        return PeerError("it cannot be reached", str(peer), "check that it runs, its host and port, and the network")
     if rejections:
-        return f"it rejected the association ({rejections[0]})", str(peer), "check both AE titles there"
+        return PeerError(f"it rejected the association ({rejections[0]})", str(peer), "check both AE titles there")
     if association.rejected_contexts and not association.accepted_contexts:
         refused = sorted({UID(cx.abstract_syntax).name for cx in association.rejected_contexts})
-        return f"it accepts none of what was proposed ({', '.join(refused)})", str(peer), "see what it is set to accept"
-    return "it did not answer the association request", str(peer), "check that it is a DICOM service"
+        return NotAccepted(
+            f"it accepts none of what was proposed ({', '.join(refused)})", str(peer), "see what it is set to accept"
+        )
+    return PeerError("it did not answer the association request", str(peer), "check that it is a DICOM service")

@@ -7,9 +7,11 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
@@ -17,8 +19,18 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from appliance.findings.render import package_device, render
+from appliance.governance.package import load_configured
+from appliance.inference.preprocess import to_field
+from appliance.inference.slabs import plan_slabs
+from appliance.inference.triton import Output
+from appliance.inference.verdict import aggregate
 from appliance.ledger.records import SlabResult, Verdict
+from appliance.settings import Settings
+from dicom_io.header import read_header
+from dicom_io.pixels import decode
+from dicom_io.volume import assemble, planes_of
 from tests.peers import program as tool
+from triton_models.training.phantom import SUBTYPES, Phantom, simulate, write_study
 
 ISSUED = datetime(2026, 3, 4, 5, 6, 7, 891011, tzinfo=UTC)
 SIZE = 128
@@ -58,9 +70,7 @@ class Series:
         return pydicom.dcmread(next(iter(self.files.values())), stop_before_pixels=True)
 
     def hu(self, uid: str, frame: int) -> NDArray[np.float32]:
-        ds = pydicom.dcmread(self.files[uid])
-        stored = ds.pixel_array[frame] if "NumberOfFrames" in ds else ds.pixel_array
-        return (stored * float(ds.RescaleSlope) + float(ds.RescaleIntercept)).astype(np.float32)
+        return decode(self.files[uid]).hu[frame]
 
 
 def ct_series(
@@ -120,10 +130,15 @@ def ct_series(
 
 def verdict_on(series: Series, *, positive: bool = True) -> Verdict:
     """A verdict with two key slabs (one with two outlines, one with none), or a negative one."""
+    planes = [plane for path in series.files.values() for plane in planes_of(read_header(path))]
+    volume = assemble(planes) if planes else None
+    places = (
+        dict(zip([plane.sop_instance_uid for plane in volume.planes], volume.offsets, strict=True)) if volume else {}
+    )
     slabs = tuple(
         SlabResult(
             index=index,
-            offset_mm=5.0 * index,
+            offset_mm=places.get(uid, 0.0),
             thickness_mm=5.0,
             sop_instance_uid=uid,
             frame=0,
@@ -182,9 +197,79 @@ def renamed(verdict: Verdict, **changes: Any) -> Verdict:
     return replace(verdict, **changes)
 
 
+_KNOWN = (
+    "Comprehensive3DSR",
+    "SCImage",
+    "CTImage",
+    "Segmentation",
+    "GrayscaleSoftcopyPresentationState",
+    "KeyObjectSelectionDocument",
+)
+
+
 def dciodvfy_errors(path: Path) -> list[str]:
     """The error lines of dicom3tools' validator, which exits 0 whatever it finds."""
     done = subprocess.run([tool("dciodvfy"), str(path)], capture_output=True, timeout=60, check=False)
     output = (done.stdout + done.stderr).decode(errors="replace")
-    assert re.search(r"^(Comprehensive3DSR|SCImage|CTImage)$", output, re.M), output  # it knew the object
+    assert re.search(rf"^({'|'.join(_KNOWN)})$", output, re.M), output  # it knew the object
     return [line for line in output.splitlines() if line.startswith("Error")]
+
+
+def dcentvfy_errors(paths: Iterable[Path]) -> list[str]:
+    """What dicom3tools finds to differ between objects of one study that must agree in it."""
+    done = subprocess.run([tool("dcentvfy"), *map(str, paths)], capture_output=True, timeout=60, check=False)
+    return [line for line in (done.stdout + done.stderr).decode(errors="replace").splitlines() if "Error" in line]
+
+
+@cache
+def phantom() -> Phantom:
+    """A head with two bleeds under a tilted gantry, in slices half as thick as a slab."""
+    bleeds = ("intraparenchymal", "subdural")
+    return simulate(7, bleed=bleeds, thickness_mm=2.5, size=128, tilt_deg=12.0)
+
+
+def simulated(
+    folder: Path,
+    *,
+    vendor: str = "",
+    convert: Callable[[list[Path], Path], list[Path]] = lambda files, folder: files,
+) -> tuple[Series, Verdict]:
+    """`phantom` as that vendor writes it, and the verdict of a model that sees all of it.
+
+    No model is asked: the lesion maps are the simulator's truth in the model's resolution, so that what objects show
+    can be held against it. The type of a slab is the one that it shows more of.
+
+    Args:
+        convert: makes other files of those of the simulator, in that folder.
+    """
+    head = replace(phantom(), vendor=vendor)
+    files = convert(write_study(head, folder / "written"), folder)
+    headers = [read_header(path) for path in files]
+    volume = assemble([plane for header in headers for plane in planes_of(header)])  # foot to head, as the truth is
+    package = load_configured(Settings())[0]
+    plans = plan_slabs(volume, package.preprocessing.slab_mm)
+    maps, values = [], []
+    for plan in plans:
+        masks = head.mask[list(plan.members)]
+        field = to_field((masks > 0).mean(axis=0), head.spacing_mm, fill=0)
+        maps.append(cv2.resize(field, (64, 64), interpolation=cv2.INTER_AREA))
+        counts = {name: int((masks == number).sum()) for number, name in enumerate(SUBTYPES, start=1)}
+        there = sum(counts.values()) >= 10
+        most = max(counts, key=lambda name: counts[name])
+        values.append([0.9 if there and label in ("any", most) else 0.01 for label in package.labels])
+    verdict = aggregate(
+        replace(package, operating_point=replace(package.operating_point, threshold=0.5, lesion_threshold=0.5)),
+        volume,
+        plans,
+        Output(np.array(values, np.float32), np.array(maps, np.float32)),
+        study_uid=headers[0].study_instance_uid,
+        series_uid=headers[0].series_instance_uid,
+        shape=(headers[0].rows, headers[0].columns),
+        codecs=["raw"],
+    )
+    series = Series(
+        {header.sop_instance_uid: path for header, path in zip(headers, files, strict=True)},
+        headers[0].study_instance_uid,
+        headers[0].series_instance_uid,
+    )
+    return series, verdict

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from appliance.delivery.outbox import Result
+from dicom_io.errors import NotAccepted
 from dicom_io.scu import Peer, send
 
 DUPLICATE = 0x0111
@@ -19,12 +20,15 @@ def store(path: Path, peer: Peer, calling_ae: str) -> Result:
 
     A refusal for lack of resources (0xA7xx, 0x0213), a processing failure (0x0110, what many answer while their
     database is away), and no answer at all are worth another try; another failure status is the peer's verdict on
-    the object and stays so.
+    the object and stays so, and so does a class that it does not take: other findings go their way all the same.
 
     Raises:
         PeerError: no association.
     """
-    (result,) = send([path], peer, calling_ae)
+    try:
+        (result,) = send([path], peer, calling_ae)
+    except NotAccepted as refusal:
+        return "reject", str(refusal)
     if not result.error:
         return "acknowledge", "" if result.status == 0 else f"warning 0x{result.status:04X}"
     if result.status == DUPLICATE:

@@ -1,7 +1,10 @@
 """HL7 v2 messages over MLLP: the framing, the acknowledgement, and a client with one connection.
 
 Framing is MLLP (HL7 Transport Specification: MLLP, Release 1): ``VT message FS CR``.
-Acknowledgements are HL7 v2.5.1 chapter 2, section 2.9.2 (original mode) and 2.9.3 (enhanced mode).
+Acknowledgements are HL7 v2.5.1 chapter 2, section 2.9.2 (original mode) and 2.9.3 (enhanced mode). Which of them a
+message is sent in stands in the message itself: MSH-15 and MSH-16 empty is original mode; MSH-15 AL with MSH-16 NE asks
+for the accept acknowledgement alone (CA, CE, CR); MSH-15 AL with MSH-16 AL also for the application's (AA, AE, AR),
+and then only that one ends the delivery.
 
 Delivery is at least once: a connection that breaks after the message left does not tell whether the peer kept
 it, so the outbox sends the same message with the same MSH-10 again and the receiver deduplicates by MSH-10.
@@ -13,6 +16,7 @@ import contextlib
 import logging
 import re
 import socket
+import ssl
 import threading
 import time
 from dataclasses import dataclass
@@ -43,7 +47,8 @@ OUTCOMES: dict[Code, Outcome] = {
 code  the peer says                                                                  delivery
 ====  =============================================================================  ============
 AA    processed (2.9.2)                                                              acknowledged
-CA    committed to safe storage, which releases the sender (2.9.3)                   acknowledged
+CA    committed to safe storage, which releases the sender (2.9.3); where MSH-16 is  acknowledged
+      AL, only the first of two answers
 AE    the application met an error; interface engines send it for faults that pass   retry
 CE    could not be committed for another reason (2.9.3)                              retry
 AR    MSH-9, MSH-11 or MSH-12 is not acceptable, or the site refuses it (2.9.2)      rejected
@@ -147,6 +152,11 @@ class Acknowledgement:
     control_id: str
     raw: str
 
+    @property
+    def accepts(self) -> bool:
+        """It says that the message is in safe storage, not what became of it (CA)."""
+        return self.code == "CA"
+
 
 def outcome(acknowledgement: Acknowledgement) -> Outcome:
     """What the answer means for the delivery; see `OUTCOMES`."""
@@ -163,6 +173,26 @@ def control_id_of(message: str) -> str:
     if fields[0] != "MSH" or len(fields) < 10 or not fields[9].strip():
         raise ValueError("the message has no MSH segment with a control id (MSH-10)")
     return fields[9].strip()
+
+
+def wants_application_answer(message: str) -> bool:
+    """Whether the sender asks for the application's own answer after the accept acknowledgement (MSH-16 AL, 2.9.3)."""
+    fields = _segments(re.split(r"[\r\n]", message, maxsplit=1)[0])[0]
+    return fields[0] == "MSH" and len(fields) > 15 and fields[15].strip() == "AL"
+
+
+def accept_answer(acknowledgement: Acknowledgement, sent: str) -> str | None:
+    """Our accept acknowledgement (CA) of an application acknowledgement that asks for one (2.9.3); else None.
+
+    Args:
+        sent: the message that was answered; sender and receiver of ours are its.
+    """
+    theirs, ours = _segments(acknowledgement.raw)[0], _segments(sent)[0]
+    if len(theirs) < 15 or theirs[14].strip() not in ("AL", "SU") or not theirs[9].strip():
+        return None
+    header = [*ours[:7], "", "ACK", f"{ours[9]}C"[-20:], *ours[10:12]]
+    separator = sent[3]
+    return f"{separator.join(header)}\rMSA{separator}CA{separator}{theirs[9].strip()}\r"
 
 
 def parse_acknowledgement(block: bytes) -> Acknowledgement | None:
@@ -200,17 +230,33 @@ class MllpClient:
     For one sending thread; `close` alone may be called from another, and then ends a wait for an answer at once.
 
     Args:
-        connect_timeout: seconds to reach the peer.
+        connect_timeout: seconds to reach the peer, and as many for the TLS handshake.
         ack_timeout: seconds from the first byte sent to the whole acknowledgement.
+        application_timeout: seconds from the accept acknowledgement to the application's, for a message that asks for
+            both.
+        context: for a connection with TLS; None: without.
     """
 
-    def __init__(self, host: str, port: int, *, connect_timeout: float, ack_timeout: float) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        connect_timeout: float,
+        ack_timeout: float,
+        application_timeout: float = 30.0,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self.host = host
         self.port = port
         self.connect_timeout = connect_timeout
         self.ack_timeout = ack_timeout
+        self.application_timeout = application_timeout
+        self.context = context
         self._socket: socket.socket | None = None
         self._deframer = Deframer()
+        self._waiting: list[bytes] = []
+        """Blocks that came with the last answer, behind it."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -238,22 +284,27 @@ class MllpClient:
         waiting = self._socket
         if waiting is not None:
             with contextlib.suppress(OSError):  # already closed by its owner, or never connected
-                waiting.shutdown(socket.SHUT_RDWR)
+                # The socket's own: that of an SSLSocket would let the waiting thread read what is still encrypted.
+                socket.socket.shutdown(waiting, socket.SHUT_RDWR)
         with self._lock:
             self._drop()
 
     def send(self, message: str) -> Acknowledgement:
         """Send one message and wait for its acknowledgement, whatever it says; `outcome` tells what it means.
 
-        In enhanced mode the accept acknowledgement is the answer; an application acknowledgement that comes later on
-        the same connection is logged and ignored.
+        In original mode the first answer is the answer, whatever its code. In enhanced mode a message that asks for the
+        accept acknowledgement alone ends with that one; what comes later on the same connection is logged and ignored.
+        One that asks for the application's, too, ends with that; a CE or CR, which say that there will be none, end it
+        earlier, and a CA alone does not.
 
         Raises:
             ValueError: the message has no MSH-10 or cannot be framed.
             PeerError: no connection, no answer in time, or no usable answer. Whether the peer has the message is then
-                unknown; send the same message again, with the same MSH-10.
+                unknown, or it has it (CA) and does not say what became of it; send the same message again, with the
+                same MSH-10.
         """
         control_id = control_id_of(message)
+        both = wants_application_answer(message)
         block = frame(message)
         with self._lock:
             try:
@@ -266,7 +317,14 @@ class MllpClient:
                     self._drop()
                     connection = self._open()
                     self._write(connection, block, deadline, reused=False)
-                return self._await(connection, control_id, deadline)
+                answer = self._await(connection, control_id, deadline, f"{self.ack_timeout:g} s")
+                if both and answer.accepts:
+                    deadline = time.monotonic() + self.application_timeout
+                    told = f"{self.application_timeout:g} s after the peer had committed it (CA)"
+                    answer = self._await(connection, control_id, deadline, told, application=True)
+                if both and (thanks := accept_answer(answer, message)) is not None:
+                    self._thank(connection, frame(thanks))
+                return answer
             except BaseException:
                 self._drop()
                 raise
@@ -290,9 +348,36 @@ class MllpClient:
             ) from error
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if self.context is not None:
+            connection = self._secured(connection, self.context)
         self._socket = connection
-        self._deframer = Deframer()
+        self._deframer, self._waiting = Deframer(), []
         return connection
+
+    def _secured(self, connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+        """The connection after the handshake; closed if that fails."""
+        try:
+            return context.wrap_socket(connection, server_hostname=self.host)
+        except ssl.SSLCertVerificationError as error:
+            what = f"the HL7 listener's certificate is not accepted: {error.verify_message}"
+            remedy = "check its certificate, the name that we call it by, and tls.authorities"
+            cause: OSError = error
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error.strerror or error
+            what = f"the TLS handshake with the HL7 listener failed ({reason})"
+            remedy = "check that it speaks TLS at this port, and whether it asks for a certificate of ours"
+            cause = error
+        connection.close()
+        raise PeerError(what, self.where, remedy) from cause
+
+    def _thank(self, connection: socket.socket, block: bytes) -> None:
+        """Say that we have the application's answer; the delivery is over whether or not the peer hears it."""
+        try:
+            connection.settimeout(self.connect_timeout)
+            connection.sendall(block)
+        except OSError as error:
+            log.warning("hl7: %s did not take our acknowledgement of its answer (%s)", self.where, error)
+            self._drop()
 
     def _drop(self) -> None:
         if self._socket is not None:
@@ -303,13 +388,16 @@ class MllpClient:
         """Whether an open connection can be used: reads what came while idle, which no message of ours asked for."""
         if self._socket is None:
             return False
+        if self._waiting:
+            log.warning("hl7: %s sent %d messages that nothing waited for; ignored", self.where, len(self._waiting))
+            self._waiting = []
         self._socket.setblocking(False)
         # Bounded, so that a peer that never stops talking cannot hold the message back.
         for _ in range(16):
             try:
                 data = self._socket.recv(65536)
                 stale = self._deframer.feed(data)
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantReadError):
                 return True
             except (OSError, FramingError):
                 return False
@@ -344,8 +432,46 @@ class MllpClient:
                 ) from error
         return True
 
-    def _await(self, connection: socket.socket, control_id: str, deadline: float) -> Acknowledgement:
+    def _await(
+        self, connection: socket.socket, control_id: str, deadline: float, told: str, *, application: bool = False
+    ) -> Acknowledgement:
+        """The next acknowledgement of that message; with ``application`` the next that is no CA.
+
+        Args:
+            told: how long that may take, for the error.
+        """
         ignored = 0
+        what = "application acknowledgement" if application else "acknowledgement"
+        while True:
+            blocks, self._waiting = self._waiting, []
+            if not blocks:
+                blocks = self._receive(connection, control_id, deadline, told, what, ignored)
+            while blocks:
+                block = blocks.pop(0)
+                answered = "something that is no acknowledgement"
+                try:
+                    acknowledgement = parse_acknowledgement(block)
+                    if acknowledgement is not None:
+                        answered = acknowledgement.control_id
+                        if answered == control_id and not (application and acknowledgement.accepts):
+                            # Both answers may have come in one packet.
+                            self._waiting = blocks
+                            return acknowledgement
+                except CodeError as error:
+                    answered = error.control_id
+                    if answered == control_id:
+                        raise PeerError(
+                            f"the answer to message {control_id} cannot be understood: {error}",
+                            self.where,
+                            "check how the HL7 listener is set up",
+                        ) from error
+                ignored += 1
+                log.warning("hl7: %s answered %s while %s was waited for; ignored", self.where, answered, control_id)
+
+    def _receive(
+        self, connection: socket.socket, control_id: str, deadline: float, told: str, what: str, ignored: int
+    ) -> list[bytes]:
+        """Whole blocks of the peer: at least one."""
         while True:
             remaining = deadline - time.monotonic()
             try:
@@ -358,7 +484,7 @@ class MllpClient:
                 others = f"; {ignored} answers were to other messages" if ignored else ""
                 junk = f"; {self._deframer.skipped} bytes were no MLLP" if self._deframer.skipped else ""
                 raise PeerError(
-                    f"no acknowledgement of message {control_id} within {self.ack_timeout:g} s{others}{junk}",
+                    f"no {what} of message {control_id} within {told}{others}{junk}",
                     self.where,
                     "check the HL7 listener's log for this message",
                 ) from error
@@ -380,21 +506,5 @@ class MllpClient:
                     self.where,
                     "check the HL7 listener's log for this message",
                 )
-            for block in blocks:
-                answered = "something that is no acknowledgement"
-                try:
-                    acknowledgement = parse_acknowledgement(block)
-                    if acknowledgement is not None:
-                        answered = acknowledgement.control_id
-                        if answered == control_id:
-                            return acknowledgement
-                except CodeError as error:
-                    answered = error.control_id
-                    if answered == control_id:
-                        raise PeerError(
-                            f"the answer to message {control_id} cannot be understood: {error}",
-                            self.where,
-                            "check how the HL7 listener is set up",
-                        ) from error
-                ignored += 1
-                log.warning("hl7: %s answered %s while %s was waited for; ignored", self.where, answered, control_id)
+            if blocks:
+                return blocks

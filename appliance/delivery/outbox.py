@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.ledger.database import Row
 from appliance.ledger.store import Ledger
-from dicom_io.errors import PeerError
+from dicom_io.errors import ScansideError
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,13 @@ class Worker(threading.Thread):
     """Delivers what is due for one destination, most urgent first, until it is stopped.
 
     Args:
-        deliver: one try at one row of `Ledger.take_delivery`; a PeerError counts as "retry".
+        deliver: one try at one row of `Ledger.take_delivery`; a ScansideError, no peer or a file
+            of the site that cannot be used, counts as "retry".
         attempts: after that many tries a delivery is a dead letter.
         budget_seconds: the latency budget that an acknowledged alert is held against.
+        steps: names of the destinations that are steps of the escalation.
+        order_seconds: see `Ledger.take_delivery`.
+        turn: called at every turn of the loop, so between two tries.
     """
 
     def __init__(
@@ -41,6 +45,9 @@ class Worker(threading.Thread):
         first_retry_seconds: float,
         longest_retry_seconds: float,
         budget_seconds: float,
+        steps: Collection[str] = (),
+        order_seconds: float = 0.0,
+        turn: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name=f"deliver-{destination}", daemon=True)
         self._ledger = ledger
@@ -50,6 +57,10 @@ class Worker(threading.Thread):
         self._first = first_retry_seconds
         self._longest = longest_retry_seconds
         self._budget = budget_seconds
+        self._steps = steps
+        self._order = order_seconds
+        self._pause = POLL_SECONDS
+        self._turn = turn
         self._wake = threading.Event()
         self._stopping = threading.Event()
 
@@ -65,22 +76,24 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """The thread's loop."""
         while not self._stopping.is_set():
+            self._turn()
             self._wake.clear()
             try:
-                row = self._ledger.take_delivery(self._destination, self._longest)
+                row = self._ledger.take_delivery(self._destination, self._longest, self._order)
                 if row is not None:
                     self._try(row)
                     continue
             except Exception:
                 # A ledger that cannot be written now may be later; a worker that ends never delivers again.
                 log.exception("delivery to %s stumbled; it goes on", self._destination)
-            self._wake.wait(POLL_SECONDS)
+            self._wake.wait(self._pause)
+            self._pause = POLL_SECONDS
 
     def _try(self, row: Row) -> None:
         attempt = row["attempts"] + 1
         try:
             outcome, reason = self._deliver(row)
-        except PeerError as error:
+        except ScansideError as error:
             outcome, reason = "retry", str(error)
         except Exception as error:
             log.exception("delivery %d failed in a way nobody foresaw", row["id"])
@@ -90,6 +103,7 @@ class Worker(threading.Thread):
             self._settle(row, "give_up", reason)
             return
         wait = min(self._longest, self._first * 2.0 ** min(attempt - 1, 30)) if outcome == "retry" else 0.0
+        self._pause = min(POLL_SECONDS, wait) if outcome == "retry" else POLL_SECONDS
         budget = self._budget if row["object"].startswith("alert.") else None
         self._settle(row, outcome, reason, wait_seconds=wait, budget_seconds=budget)
         log.info(
@@ -115,10 +129,13 @@ class Worker(threading.Thread):
         An answer that was lost here would be a message sent twice, or one that nobody sends any more.
         """
         while True:
+            self._turn()
             try:
-                self._ledger.settle_delivery(
-                    row, outcome, reason, wait_seconds=wait_seconds, budget_seconds=budget_seconds
+                nobody = self._ledger.settle_delivery(
+                    row, outcome, reason, wait_seconds=wait_seconds, budget_seconds=budget_seconds, steps=self._steps
                 )
+                if nobody:
+                    log.error("study %d: NOBODY WAS REACHED by its alert", row["study_id"])
                 return
             except (OSError, SQLAlchemyError):
                 log.exception("delivery %d: its outcome cannot be written now", row["id"])

@@ -24,6 +24,14 @@ from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
 
 Kind = Literal["provisional", "alert", "confirmation", "correction", "withdrawal", "refusal"]
+Acknowledgement = Literal["original", "accept", "application"]
+
+_ASKED: dict[Acknowledgement, dict[int, str]] = {
+    "original": {},
+    "accept": {14: "AL", 15: "NE"},
+    "application": {14: "AL", 15: "AL"},
+}
+"""MSH-15 and MSH-16 (2.9.3, table 0155), a place further left each."""
 
 _CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
@@ -49,6 +57,7 @@ def render_alert(
     receiving_application: str,
     receiving_facility: str,
     revision: int = 1,
+    acknowledgement: Acknowledgement = "original",
 ) -> str:
     r"""The message as ER7 text, each segment ended by \r; it is to be sent as UTF-8.
 
@@ -59,6 +68,8 @@ def render_alert(
             on the whole, "alert" and "correction" that it is, "withdrawal" that it no longer is, "refusal" that the
             study was not analysed.
         issued_at: when the verdict was issued (aware).
+        acknowledgement: which answer is asked for: that of original mode, or in enhanced mode the accept
+            acknowledgement alone, or the application's after it.
 
     Raises: ValueError if `kind` contradicts the verdict, or `control_id` is not 1 to 20 printable ASCII characters.
     """
@@ -82,6 +93,7 @@ def render_alert(
                 9: _text(control_id),
                 10: processing_id,
                 11: "2.5.1",
+                **_ASKED[acknowledgement],
                 17: "UNICODE UTF-8",
             },
         ),

@@ -13,18 +13,39 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from appliance.findings import wording
-from appliance.ledger.records import SlabResult, Verdict
+from appliance.ledger.records import Outline, SlabResult, Verdict
+from dicom_io.header import FramePlane, Header, read_header
 from dicom_io.objects import capture, codes
-from dicom_io.objects.common import Device, ImageReference, Place
-from dicom_io.objects.report import Algorithm, Quantity, Report, ReportFinding, build_report
+from dicom_io.objects.common import Algorithm, Device, ImageReference, Place
+from dicom_io.objects.presentation import build_presentation
+from dicom_io.objects.report import Quantity, Report, ReportFinding, build_report
+from dicom_io.objects.segmentation import Marked, Segment, build_segmentation
+from dicom_io.objects.selection import build_selection
 from dicom_io.objects.uids import derived_uid
+from dicom_io.volume import Plane, Volume, assemble, planes_of
 
-REPORT = "report"
-_CAPTURE = re.compile(r"capture\.([1-9][0-9]*)")
+REPORT, CAPTURE, SEGMENTATION, PRESENTATION, SELECTION = KINDS = (
+    "report",
+    "capture",
+    "segmentation",
+    "presentation",
+    "selection",
+)
+"""The kinds of objects, in order of urgency. Captures and presentations are numbered as the key slabs are."""
+_NUMBERED = re.compile(rf"({CAPTURE}|{PRESENTATION})\.([1-9][0-9]*)")
+_TITLES = {
+    REPORT: "report",
+    CAPTURE: "key images",
+    SEGMENTATION: "segmentation",
+    PRESENTATION: "presentation",
+    SELECTION: "key slices",
+}
 # Series numbers above those of scanners; each revision has its own series.
 _SERIES_NUMBER = 9000
 _DIGITS_OF_A_PROBABILITY = 4
 _DIGITS_OF_A_VOLUME = 2
+RIM_MM = 0.25
+"""Outlines run through the centres of the outermost half-millimetre pixels of a region, which reach so much farther."""
 
 Sources = Callable[[str], Path]
 """SOP Instance UID → the Part 10 file that was received."""
@@ -36,7 +57,19 @@ def objects_for(verdict: Verdict) -> tuple[str, ...]:
     """The names of the objects made from this verdict, in order of urgency; none of one that is soon superseded."""
     if verdict.provisional or verdict.withdrawn:
         return ()
-    return (REPORT, *(f"capture.{number}" for number in range(1, len(verdict.key_slabs) + 1)))
+    numbers = range(1, len(verdict.key_slabs) + 1)
+    return (
+        REPORT,
+        *(f"{CAPTURE}.{number}" for number in numbers),
+        *((SEGMENTATION,) if any(slab.outlines for slab in verdict.slabs) else ()),
+        *(f"{PRESENTATION}.{number}" for number in numbers),
+        *((SELECTION,) if numbers else ()),
+    )
+
+
+def kind_of(object_name: str) -> str:
+    """The kind of an object of that name: "capture" of "capture.2"."""
+    return object_name.split(".")[0]
 
 
 def object_uid(uid_root: str, study_uid: str, package: str, version: str, revision: int, object_name: str) -> str:
@@ -71,6 +104,7 @@ def render(
     analysed: Sequence[str],
     uid_root: str,
     device: Device,
+    before: Sequence[tuple[int, Verdict]] = (),
 ) -> Dataset:
     """One object of `objects_for(verdict)`, ready to be written or sent.
 
@@ -79,50 +113,97 @@ def render(
             source names none, in this machine's.
         analysed: SOP Instance UIDs of the analysed images, in order.
         device: see `package_device`.
+        before: revision and verdict of what was issued before and was not withheld; the report says that it follows
+            the newest report of these.
 
     Returns: a data set with file meta, Explicit VR Little Endian.
     Raises: ValueError for a name that is none of this verdict's, OSError or InvalidDicomError for a source that
-        is gone or damaged.
+        is gone or damaged, GeometryError for sources that are no volume any more.
     """
     if object_name not in objects_for(verdict):
         raise ValueError(f"{object_name!r} is no object of this verdict: {', '.join(objects_for(verdict))}")
-    key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-    number = _CAPTURE.fullmatch(object_name)
-    kind = "capture" if number else REPORT
+    numbered = _NUMBERED.fullmatch(object_name)
+    number = int(numbered[2]) if numbered else 1
+    kind = kind_of(object_name)
     revised = f", revision {revision}" if revision > 1 else ""
     place = Place(
-        sop_instance_uid=object_uid(uid_root, *key, revision, object_name),
-        series_instance_uid=derived_uid(uid_root, "series", *key, str(revision), kind),
-        series_number=_SERIES_NUMBER + 10 * revision + (2 if number else 1),
-        instance_number=int(number[1]) if number else 1,
-        series_description=f"{verdict.package} {'key images' if number else 'report'}{revised} (unverified)",
+        *_uids(uid_root, verdict, revision, object_name),
+        series_number=_SERIES_NUMBER + 10 * revision + 1 + KINDS.index(kind),
+        instance_number=number,
+        series_description=f"{verdict.package} {_TITLES[kind]}{revised} (unverified)",
         created=issued_at.astimezone(),
     )
-    if number:
-        slab = verdict.slabs[verdict.key_slabs[int(number[1]) - 1]]
-        header = _header(sources(slab.sop_instance_uid))
-        return capture.build_capture(
-            _picture(verdict, slab, hu_of),
-            header,
-            _reference(header, slab.frame),
-            description=f"Key slab {slab.index + 1}, window 40/80, outline by {wording.judged_by(verdict)}",
-            comment=f"{wording.TRIAGE_ONLY} {verdict.notice}",
+    algorithm = Algorithm(
+        name=verdict.package,
+        version=verdict.package_version,
+        manufacturer=device.manufacturer,
+        parameters=(f"threshold {verdict.threshold:g}", f"decoders {', '.join(verdict.codecs)}"),
+    )
+    if kind == REPORT:
+        earlier = [one for one in before if REPORT in objects_for(one[1])]
+        return build_report(
+            _report(verdict, revision, sources, analysed, uid_root),
+            _header(sources(analysed[0])),
+            procedure=codes.CT_HEAD,
+            algorithm=algorithm,
+            predecessor=_uids(uid_root, earlier[-1][1], earlier[-1][0], REPORT) if earlier else None,
             device=device,
             place=place,
         )
-    return build_report(
-        _report(verdict, revision, sources, analysed, uid_root),
-        _header(sources(analysed[0])),
-        procedure=codes.CT_HEAD,
-        algorithm=Algorithm(
-            name=verdict.package,
-            version=verdict.package_version,
-            manufacturer=device.manufacturer,
-            parameters=(f"threshold {verdict.threshold:g}", f"decoders {', '.join(verdict.codecs)}"),
-        ),
+    if kind == SEGMENTATION:
+        return _segmentation(verdict, revision, sources, analysed, uid_root, algorithm, device, place)
+    slab = verdict.slabs[verdict.key_slabs[number - 1]]
+    path = sources(slab.sop_instance_uid)
+    header = _header(path)
+    image = _reference(header, slab.frame)
+    if kind == SELECTION:
+        slabs = [verdict.slabs[index] for index in verdict.key_slabs]
+        return build_selection(
+            [_reference(_header(sources(one.sop_instance_uid)), one.frame) for one in slabs],
+            header,
+            title=codes.OF_INTEREST,
+            description=" ".join((wording.impression(verdict), wording.TRIAGE_ONLY, verdict.notice)),
+            device=device,
+            place=place,
+        )
+    if kind == PRESENTATION:
+        return build_presentation(
+            hu_of(slab.sop_instance_uid, slab.frame),
+            slab.outlines,
+            wording.label(verdict, slab),
+            header,
+            image,
+            spacing_mm=read_header(path).frames[slab.frame].spacing,
+            rescale=_rescale(header, slab.frame),
+            label=f"Slab {slab.index + 1}: {wording.kinds(slab.probabilities)}",
+            device=device,
+            place=place,
+        )
+    return capture.build_capture(
+        _picture(verdict, slab, hu_of),
+        header,
+        image,
+        description=f"Key slab {slab.index + 1}, window 40/80, outline by {wording.judged_by(verdict)}",
+        comment=f"{wording.TRIAGE_ONLY} {verdict.notice}",
         device=device,
         place=place,
     )
+
+
+def slices_of(verdict: Verdict, volume: Volume) -> list[list[Plane]]:
+    """The planes of the volume that each slab was averaged from, foot to head, in the order of the slabs.
+
+    A verdict names its slabs' centres and extents; a plane is of the slab whose centre is nearest, measured in that
+    slab's thickness. (Where slices of different thickness overlap, one at a border may be counted to the neighbour.)
+    """
+    planes: list[list[Plane]] = [[] for _ in verdict.slabs]
+    for plane, offset in zip(volume.planes, volume.offsets, strict=True):
+        nearest = min(
+            range(len(planes)),
+            key=lambda i: abs(offset - verdict.slabs[i].offset_mm) / max(verdict.slabs[i].thickness_mm, 1e-3),
+        )
+        planes[nearest].append(plane)
+    return planes
 
 
 def key_png(verdict: Verdict, hu_of: Hounsfield, number: int = 1) -> bytes:
@@ -140,21 +221,97 @@ def _picture(verdict: Verdict, slab: SlabResult, hu_of: Hounsfield) -> NDArray[n
     return capture.key_image(hu, slab.outlines, wording.banner(verdict, slab))
 
 
+def _uids(uid_root: str, verdict: Verdict, revision: int, object_name: str) -> tuple[str, str]:
+    """SOP Instance UID and Series Instance UID of an object."""
+    key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
+    return (
+        object_uid(uid_root, *key, revision, object_name),
+        derived_uid(uid_root, "series", *key, str(revision), kind_of(object_name)),
+    )
+
+
+def _concept(slab: SlabResult) -> codes.Concept:
+    """What a slab's region is called: its likeliest subtype, or haemorrhage where none is likely.
+
+    The lesion map knows no subtypes; only the slab's probabilities do.
+    """
+    likely = wording.likely_subtypes(slab.probabilities)
+    return next((codes.SUBTYPES[one] for one in likely if one in codes.SUBTYPES), codes.INTRACRANIAL_HEMORRHAGE)
+
+
+def _segmentation(
+    verdict: Verdict,
+    revision: int,
+    sources: Sources,
+    analysed: Sequence[str],
+    uid_root: str,
+    algorithm: Algorithm,
+    device: Device,
+    place: Place,
+) -> Dataset:
+    paths = {uid: sources(uid) for uid in analysed}
+    headers = {uid: read_header(path) for uid, path in paths.items()}
+    volume = assemble([plane for header in headers.values() for plane in planes_of(header)])
+    slices: dict[codes.Concept, list[Marked]] = {}
+    for slab, planes in zip(verdict.slabs, slices_of(verdict, volume), strict=True):
+        if slab.outlines:
+            slices.setdefault(_concept(slab), []).extend(
+                Marked(_image(headers[one.sop_instance_uid], one.frame), one.geometry, slab.outlines) for one in planes
+            )
+    tracking = (uid_root, "tracking", verdict.study_instance_uid, verdict.package, verdict.package_version)
+    first = headers[analysed[0]]
+    return build_segmentation(
+        [
+            Segment(
+                uid=derived_uid(*tracking, str(revision), "segment", concept.value),
+                concept=concept,
+                description=(
+                    f"{concept.meaning} suspected by {wording.judged_by(verdict)}. The lesion map does not tell types "
+                    "apart: regions are named by the likeliest type of their slab, and marked on every slice that the "
+                    f"slab was averaged from. {wording.TRIAGE_ONLY} {verdict.notice}"
+                ),
+                slices=tuple(marked),
+            )
+            for concept, marked in sorted(slices.items(), key=lambda one: (-len(one[1]), one[0].value))
+        ],
+        _header(paths[analysed[0]]),
+        (first.rows, first.columns),
+        rim_mm=RIM_MM,
+        algorithm=algorithm,
+        organization_uid=derived_uid(uid_root, "dimensions", place.sop_instance_uid),
+        device=device,
+        place=place,
+    )
+
+
+def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
+    """Slope and intercept of one frame (PS3.3 C.11.1, C.7.6.16.2.9 in functional groups)."""
+    groups = [
+        *header.get("PerFrameFunctionalGroupsSequence", [])[frame : frame + 1],
+        *header.get("SharedFunctionalGroupsSequence", []),
+    ]
+    found = [
+        group.PixelValueTransformationSequence[0] for group in groups if "PixelValueTransformationSequence" in group
+    ]
+    values = (found or [header])[0]
+    return float(values.RescaleSlope), float(values.RescaleIntercept)
+
+
 def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequence[str], uid_root: str) -> Report:
     tracking = (uid_root, "tracking", verdict.study_instance_uid, verdict.package, verdict.package_version)
+    paths = {uid: sources(uid) for uid in analysed}
+    headers = {uid: read_header(path) for uid, path in paths.items()}
     findings = []
-    whole = codes.INTRACRANIAL_HEMORRHAGE
     for index in verdict.key_slabs:
         slab = verdict.slabs[index]
-        image = _reference(_header(sources(slab.sop_instance_uid)), slab.frame)
-        likely = wording.likely_subtypes(slab.probabilities)
+        image = _image(headers[slab.sop_instance_uid], slab.frame)
         for number, outline in enumerate(slab.outlines or (None,), start=1):
             label = f"slab {slab.index + 1}" + (f" outline {number}" if outline else "")
             findings.append(
                 ReportFinding(
                     label=f"{label}: {wording.kinds(slab.probabilities)}",
                     uid=derived_uid(*tracking, str(revision), label),
-                    concept=next((codes.SUBTYPES[one] for one in likely if one in codes.SUBTYPES), whole),
+                    concept=_concept(slab),
                     image=image,
                     quantities=(_probability(codes.PROBABILITY, slab.probabilities["any"]),),
                     outline=outline,
@@ -163,7 +320,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
     return Report(
         label="intracranial haemorrhage",
         uid=derived_uid(*tracking, str(revision), "study"),
-        finding=whole if verdict.positive else None,
+        finding=codes.INTRACRANIAL_HEMORRHAGE if verdict.positive else None,
         result=codes.SUSPECTED if verdict.positive else codes.NONE_FOUND,
         impression=wording.impression(verdict),
         quantities=(
@@ -179,8 +336,24 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
         findings=tuple(findings),
         comments=(wording.TRIAGE_ONLY, verdict.notice),
         limitations=verdict.limitations,
-        images=tuple(ImageReference(_sop_class(sources(uid)), uid) for uid in analysed),
+        images=tuple(ImageReference(header.sop_class_uid, uid) for uid, header in headers.items()),
+        complete=not assemble([plane for header in headers.values() for plane in planes_of(header)]).gaps,
+        surface=tuple(
+            _in_space(headers[slab.sop_instance_uid].frames[slab.frame], outline)
+            for slab in verdict.slabs
+            for outline in slab.outlines
+        ),
     )
+
+
+def _in_space(plane: FramePlane, outline: Outline) -> tuple[tuple[float, float, float], ...]:
+    """Points of an image in its frame of reference, mm (PS3.3 C.7.6.2.1.1)."""
+    row, column = np.array(plane.orientation[:3]), np.array(plane.orientation[3:])
+    points = np.array(outline)
+    found = (
+        np.array(plane.position) + points[:, :1] * plane.spacing[1] * row + points[:, 1:] * plane.spacing[0] * column
+    )
+    return tuple((float(x), float(y), float(z)) for x, y, z in found)
 
 
 def _probability(name: codes.Concept, value: float) -> Quantity:
@@ -191,11 +364,12 @@ def _header(path: Path) -> Dataset:
     return pydicom.dcmread(path, stop_before_pixels=True)
 
 
-def _sop_class(path: Path) -> str:
-    """From the file meta alone: a report refers to hundreds of images."""
-    return str(pydicom.filereader.read_file_meta_info(path).MediaStorageSOPClassUID)
-
-
 def _reference(header: Dataset, frame: int) -> ImageReference:
     multiframe = int(header.get("NumberOfFrames") or 1) > 1
     return ImageReference(str(header.SOPClassUID), str(header.SOPInstanceUID), frame + 1 if multiframe else None)
+
+
+def _image(header: Header, frame: int) -> ImageReference:
+    return ImageReference(
+        header.sop_class_uid, header.sop_instance_uid, frame + 1 if header.number_of_frames > 1 else None
+    )

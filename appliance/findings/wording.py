@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from appliance.ledger.records import SlabResult, Verdict
@@ -9,6 +10,10 @@ from appliance.ledger.records import SlabResult, Verdict
 TRIAGE_ONLY = "Triage only, unverified: a radiologist must read this study."
 LIKELY = 0.5
 """A subtype is named from this probability on; below it the kind of haemorrhage is left open."""
+
+
+_SHORT = 28
+"""Characters in a line of a label."""
 
 
 def likely_subtypes(probabilities: Mapping[str, float]) -> tuple[str, ...]:
@@ -51,3 +56,16 @@ def banner(verdict: Verdict, slab: SlabResult) -> tuple[str, ...]:
         TRIAGE_ONLY,
         verdict.notice,
     )
+
+
+def label(verdict: Verdict, slab: SlabResult) -> tuple[str, ...]:
+    """What stands beside one key slab in a viewer, in short lines."""
+    sentences = (
+        "Haemorrhage suspected",
+        *(likely_subtypes(slab.probabilities) or ("type open",)),
+        f"probability {slab.probabilities['any']:.3f}",
+        f"{verdict.package} {verdict.package_version}",
+        "triage only, unverified",
+        verdict.notice,
+    )
+    return tuple(line for sentence in sentences for line in textwrap.wrap(sentence, _SHORT))

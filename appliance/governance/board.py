@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -113,7 +113,8 @@ class Board:
         for one in self.decisions:
             match one.what:
                 case "approved":
-                    self._approved[one.package, one.digest] = one
+                    if (one.package, one.digest) not in self._retired:  # as it was retired for good
+                        self._approved[one.package, one.digest] = one
                 case "suspended":
                     self._approved = {key: held for key, held in self._approved.items() if key[0] != one.package}
                     self._stopped[one.package] = one
@@ -129,6 +130,17 @@ class Board:
         """The same records, not to be trusted."""
         return Board(self.decisions, self.last, fault)
 
+    def day(self, today: date | None = None) -> date:
+        """The day on which what is bounded must hold: never before the newest decision.
+
+        A clock that was set back, or that starts in 1970, revives nothing.
+
+        Args:
+            today: what the clock says; asked if omitted.
+        """
+        decided = [datetime.fromisoformat(one.at).astimezone().date() for one in self.decisions[-1:] if one.at]
+        return max([today or date.today(), *decided])
+
     def approval(self, package: Package) -> Decision | None:
         """The approval of this very version, whether its time is over or not."""
         return self._approved.get((package.name, package.digest))
@@ -137,12 +149,16 @@ class Board:
         """The record that retired this very version."""
         return self._retired.get((package.name, package.digest))
 
-    def exceptions(self, package: Package) -> list[BoardException]:
-        """The exceptions for this very version; none from records that are not to be trusted."""
+    def exceptions(self, package: Package, today: date | None = None) -> list[BoardException]:
+        """The exceptions for this very version whose time is not over; none from records that are not to be trusted."""
+        day = self.day(today)
         return [
             BoardException(one.package, one.criterion, f"{one.why} (record {one.record})", one.who, one.until)
             for one in self._excepted.values()
-            if not self.fault and one.until and (one.package, one.digest) == (package.name, package.digest)
+            if not self.fault
+            and one.until
+            and one.until >= day
+            and (one.package, one.digest) == (package.name, package.digest)
         ]
 
     def exception(self, record: int) -> Decision | None:
@@ -154,7 +170,7 @@ class Board:
         approved = {one.package for one in self._approved.values()}
         stopped = [one for one in self._stopped.values() if one.package not in approved]
         bounded = [*self._approved.values(), *self._excepted.values()]
-        held = [one for one in bounded if one.until and one.until >= today]
+        held = [one for one in bounded if one.until and one.until >= self.day(today)]
         return not self.fault and any(one.record == record for one in (*held, *stopped, *self._retired.values()))
 
     def judge(self, package: Package, today: date | None = None) -> tuple[Criterion, Mode]:
@@ -163,15 +179,15 @@ class Board:
         Args:
             today: the day on which an approval must hold; today if omitted.
         """
-        day = today or date.today()
+        day = self.day(today)
         spoken = [one for one in self.decisions if one.package == package.name and one.what not in _OF_STUDIES]
         rule = "an approval of this version that is in force"
+        if self.fault:  # also for what needs no approval: it may have been suspended
+            return _criterion(f"the records are not to be trusted: {self.fault}", rule, None), "evaluation"
         if package.mode == "evaluation" and not spoken:
             return _criterion("none is needed: it is only evaluated", rule + ", or none to be only evaluated", True), (
                 "evaluation"
             )
-        if self.fault:
-            return _criterion(f"the records are not to be trusted: {self.fault}", rule, None), "evaluation"
         held = self.approval(package)
         if held is None:
             return _criterion(self._why_not(package, spoken), rule, False), "evaluation"
@@ -402,6 +418,7 @@ def _keep(evidence: Path, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / digest
     part = directory / f".{digest}.part"
+    part.unlink(missing_ok=True)  # one that was left behind may be read-only already
     part.write_bytes(content)
     with part.open("rb") as file:
         os.fsync(file.fileno())

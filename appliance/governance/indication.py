@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Literal
+from unicodedata import normalize
 
 from appliance.governance.label import Age, Indication, kernel_matches, scanner_matches
 from appliance.governance.package import Package
@@ -35,14 +36,18 @@ _GROWING = {"coverage", "slabs", "gaps", "spacing"}
 """Criteria that a series which is still arriving can yet come to meet."""
 
 _HEAD = re.compile(
-    r"\b(HEAD\w*|BRAIN\w*|SKULL\w*|CRANI\w*|CEREBR\w*|ENC[EÉ]PHAL\w*|NEURO\w*|SCHAEDEL\w*|SCHÄDEL\w*|KOPF\w*|HIRN"
-    r"|CR[AÂ]NE|CR[AÁ]NEO|T[EÊ]TE|CABEZA|CEREBRO|TESTA|HOOFD|HERSENEN|CCT|NCCT|CTH|CTB)\b"
+    r"\b(HEAD(?!ACHE|FIRST|REST)\w*|BRAIN\w*|SKULL\w*|CR[AÂ]NI\w*|CEREBR\w*|CERVEAU|ENC[EÉ](PH|F)[AÁ]L\w*|NEURO\w*"
+    r"|SCHAEDEL\w*|SCHÄDEL\w*|KOPF\w*|HIRN|CR[AÂ]NE|CR[AÁ]NEO|T[EÊ]TE|CABEZA|CABE[CÇ]A|TESTA|HOOFD|HERSENEN"
+    r"|HUVUD|HJÄRNA|HOVED|HJERNE|G[LŁ]OWA|CCT|NCCT|CTH|CTB)\b"
 )
 _ELSEWHERE = re.compile(
-    r"\b(HEAD\W?(AND\W|&\W?)?NECK|NECK|[CTLS]?-?SPINE|HALS|HWS|CHEST|THORAX|LUNGS?|HEART|CORONARY|ABDOMEN|PELVIS"
-    r"|LIVER|KIDNEYS?|SINUS\w*|ORBITS?|TEMPORAL|IACS?|PETROUS|MASTOIDS?|FACE|FACIAL|MAXILLO\w*|MANDIBLE|JAW|DENTAL"
-    r"|EXTREMITY|KNEE|HIP|ANKLE|FOOT|HAND|WRIST|ELBOW|ARM|LEG|SHOULDER|FEM(UR|ORAL)|HUMER\w*|RADI(US|AL)"
-    r"|CAROTIDS?|WILLIS|ANGIO\w*|CTA|CTV|PERFUSION|CTP)\b"
+    r"\b(HEAD\W?(AND\W|&\W?)?NECK|NECK|HALS|COU|CUELLO|COLLO|PESCO[CÇ]O|[CTLS]?-?SPINE|CERVICAL\w*|[HBL]WS|RACHIS"
+    r"|WIRBELS\w*|COLUMNA|COLUNA|COLONNA|LUMB\w*|LOMB\w*|DORSAL|CHEST|THORA\w*|T[OÓ]RAX|TORACE|LUNGS?|LUNGEN?|PULM\w*"
+    r"|HEART|CORONARY|ABDOM\w*|\w*BAUCH|PELVI\w*|PELVE|BECKEN|BASSIN|LIVER|KIDNEYS?|PANCREAS|SINUS\w*|NNH|ORBIT\w*"
+    r"|TEMPORAL|IA[CM]S?|PETROUS|FELSENBEIN\w*|ROCHERS?|MASTOIDS?|FACE|FACIAL|VISAGE|\w*GESICHT\w*|MAXILLO\w*|MANDIBLE"
+    r"|JAW|KIEFER\w*|DENTA\w*|EXTREMITY|KNEE|HIP|ANKLE|FOOT|TOE|HAND|WRIST|ELBOW|ARM|LEG|SHOULDER|FEM(UR|ORAL)"
+    r"|HUMER\w*|RADI(US|AL)|TIBIA\w*|FIBULA\w*|META(TARS|CARP)\w*|\w*THIGHS?|WHOLE ?BODY|GANZKÖRPER|CAROTIDS?|WILLIS"
+    r"|ANGIO\w*|CTA|CTV|PERFUSION|CTP)\b"
 )
 
 HEAD_CODES = {
@@ -52,17 +57,29 @@ HEAD_CODES = {
 _ANATOMY_SCHEMES = ("SCT", "SRT")
 
 _WITHOUT_AGENT = re.compile(
-    r"\b(W ?/? ?O(UT)?|WITHOUT|NON?|NOT|PRE|OHNE|VOR|SANS|SIN|SENZA|ZONDER|UTAN|UDEN)[ -]*(IV )?"
-    r"(CONTRAST\w*|CON|KM|INJ\w*|ENHANC\w*|C)\b|\b(UNENHANCED|NONCON\w*|PRECON\w*|NATIV\w*|PLAIN)\b"
+    r"\b(W ?/? ?O(UT)?|WITHOUT|NON?|NOT|PRE|OHNE|VOR|SANS|SIN|SEM|SENZA|ZONDER|UTAN|UDEN|BEZ)[ -]*(IV )?"
+    r"([CK]ONTRAST\w*|CON|KM|INJ\w*|ENHANC\w*|MDC|PDC|C)\b|\bO ?KM\b|\bS ?/ ?C(ONTRAST\w*)?\b"
+    r"|\b(UNENHANCED|NONCON\w*|PRECON\w*|NATIV\w*|PLAIN)\b"
 )
 _WITH_AGENT = re.compile(
     # "Enhanced" is also what DICOM calls its multi-frame objects, and conversions to them say so.
-    r"(^|[ /&-])\+ ?C\b|\bC ?\+|\bCONTRAST"
-    r"|\bENHANCED(?! (CONVERSION|CT IMAGE|MULTI))|\bCECT\b|\bKM\b|\bCT[APV]\b|ANGIO|PERFUSION"
+    r"\+ ?(C|IV|KM)\b|\b(C|IV) ?\+|\b[CK]ONTRAST"
+    r"|\bENH\b|\bENHANCED(?! (CONVERSION|CT IMAGE|MULTI))|\bCE(CT)?\b|\bKM\b|\b[MP]DC\b|\bCT[APV]\b|ANGIO|PERFUSION"
+    r"|\bC/C\b|\bW ?/? ?C(ON)?\b|\bW/( |$)|\bWITH *$"
     r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJECT"
     r"|\b(ARTERIAL|VENOUS|PORTAL)\b"
 )
-_NO_AGENT = re.compile(r"(NO|NON|NONE|WITHOUT|OHNE|SANS|N|N/A|NA|NIL|0|-+)( .*)?")
+_WITH_AND_WITHOUT = re.compile(
+    r"\bW ?(AND|[/&+,-])? ?W ?/? ?O\b|\bW ?/? ?O ?(AND|[/&+,-])? ?W\b"
+    r"|\b(WITH|MIT|AVEC|CON|COM|MET) ?(AND|UND|ET|Y|E|EN|OR|[/&+,-])? ?(WITHOUT|OHNE|SANS|SIN|SEM|SENZA|ZONDER)\b"
+    r"|\b(WITHOUT|OHNE|SANS|SIN|SEM|SENZA|ZONDER) ?(AND|UND|ET|Y|E|EN|[/&+,-])? ?(WITH|MIT|AVEC|CON|COM|MET)\b"
+)
+"""Of a description of both, nobody knows which this series is."""
+_NO_AGENT = re.compile(
+    r"(NO|NON|NONE|NOT|WITHOUT|OHNE|SANS|SIN|SENZA|N|N/A|NA|NIL|0|-+)"
+    r"( (IV|ORAL|[CK]ONTRAST\w*|AGENT|MEDI(A|UM)|KM|CM|INJ\w*|GIVEN|USED|APPLIED))*"
+)
+"""Not "non ionic", which is an agent."""
 
 _SPOKEN = attrgetter(
     "modality", "sop_class_uid", "series_description", "protocol_name", "anatomic_region", "body_part_examined",
@@ -70,6 +87,9 @@ _SPOKEN = attrgetter(
     "convolution_kernel", "gantry_detector_tilt", "manufacturer", "manufacturer_model_name", "station_name",
 )  # fmt: skip
 """All that is read of a header but its place and its patient."""
+
+_OLDEST = Age(120, "years")
+"""Nobody of that age is known to live: it stands for an age or a birth date that nobody knew (01.01.1900)."""
 
 _AGES_DIFFER = 13
 """Months by which a stated age and the dates may differ: one is rounded, the other entered a birthday late."""
@@ -231,7 +251,7 @@ def body_region(header: Header) -> Literal["head", "elsewhere", ""]:
 
 @lru_cache(maxsize=4096)
 def _region_in(text: str) -> Literal["head", "elsewhere", ""]:
-    words = re.sub(r"[_/.,;^]", " ", text.upper())
+    words = re.sub(r"[_/.,;^]", " ", normalize("NFC", text).upper())
     if _ELSEWHERE.search(words):
         return "elsewhere"
     return "head" if _HEAD.search(words) else ""
@@ -250,7 +270,7 @@ def has_contrast(header: Header) -> bool:
 def contrast_said(header: Header) -> tuple[str, bool]:
     """What the header says of a contrast agent, and whether it says that there was one."""
     agent = header.contrast_bolus_agent.strip()
-    if agent and not _NO_AGENT.fullmatch(agent.upper()):
+    if agent and not _NO_AGENT.fullmatch(agent.upper().replace("_", " ")):
         return agent, True
     without, given = _agent_in(header.series_description)
     if given:
@@ -267,9 +287,10 @@ def contrast_said(header: Header) -> tuple[str, bool]:
 @lru_cache(maxsize=4096)
 def _agent_in(text: str) -> tuple[bool, bool]:
     """Whether a description speaks of images without an agent, and of images with one."""
-    words = re.sub(r"[_.,;^()]+", " ", text.upper())
+    words = " ".join(re.sub(r"[_.,;^()]+", " ", normalize("NFC", text).upper()).split())
     without = bool(_WITHOUT_AGENT.search(words) or re.search(r"\bW ?/? ?O\b", words))
-    return without, bool(_WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", words)))
+    both = _WITH_AND_WITHOUT.search(words)
+    return without, bool(both or _WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", words)))
 
 
 def age_said(label: Indication, header: Header) -> tuple[str, bool | None]:
@@ -277,28 +298,35 @@ def age_said(label: Indication, header: Header) -> tuple[str, bool | None]:
 
     It may say so twice: as PatientAge, and by PatientBirthDate and StudyDate. Who is outside the label by either is
     outside it. Who is inside by both, which differ by more than 13 months, is of unknown age: one is somebody else's.
+    So it is where one of them is there and cannot be read, or gives an age that nobody reaches.
     """
     youngest, oldest = Age.of(label.minimum_age), Age.of(label.maximum_age) if label.maximum_age else None
     told: list[str] = []
     answers: list[bool | None] = []
-    try:
-        stated: Age | None = Age.of(header.patient_age)
-    except ValueError:
-        stated = None
-    if stated:
-        told.append(header.patient_age.strip())
-        too_old = stated.has_reached(oldest.next) if oldest else False
-        answers.append(_all((stated.has_reached(youngest), None if too_old is None else not too_old)))
-    born, studied = _day(header.patient_birth_date), _day(header.study_date)
-    if born and studied:
-        if studied < born:
-            return " and ".join([*told, "born after the study"]), False if False in answers else None
-        told.append(f"{_completed(born, studied)} by the dates")
-        answers.append(_on(youngest, born) <= studied and not (oldest and _on(oldest.next, born) <= studied))
-        if stated and False not in answers and _differ(stated, (studied - born).days):
-            return " but ".join(told), None
-    met = False if False in answers else None if None in answers or not answers else True
-    return ", ".join(told), met
+    stated = None
+    if text := header.patient_age.strip():
+        try:
+            stated = Age.of(text)
+        except ValueError:
+            told.append(f"{text} (no age)")
+            answers.append(None)
+        else:
+            told.append(text)
+            too_old = stated.has_reached(oldest.next) if oldest else False
+            answers.append(_all((stated.has_reached(youngest), None if too_old is None else not too_old)))
+            answers.append(None if stated.has_reached(_OLDEST) else True)
+    if text := header.patient_birth_date.strip():
+        born, studied = _day(text), _day(header.study_date)
+        if born is None or studied is None or studied < born:
+            told.append("born after the study" if born and studied else "a birth date that cannot be used")
+            answers.append(None)
+        else:
+            told.append(f"{_completed(born, studied)} by the dates")
+            answers.append(_on(youngest, born) <= studied and not (oldest and _on(oldest.next, born) <= studied))
+            answers.append(None if _on(_OLDEST, born) <= studied else True)
+            if stated and False not in answers and _differ(stated, (studied - born).days):
+                return " but ".join(told), None
+    return ", ".join(told), _all(answers)
 
 
 def _day(text: str) -> date | None:
@@ -426,6 +454,15 @@ def pixels_unknown(package: Package, admission: Admission, why: str) -> Admissio
 def _with_brain(package: Package, admission: Admission, value: str, met: bool | None) -> Admission:
     brain = _criterion(rules(package), "brain", "soft tissue inside the skull", value, met)
     return Admission((*admission.criteria, brain))
+
+
+def still_excepted(
+    package: Package, admission: Admission, exceptions: Sequence[BoardException], today: date | None = None
+) -> Admission:
+    """The same admission under the exceptions that hold now: one that is over or was revoked lets nothing pass."""
+    day = today or date.today()
+    unknown = (replace(c, outcome="unknown", note="") if c.outcome == "excepted" else c for c in admission.criteria)
+    return Admission(tuple(_except(package, c, exceptions, day) for c in unknown))
 
 
 def scanner(package: Package, headers: Sequence[Header]) -> Criterion:

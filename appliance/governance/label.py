@@ -58,8 +58,11 @@ class Age(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Age:
-        """From "18 years", or from DICOM's age string "018Y" (PS3.5 6.2, VR AS). ValueError if it is neither."""
-        if stated := re.fullmatch(r"(\d{3})([DWMY])", text.strip()):
+        """From "18 years", or from DICOM's age string "018Y" (PS3.5 6.2, VR AS). ValueError if it is neither.
+
+        Some devices leave out zeros in front ("18Y"), or write a small letter.
+        """
+        if stated := re.fullmatch(r"([0-9]{1,3})([DWMY])", text.strip().upper()):
             return cls(int(stated[1]), _UNITS[stated[2]])
         if stated := re.fullmatch(r"(\d+) (days|weeks|months|years)", text):
             return cls(int(stated[1]), stated[2])
@@ -173,6 +176,9 @@ class Indication:
             low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name} runs from {low} down to {high}")
+        for rule in (*self.scanners, *self.excluded_scanners):
+            if not _split(rule)[0]:
+                raise ValueError(f"{rule!r} names no maker")
         youngest, oldest = Age.of(self.minimum_age), Age.of(self.maximum_age or "999 years")
         if oldest.has_reached(youngest) is False:
             raise ValueError(f"maximum_age is {oldest}, minimum_age {youngest}")
@@ -272,7 +278,7 @@ def _covers_scanner(wide: str, narrow: str) -> bool:
 # --- scanners and kernels -------------------------------------------------------------------------------
 
 _MAKERS = (
-    (r"GE|GE (MEDICAL|HEALTH).*|GEMS|GENERAL ELECTRIC.*", "GE"),
+    (r"G ?E|G ?E (MED|HEALTH|MR|CGR|YMS|YOKOGAWA).*|GEMS.*|GEHC.*|GENERAL ELECTRIC.*", "GE"),
     (r"SIEMENS.*", "SIEMENS"),
     (r"PHILIPS.*|MARCONI.*", "PHILIPS"),
     # The same company: renamed in 2018.
@@ -306,7 +312,7 @@ def scanner_matches(rules: tuple[str, ...], manufacturer: str, model: str) -> bo
         wanted, pattern = _split(rule)
         if not who:
             answers.append(None)
-        elif who != wanted:
+        elif who != wanted and not who.startswith(f"{wanted} "):  # "ACME" is also ACME INC
             answers.append(False)
         elif pattern == "*" or model.strip():
             answers.append(fnmatchcase(model.strip().upper(), pattern.upper()))

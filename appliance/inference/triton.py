@@ -370,7 +370,8 @@ class _Region:
         self.name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
         # Locked before it has a name, and its memory taken now: a full file system shows here and not as SIGBUS.
         try:
-            self._file = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o600)
+            # The server may run as another user of our group.
+            self._file = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o660)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX)
                 os.posix_fallocate(self._file, 0, size)

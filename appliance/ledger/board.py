@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +22,19 @@ DECISIONS = (
 _STOPS = (Event.BOARD_SUSPENDED, Event.BOARD_RETIRED)
 
 
+VERSION = t.verdict.c.result["package_version"].as_string().label("version")
+"""The version of the package that a verdict is of."""
+
+
+def _stop(name: str, number: int, detail: Mapping[str, Any]) -> str:
+    """Why nothing is sent after a decision; '' if it stops nothing."""
+    if name in _STOPS:
+        return f"the package was {name.removeprefix('board.')} by {detail.get('who', '')} (record {number})"
+    if name == Event.BOARD_APPROVED and detail.get("mode") == "shadow":
+        return f"the package was put in shadow by {detail.get('who', '')} (record {number})"
+    return ""
+
+
 class BoardMoved(Exception):
     """The board decided something since it was last looked at."""
 
@@ -32,12 +45,17 @@ class BoardRecords(Database):
     def record_decision(self, name: Event, package: str, **detail: Any) -> int:
         """Append a decision on a package; returns its number.
 
-        With a suspension or retirement, what waits to be sent of the package is withdrawn in the same transaction.
+        What waits to be sent of a package that is suspended, or of a version that is retired or from now on in shadow,
+        is withdrawn in the same transaction.
         """
         with self._write() as connection:
             number = self._append(connection, name, None, package=package, **detail)
-            if name in _STOPS:
-                self._withdraw(connection, t.analysis.c.package == package, self._said(name, number, detail["who"]))
+            stopped = _stop(name, number, detail)
+            if stopped:
+                condition = t.analysis.c.package == package
+                if name != Event.BOARD_SUSPENDED:
+                    condition &= VERSION.element == detail["version"]
+                self._withdraw(connection, condition, stopped)
             return number
 
     def decisions(self) -> Sequence[Row]:
@@ -59,18 +77,23 @@ class BoardRecords(Database):
         newest = (sa.select(sa.func.max(c.id).label("id")).where(c.name == name) for name in DECISIONS)
         return int(connection.scalar(sa.select(sa.func.max(sa.union_all(*newest).subquery().c.id))) or 0)
 
-    def _stopped(self, connection: sa.Connection, package: str) -> str:
-        """Why nothing of a package is sent: the decision that stopped it, if it is the newest on it; else ''."""
-        c = t.event.c
-        query = sa.select(c.id, c.name, c.detail).where(c.name.in_((Event.BOARD_APPROVED, *_STOPS)))
-        for row in connection.execute(query.order_by(c.id.desc())):
-            if row.detail.get("package") == package:
-                return self._said(row.name, row.id, row.detail.get("who", "")) if row.name in _STOPS else ""
-        return ""
-
     @staticmethod
-    def _said(name: str, number: int, who: str) -> str:
-        return f"the package was {name.removeprefix('board.')} by {who} (record {number})"
+    def _stopped(connection: sa.Connection, package: str, version: str) -> str:
+        """Why nothing of a version is sent: the newest decision that concerns it, if that stopped it; else ''."""
+        c = t.event.c
+        query = sa.select(c.id, c.name, c.detail).where(c.name.in_((Event.BOARD_APPROVED, *_STOPS))).order_by(c.id)
+        stopped, retired = "", set()
+        for row in connection.execute(query):
+            said = row.detail
+            if said.get("package") != package:
+                continue
+            if row.name != Event.BOARD_SUSPENDED and said.get("version") != version:
+                continue
+            if row.name == Event.BOARD_RETIRED:
+                retired.add(said.get("digest"))
+            if row.name != Event.BOARD_APPROVED or said.get("digest") not in retired:
+                stopped = _stop(row.name, row.id, said)
+        return stopped
 
     def _withdraw(self, connection: sa.Connection, condition: sa.ColumnElement[bool], reason: str) -> int:
         """Take pending deliveries back; returns how many. What tells that an alert does not hold still goes."""
@@ -78,7 +101,7 @@ class BoardRecords(Database):
         query = (
             sa.select(d.id, d.destination, d.state, f.object, t.analysis.c.study_id)
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-            .where(condition, d.state == "pending", t.verdict.c.positive | ~f.object.startswith("alert."))
+            .where(condition, d.state.in_(("pending", "held")), t.verdict.c.positive | ~f.object.startswith("alert."))
             .order_by(d.id)
         )
         rows = connection.execute(query).all()

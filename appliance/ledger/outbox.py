@@ -9,20 +9,21 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.board import BoardRecords
+from appliance.ledger.board import VERSION
 from appliance.ledger.database import LedgerError, Row, later, now, seconds_between
+from appliance.ledger.escalation import Escalation
 from appliance.ledger.states import DELIVERY, step
 
 
-class Outbox(BoardRecords):
+class Outbox(Escalation):
     """The part of the ledger that findings and delivery work with."""
 
     def unrendered_findings(self, attempts: int) -> Sequence[Row]:
         """Findings without a file that were tried less often than that, with their verdict's and study's columns."""
         f, v, a = t.finding.c, t.verdict.c, t.analysis.c
-        columns = (f.id, f.object, f.uid, v.revision, v.result, v.inputs, v.issued_at, a.study_id, a.package)
+        columns = (f.id, f.object, f.uid, v.revision, v.result, v.inputs, v.issued_at, v.analysis_id, a.study_id)
         query = (
-            sa.select(*columns)
+            sa.select(*columns, a.package)
             .select_from(t.finding.join(t.verdict).join(t.analysis))
             .where(f.path.is_(None), f.removed_at.is_(None), f.attempts < attempts)
             .order_by(f.id)
@@ -65,9 +66,9 @@ class Outbox(BoardRecords):
     def _give_up(self, condition: sa.ColumnElement[bool], reason: Callable[[Row], str]) -> int:
         d, f, a = t.delivery.c, t.finding.c, t.analysis.c
         query = (
-            sa.select(d.id, d.destination, f.object, f.reason.label("finding_reason"), a.study_id)
+            sa.select(d.id, d.destination, d.finding_id, f.object, f.reason.label("finding_reason"), a.study_id)
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-            .where(condition, d.state == "pending")
+            .where(condition, d.state.in_(("pending", "held")))
         )
         with self.read() as connection:
             if connection.execute(query.limit(1)).first() is None:
@@ -85,11 +86,12 @@ class Outbox(BoardRecords):
                     destination=row["destination"],
                     reason=reason(row),
                 )
+                self._failed_all(connection, row["finding_id"])
             return len(rows)
 
     # --- delivery ---------------------------------------------------------------------------------------
 
-    def take_delivery(self, destination: str, longest_pause: float = 300.0) -> Row | None:
+    def take_delivery(self, destination: str, longest_pause: float = 300.0, order_seconds: float = 0.0) -> Row | None:
         """Start the most urgent due delivery to a destination: its row with uid, object, path, study_id.
 
         What is due of a package that the board stopped is withdrawn instead: it was on its way when that happened.
@@ -97,15 +99,21 @@ class Outbox(BoardRecords):
         Args:
             longest_pause: no delivery waits longer than so many seconds for its next try, even if the clock was
                 set back.
+            order_seconds: for so long after its first try an alert that failed is not overtaken by later ones.
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
+        due = (d.due_at <= now()) | (d.due_at > later(longest_pause))
+        in_order = f.object.startswith("alert.") & (d.sent_at > later(-order_seconds))
         query = (
-            sa.select(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, v.revision, v.positive)
+            sa.select(
+                *(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, VERSION, v.revision, v.positive),
+                due.label("due"),
+            )
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
             .where(
                 d.destination == destination,
                 d.state == "pending",
-                (d.due_at <= now()) | (d.due_at > later(longest_pause)),
+                due | in_order,
                 f.path.is_not(None),
                 ~self._earlier_open(),
             )
@@ -115,9 +123,9 @@ class Outbox(BoardRecords):
         with self._write() as connection:
             while True:
                 row = connection.execute(query).mappings().first()
-                if row is None:
+                if row is None or not row["due"]:
                     return None
-                stopped = self._stopped(connection, row["package"])
+                stopped = self._stopped(connection, row["package"], row["version"])
                 if not stopped or not self._withdraw(connection, d.id == row["id"], stopped):
                     break
             self._move_delivery(
@@ -168,11 +176,18 @@ class Outbox(BoardRecords):
         *,
         wait_seconds: float = 0.0,
         budget_seconds: float | None = None,
-    ) -> None:
+        steps: Collection[str] = (),
+    ) -> bool:
         """Record what became of a taken delivery; a retry is due after ``wait_seconds``.
 
         With ``budget_seconds``, an acknowledgement later than that after the study's last instance marks
         the verdict late.
+
+        Args:
+            steps: names of the destinations that are steps of the escalation.
+
+        Returns:
+            Whether an alert has reached nobody now, because this was its last hope.
         """
         names = {
             "acknowledge": Event.DELIVERY_ACKNOWLEDGED,
@@ -196,6 +211,9 @@ class Outbox(BoardRecords):
             )
             if outcome == "acknowledge" and budget_seconds is not None:
                 self._mark_late(connection, row, budget_seconds)
+            if outcome == "acknowledge":
+                self._spare_steps(connection, row, steps)
+            return outcome in ("reject", "give_up") and self._failed_all(connection, row["finding_id"])
 
     def _mark_late(self, connection: sa.Connection, row: Row, budget_seconds: float) -> None:
         last = connection.scalar(sa.select(t.study.c.last_instance_at).where(t.study.c.id == row["study_id"]))

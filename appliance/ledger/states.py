@@ -42,6 +42,12 @@ ANALYSIS: Final = {
 
 DELIVERY: Final = {
     ("", "create"): "pending",
+    # A step of the escalation waits for what was told at once.
+    ("", "hold"): "held",
+    ("held", "escalate"): "pending",
+    ("held", "spare"): "spared",
+    ("held", "give_up"): "dead",
+    ("held", "withdraw"): "withdrawn",
     # Its object could not be made.
     ("pending", "give_up"): "dead",
     # The package that it speaks for was suspended or retired before it left.

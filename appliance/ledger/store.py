@@ -21,13 +21,15 @@ from appliance.ledger.outbox import Outbox
 from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
-from appliance.ledger.states import ANALYSIS, DELIVERY, STUDY, step
+from appliance.ledger.states import ANALYSIS, STUDY, step
 from dicom_io.header import Header
 
 Inputs = Sequence[Sequence[str]]
 """What an analysis was admitted on: (SOP Instance UID, digest) of each instance, in the volume's order."""
 
 
+NO_MORE = 1_000_000
+"""Tries of a finding that is not tried."""
 LONGEST_PAUSE = 300.0
 """No pause between two tries is longer, in seconds."""
 
@@ -74,6 +76,8 @@ class NewFinding:
         path: file below the findings folder, if it is already rendered.
         destinations: names of destinations.
         urgency: 0 is delivered first.
+        held_seconds: so long after the verdict it is a step of the escalation; 0: it is delivered at once.
+        failed: why it can never be delivered; it is then a dead letter as soon as deliveries are looked at.
     """
 
     object: str
@@ -81,6 +85,8 @@ class NewFinding:
     path: str | None
     destinations: tuple[str, ...]
     urgency: int
+    held_seconds: float = 0.0
+    failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,11 +397,12 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
     ) -> list[tuple[int, str]]:
         """Complete studies that a package must be asked about: (study, package).
 
-        It has not been asked since their last completion, or it was admitted in another version and not run.
+        It has not been asked since their last completion, or they were admitted in another version and not run.
 
         Args:
             packages: name → version.
-            among: look only at these studies; None: at all, which takes as long as there are complete studies.
+            among: look only at these studies. None: at all, which takes as long as there are complete studies, and also
+                at what was admitted and not run: the label, or the site's limits, may be others since.
         """
         a, s = t.analysis.c, t.study.c
         found: list[tuple[int, str]] = []
@@ -407,7 +414,9 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
                         a.study_id == s.id,
                         a.package == package,
                         a.completion == s.completions,
-                        (a.state != "admitted") | (a.package_version == version),
+                        a.state != "admitted"
+                        if among is None
+                        else (a.state != "admitted") | (a.package_version == version),
                     )
                     .exists()
                 )
@@ -448,12 +457,16 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
         """
         c = t.analysis.c
         with self._write() as connection:
+            completion = self._completions(connection, study_id)
             row = self._analysis_of(connection, study_id, package)
             values = {
                 "state": step(ANALYSIS, row["state"] if row else "", "admit" if admitted else "refuse"),
                 "package_version": version,
-                "completion": self._completions(connection, study_id),
-                "attempts": 0,
+                "completion": completion,
+                # What was tried in vain stays so if only the gate is asked again.
+                "attempts": row["attempts"]
+                if row and row["state"] == "admitted" and row["completion"] == completion
+                else 0,
                 "due_at": now(),
                 "admission": admission,
                 "selection": selection,
@@ -718,7 +731,8 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
     def told(self, analysis_id: int) -> dict[str, list[Told]]:
         """What each HL7 destination was told of an analysis so far: destination → answers, oldest first.
 
-        A message that was withdrawn before it was tried told nobody; one that was tried may have arrived.
+        A message that was withdrawn or spared before it was tried told nobody; one that was tried may have arrived. One
+        that is held counts: what follows takes its place.
         """
         query = (
             sa.select(
@@ -728,7 +742,7 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith("alert."))
-            .where((t.delivery.c.state != "withdrawn") | (t.delivery.c.attempts > 0))
+            .where(t.delivery.c.state.not_in(("withdrawn", "spared")) | (t.delivery.c.attempts > 0))
             .order_by(t.verdict.c.revision)
         )
         answers: dict[str, list[Told]] = {}
@@ -766,7 +780,8 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
             BoardMoved: the board has decided something since then; nothing was written.
         """
         with self._write() as connection:
-            if board is not None and self._last_decision(connection) != board:
+            # Fewer than before are no decision, but a chain that was cut: for the guard to say.
+            if board is not None and self._last_decision(connection) > board:
                 raise BoardMoved
             row = self._move_analysis(connection, analysis_id, "issue", reason="", admission=admission)
             verdict_id = self._insert_verdict(connection, row, revision, verdict, issued_at, findings, late=late)
@@ -798,8 +813,8 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
             self._append(connection, Event.VERDICT_WITHDRAWN, row["study_id"], **detail)
             return verdict_id
 
-    @staticmethod
     def _insert_verdict(
+        self,
         connection: sa.Connection,
         analysis: Mapping[Any, Any],
         revision: int,
@@ -822,19 +837,31 @@ class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
             )
         )
         verdict_id = int(result.inserted_primary_key[0])  # type: ignore[index]
+        query = sa.select(t.analysis.c.study_id).where(t.analysis.c.id == analysis["id"])
+        study_id = int(connection.scalars(query).one())
         for new in findings:
             result = connection.execute(
-                t.finding.insert().values(verdict_id=verdict_id, object=new.object, uid=new.uid, path=new.path)
+                t.finding.insert().values(
+                    verdict_id=verdict_id,
+                    object=new.object,
+                    uid=new.uid,
+                    path=None if new.failed else new.path,
+                    attempts=NO_MORE if new.failed else 0,
+                    reason=new.failed,
+                )
             )
             key = int(result.inserted_primary_key[0])  # type: ignore[index]
+            if new.failed:
+                self._append(connection, Event.FINDING_FAILED, study_id, finding=key, reason=new.failed)
             for destination in new.destinations:
-                connection.execute(
-                    t.delivery.insert().values(
-                        finding_id=key,
-                        destination=destination,
-                        urgency=new.urgency,
-                        state=step(DELIVERY, "", "create"),
-                        due_at=issued_at,
-                    )
+                self._insert_delivery(
+                    connection,
+                    {"finding": key, "analysis": analysis["id"], "study": study_id},
+                    new.object,
+                    destination,
+                    new.urgency,
+                    issued_at,
+                    held_seconds=new.held_seconds,
+                    positive=verdict.positive,
                 )
         return verdict_id

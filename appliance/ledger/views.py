@@ -11,6 +11,7 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.chain import walk_all
 from appliance.ledger.database import now, seconds_between
+from appliance.ledger.escalation import unreached
 from appliance.ledger.store import Ledger
 
 
@@ -127,12 +128,20 @@ def troubles(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
         }
 
 
+def unreached_alerts(ledger: Ledger) -> list[dict[str, Any]]:
+    """Alerts that reached nobody, and still have not: study_id, at, reason."""
+    with ledger.read() as connection:
+        return [{key: row[key] for key in ("study_id", "at", "reason")} for row in unreached(connection)]
+
+
 def waiting_destinations(ledger: Ledger) -> dict[str, int]:
-    """Destination → how many deliveries to it are pending or under way."""
+    """Destination → how many deliveries to it are pending, under way, or steps of the escalation that wait."""
     c = t.delivery.c
     with ledger.read() as connection:
         rows = connection.execute(
-            sa.select(c.destination, sa.func.count()).where(c.state.in_(("pending", "sending"))).group_by(c.destination)
+            sa.select(c.destination, sa.func.count())
+            .where(c.state.in_(("pending", "sending", "held")))
+            .group_by(c.destination)
         ).all()
     return {row[0]: int(row[1]) for row in rows}
 
@@ -233,7 +242,7 @@ def is_late(report: dict[str, Any], budget_seconds: float) -> bool:
     if any(one["late"] for one in report["verdicts"]):
         return True
     open_alert = any(
-        one["object"].startswith("alert.") and one["state"] not in ("acknowledged", "withdrawn")
+        one["object"].startswith("alert.") and one["state"] not in ("acknowledged", "withdrawn", "held", "spared")
         for one in report["deliveries"]
     )
     unfinished = any(one["state"] in ("admitted", "running", "failed") for one in report["analyses"])

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 from appliance.delivery.dicom import store
 from appliance.delivery.hl7 import MllpClient, outcome
+from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
+from appliance.delivery.tls import client_context
+from appliance.delivery.webhook import Webhook, post, read_secret
 from appliance.ledger.database import Row
 from appliance.ledger.doorbell import Doorbell
 from appliance.ledger.store import Ledger
+from appliance.operations.health import Watchdog, notify
 from appliance.services.process import STOP_SECONDS, service
-from appliance.settings import DicomDestination, Hl7Destination, Settings
+from appliance.settings import (
+    ClientTls,
+    Destination,
+    DicomDestination,
+    Hl7Destination,
+    MailDestination,
+    Settings,
+    WebhookDestination,
+)
+from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer
 
 log = logging.getLogger(__name__)
+
+TURN_SECONDS = 60.0
+"""Longest that a look at the deadlines may take, or systemd starts delivery again."""
+
+TRY_SECONDS = 900.0
+"""Likewise one try: an acknowledgement may be waited for for 300 s, and PACS and network have time limits, too."""
 
 
 def run_delivery(settings: Settings) -> None:
@@ -33,6 +54,7 @@ def run_delivery(settings: Settings) -> None:
         lost = ledger.abandon_deliveries([one.name for one in settings.destination])
         if lost:
             log.error("delivery: %d deliveries are dead letters: their destination is no longer configured", lost)
+        watchdog = Watchdog()
         workers = []
         for destination in settings.destination:
             worker = Worker(
@@ -43,13 +65,22 @@ def run_delivery(settings: Settings) -> None:
                 first_retry_seconds=settings.delivery.first_retry_seconds,
                 longest_retry_seconds=settings.delivery.longest_retry_seconds,
                 budget_seconds=settings.budget.seconds,
+                steps=settings.escalation,
+                order_seconds=settings.delivery.order_seconds,
+                turn=watchdog.loop(f"delivery to {destination.name}", TRY_SECONDS),
             )
             worker.start()
             workers.append(worker)
         names = ", ".join(one.name for one in settings.destination) or "nobody: no destination is configured"
         log.info("delivery: to %s (%d deliveries taken up again)", names, parked)
+        turn = watchdog.loop("the doorbell", TURN_SECONDS)
+        notify("READY=1", f"STATUS=delivers to {names}")
         while not stopping.is_set():
+            turn()
             _report_overdue(settings, ledger)
+            if _escalate(settings, ledger):
+                for worker in workers:
+                    worker.wake()
             if bell.wait(POLL_SECONDS):
                 for worker in workers:
                     worker.wake()
@@ -77,20 +108,110 @@ def _report_overdue(settings: Settings, ledger: Ledger) -> None:
         log.error("study %d: %s%s is past its deadline; begun at %s", one.study_id, one.stage, subject, one.since)
 
 
-def _deliverer(
-    settings: Settings, destination: DicomDestination | Hl7Destination, stack: ExitStack
-) -> Callable[[Row], Result]:
+def _escalate(settings: Settings, ledger: Ledger) -> bool:
+    """Take the steps whose time has come; whether there were any. Complain of each and of alerts that nobody has."""
+    told = settings.alert_destinations
+    longest = max((one.after_seconds for one in told), default=0.0)
+    try:
+        done = ledger.escalate([one.name for one in told], longest, settings.delivery.alarm_seconds)
+    except Exception:
+        log.exception("escalation stumbled; it goes on")
+        return False
+    for study_id, name, reason in done.steps:
+        log.error("study %d: its alert is not acknowledged and goes to %s, too (%s)", study_id, name, reason)
+    for study_id in done.unreached:
+        log.error("study %d: NOBODY WAS REACHED by its alert", study_id)
+    return bool(done.steps)
+
+
+def context_of(tls: ClientTls | None) -> ssl.SSLContext:
+    """The context for connections to a destination.
+
+    Raises:
+        ScansideError: a file cannot be used.
+    """
+    return client_context(tls.authorities, tls.certificate, tls.key) if tls else client_context()
+
+
+def mllp_client(destination: Hl7Destination) -> MllpClient:
+    """The client of an HL7 destination.
+
+    Raises:
+        ScansideError: a file for TLS cannot be used.
+    """
+    return MllpClient(
+        destination.host,
+        destination.port,
+        connect_timeout=5.0,
+        ack_timeout=destination.acknowledge_seconds,
+        application_timeout=destination.application_seconds,
+        context=context_of(destination.tls) if destination.tls else None,
+    )
+
+
+def mail_server(destination: MailDestination) -> MailServer:
+    """The mail server of a destination.
+
+    Raises:
+        ScansideError: the password or a file for TLS cannot be read.
+    """
+    password = ""
+    if destination.password_file is not None:
+        try:
+            password = destination.password_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            where = str(destination.password_file)
+            raise ScansideError(f"the password cannot be read: {error}", where, "make it readable for us") from error
+    return MailServer(
+        destination.host,
+        destination.port,
+        destination.security,
+        None if destination.security == "none" else context_of(destination.tls),
+        destination.acknowledge_seconds,
+        destination.username,
+        password,
+    )
+
+
+def webhook(destination: WebhookDestination) -> Webhook:
+    """The webhook of a destination.
+
+    Raises:
+        ScansideError: the secret or a file for TLS cannot be used.
+    """
+    context = context_of(destination.tls) if destination.url.startswith("https:") else None
+    return Webhook(destination.url, read_secret(destination.secret_file), context, destination.acknowledge_seconds)
+
+
+def _deliverer(settings: Settings, destination: Destination, stack: ExitStack) -> Callable[[Row], Result]:
     """One try at one delivery, for that destination."""
     folder = settings.findings_directory
-    if isinstance(destination, DicomDestination):
-        peer = Peer(destination.ae_title, destination.host, destination.port)
-        return lambda row: store(folder / row["path"], peer, settings.intake.ae_title)
-    client = MllpClient(
-        destination.host, destination.port, connect_timeout=5.0, ack_timeout=destination.acknowledge_seconds
-    )
+    match destination:
+        case DicomDestination():
+            peer = Peer(destination.ae_title, destination.host, destination.port)
+            return lambda row: store(folder / row["path"], peer, settings.intake.ae_title)
+        case Hl7Destination():
+            return _hl7_sender(folder, destination, stack)
+        case MailDestination():
+            # Read at each try: what is renewed or mended needs no restart.
+            return lambda row: send_mail(
+                mail_server(destination),
+                destination.sender,
+                destination.recipients,
+                (folder / row["path"]).read_bytes(),
+            )
+        case WebhookDestination():
+            return lambda row: post(webhook(destination), row["uid"], (folder / row["path"]).read_bytes())
+
+
+def _hl7_sender(folder: Path, destination: Hl7Destination, stack: ExitStack) -> Callable[[Row], Result]:
+    client = mllp_client(destination.model_copy(update={"tls": None}))
     stack.callback(client.close)
 
     def send(row: Row) -> Result:
+        if destination.tls is not None:
+            # At each try, for the next connection: a file that is missing costs the other destinations nothing.
+            client.context = context_of(destination.tls)
         try:
             answer = client.send((folder / row["path"]).read_bytes().decode("utf-8"))
         except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from appliance.governance.indication import Admission, BoardException, admit, admit_pixels, pixels_unknown
@@ -12,7 +13,7 @@ from appliance.inference.brain import brain_area_mm2
 from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
 from appliance.study.grouping import group
 from appliance.study.selection import select, unselected
-from dicom_io.errors import HeaderError, ScansideError
+from dicom_io.errors import DecodeError, HeaderError, ScansideError
 from dicom_io.header import Header, read_header
 from dicom_io.pixels import decode
 from dicom_io.volume import Volume
@@ -93,11 +94,17 @@ def _brain_ml(
 ) -> float:
     """Soft tissue within the skull of a whole volume, as the engine measures it on its slabs."""
     total = 0.0
+    hu_of = lru_cache(maxsize=1)(lambda path: decode(path).hu)  # of many frames in one file, decoded once
     for plan in plans:
         planes = []
         for member in plan.members:
             plane = volume.planes[member]
-            planes.append(decode(study[plane.sop_instance_uid][0]).hu[plane.frame])
+            path = study[plane.sop_instance_uid][0]
+            frames = hu_of(path)
+            if plane.frame >= len(frames):
+                said = f"the header speaks of frame {plane.frame + 1}, the pixel data holds {len(frames)}"
+                raise DecodeError(said, str(path), "send the instance again")
+            planes.append(frames[plane.frame])
             on_decoded()
         middle = volume.planes[plan.members[len(plan.members) // 2]].geometry
         total += brain_area_mm2(slab_hu(planes, "slab"), middle.spacing) * plan.thickness_mm / 1000

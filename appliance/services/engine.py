@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from appliance.delivery.outbox import POLL_SECONDS
 from appliance.governance.board import APPROVAL, INTEGRITY, Board, Mode, integrity, read_board
-from appliance.governance.indication import Admission, Criterion, admit, admit_pixels
+from appliance.governance.indication import Admission, Criterion, admit, admit_pixels, still_excepted
 from appliance.governance.integrity import load_sound
 from appliance.governance.package import ANY, Package
 from appliance.inference.decode import decode_each, decode_verified_many
@@ -40,6 +40,7 @@ from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
+from appliance.operations.health import Watchdog, notify
 from appliance.services.guard import Guard
 from appliance.services.issuing import Issuer
 from appliance.services.process import service
@@ -62,6 +63,9 @@ URGENT_ANALYSES = 2
 
 RETRY_PATIENCE_SECONDS = 5.0
 """So long a study that failed lets others go first. Then only what is urgent is still begun until it had its turn."""
+
+STEP_SECONDS = 60.0
+"""Longest that the engine may take to look at all that there is, or systemd starts it again."""
 
 LOOK_SECONDS = 0.1
 """While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
@@ -97,7 +101,10 @@ def run_engine(settings: Settings) -> None:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
         threading.Thread(target=engine.guard.run, args=(stopping,), name="guard", daemon=True).start()
         threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
+        turn = Watchdog().loop("engine", STEP_SECONDS)
+        notify("READY=1", f"STATUS=runs {', '.join(one.name for one in packages)}")
         while not stopping.is_set():
+            turn()
             try:
                 wait = engine.step()
             except Exception:
@@ -337,8 +344,7 @@ class Engine:
         """What the gate and the board say of what is there of a study's selected series."""
         series, volume = arrival.selection.series, arrival.selection.volume
         assert series is not None and volume is not None
-        exceptions = self._board_now().exceptions(package)
-        return self._cleared(package, admit(package, series.headers, volume, slabs, exceptions))[0]
+        return self._cleared(package, admit(package, series.headers, volume, slabs))[0]
 
     def _board_now(self) -> Board:
         """The board with its newest decision."""
@@ -352,6 +358,7 @@ class Engine:
         """The admission with what board and guard say now; the mode, and the decision up to which that was heard."""
         board = self._board_now()
         criterion, mode = board.judge(package)
+        admission = still_excepted(package, admission, board.exceptions(package))
         label = [one for one in admission.criteria if one.criterion not in (APPROVAL, INTEGRITY)]
         return Admission((*label, criterion, self.guard.integrity(package))), mode, board.last
 
@@ -374,7 +381,7 @@ class Engine:
         read = [plan for plan in plans if plan.members in answers]
         brain_ml = Reading(tuple(read), tuple(answers[plan.members] for plan in read)).brain_ml
         admission = self._admission(package, arrival, len(plans))
-        if not admission.promising or brain_ml < package.indication.minimum_brain_ml:
+        if not admission.admitted or brain_ml < package.indication.minimum_brain_ml:
             return
         uids = dict.fromkeys(plane.sop_instance_uid for plane in volume.planes)
         row = self._ledger.begin_early(

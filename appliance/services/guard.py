@@ -94,7 +94,7 @@ class Guard:
     def step(self) -> bool:
         """Look once; True if there is more of the chain to look at soon."""
         for package in self._packages:
-            if problem := self._files[package.name].look() or self._look_at_triton(package):
+            if problem := self._look_at(package):
                 self._drifted(package.name, problem)
             elif self._problems.pop(package.name, ""):
                 log.warning("%s is again what was signed; it goes on", package.name)
@@ -104,6 +104,14 @@ class Guard:
         if self._auditor is None:
             self._auditor = Auditor(self._ledger, self._settings.head_path)
         return self._auditor.step()
+
+    def _look_at(self, package: Package) -> str:
+        """What is wrong with a package; also that it cannot be looked at, which holds up no other check."""
+        try:
+            return self._files[package.name].look() or self._look_at_triton(package)
+        except Exception as error:
+            log.exception("%s could not be looked at", package.name)
+            return f"{package.folder}: it could not be looked at ({type(error).__name__}: {error})"
 
     def _look_at_triton(self, package: Package) -> str:
         """What Triton has of a package; what it had, while it does not run: it makes its files anew at its start."""

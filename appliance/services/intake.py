@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,10 +14,10 @@ from appliance.intake.receiver import Receiver
 from appliance.intake.retention import Retention
 from appliance.intake.spool import Spool
 from appliance.ledger.doorbell import ring
-from appliance.operations.health import LedgerMetrics
+from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
-from appliance.services.process import STOP_SECONDS, service
-from appliance.settings import Intake, Settings
+from appliance.services.process import STOP_SECONDS, inherited_sockets, service
+from appliance.settings import Intake, Settings, SettingsError
 from dicom_io.errors import ScansideError
 from dicom_io.scp import Listener, ServerOptions, start_server
 from dicom_io.scu import Peer
@@ -23,6 +25,9 @@ from dicom_io.sop_classes import storage_classes
 from dicom_io.tls import ServerCertificates
 
 log = logging.getLogger(__name__)
+
+ACCEPT_SECONDS = 15.0
+"""Longest that a thread that accepts connections may be busy with one; it is milliseconds."""
 
 
 def run_intake(settings: Settings) -> None:
@@ -67,7 +72,8 @@ def run_intake(settings: Settings) -> None:
             stack.callback(exporter.stop)
         wake_engine = partial(ring, settings.run_directory, "engine")
         receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
-        server = start_server(_server_options(settings.intake), _listeners(settings.intake), receiver)
+        listeners = _listeners(settings.intake, Watchdog(), inherited_sockets())
+        server = start_server(_server_options(settings.intake), listeners, receiver)
         reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
         for reporter in reporters:
             reporter.start()
@@ -81,6 +87,7 @@ def run_intake(settings: Settings) -> None:
             lost,
             swept,
         )
+        notify("READY=1", f"STATUS=listens on {' and '.join(map(str, server.ports))}")
         stopping.wait()
         for reporter in reporters:
             reporter.stop()
@@ -103,10 +110,23 @@ def _server_options(intake: Intake) -> ServerOptions:
     )
 
 
-def _listeners(intake: Intake) -> list[Listener]:
-    listeners = [Listener(intake.host, intake.port)] if intake.plain else []
+def _listeners(intake: Intake, watchdog: Watchdog, inherited: Mapping[int, socket.socket]) -> list[Listener]:
+    """One for each port of the settings, on the socket of that port where one was inherited."""
+
+    def listener(port: int, certificates: ServerCertificates | None = None) -> Listener:
+        turn = watchdog.loop(f"port {port}", ACCEPT_SECONDS)
+        return Listener(intake.host, port, certificates, inherited.get(port), turn)
+
+    listeners = [listener(intake.port)] if intake.plain else []
     if intake.tls is not None:
         tls = intake.tls
         certificates = ServerCertificates(tls.certificate, tls.key, tls.client_authorities, tls.profile)
-        listeners.append(Listener(intake.host, tls.port, certificates))
+        listeners.append(listener(tls.port, certificates))
+    if unheard := sorted(set(inherited) - {one.port for one in listeners}):
+        # A scanner would be connected there and never answered.
+        raise SettingsError(
+            f"systemd listens on port {', '.join(map(str, unheard))}, which intake does not serve",
+            "intake.port and intake.tls.port",
+            "give the socket units (ListenStream=) the ports of the settings, and disable the one that is not needed",
+        )
     return listeners

@@ -13,8 +13,7 @@ from pathlib import Path
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from appliance.findings.alert import Kind, message_control_id, render_alert
-from appliance.findings.render import object_uid, objects_for, package_device, render
+from appliance.findings.render import CAPTURE, KINDS, REPORT, kind_of, object_uid, objects_for, package_device, render
 from appliance.governance.board import APPROVAL, INTEGRITY
 from appliance.governance.indication import Admission
 from appliance.governance.package import Package
@@ -24,20 +23,23 @@ from appliance.intake.spool import path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance, Told
+from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
+from appliance.services.telling import Message, message, messages
 from appliance.settings import DicomDestination, Hl7Destination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
 
 log = logging.getLogger(__name__)
 
-URGENCY = {"alert": 0, "report": 10}
+URGENCY = {kind: 10 * place for place, kind in enumerate(("alert", *KINDS))}
 SHADOW = "shadow"
 """The mode in which verdicts and findings are made and nobody is told."""
 _OUR_FAULT = (APPROVAL, INTEGRITY, "gate", "files")
 """Criteria whose failure is the box's affair, not the study's."""
 OTHER_URGENCY = 20
-"""Captures come after the report: larger, and of use only once somebody looks."""
+"""That of a refusal."""
+_ALWAYS = (REPORT, CAPTURE)
+"""Kinds of objects that are made also where no destination takes them: somebody may look at the box itself."""
 
 
 class Issuer:
@@ -84,17 +86,19 @@ class Issuer:
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
         findings = self._alerts(row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source))
-        hl7 = any(isinstance(one, Hl7Destination) for one in self._settings.destination)
         for name in objects_for(verdict):
-            wanted = tuple(
+            kind = kind_of(name)
+            takers = tuple(
                 one.name
                 for one in self._settings.destination
-                if isinstance(one, DicomDestination) and name.split(".")[0] in one.objects and not shadow
+                if isinstance(one, DicomDestination) and kind in one.objects
             )
-            uid = object_uid(self._settings.box.uid_root, *key, revision, name)
-            findings.append(NewFinding(name, uid, None, wanted, URGENCY.get(name, OTHER_URGENCY)))
+            if takers or kind in _ALWAYS:
+                uid = object_uid(self._settings.box.uid_root, *key, revision, name)
+                findings.append(NewFinding(name, uid, None, () if shadow else takers, URGENCY[kind]))
         last = self._ledger.last_instance_at(row["study_id"])
-        untold = "no HL7 destination is configured" if verdict.positive and not hl7 and not shadow else ""
+        nobody = verdict.positive and not shadow and not self._settings.alert_destinations
+        untold = "no destination of alerts is configured" if nobody else ""
         self._ledger.issue_verdict(
             row["id"],
             revision,
@@ -139,19 +143,13 @@ class Issuer:
     def _alerts(
         self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, source: Path
     ) -> list[NewFinding]:
-        """Write the message to each HL7 destination that this verdict tells something new; what to deliver."""
+        """Write the message to each destination that this verdict tells something new; what to deliver."""
         if verdict.mode == SHADOW:
             return []
         told = self._ledger.told(analysis_id)
         header = pydicom.dcmread(source, stop_before_pixels=True)
-        findings: list[NewFinding] = []
-        for destination in self._settings.destination:
-            if not isinstance(destination, Hl7Destination):
-                continue
-            kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
-            if kind is not None:
-                findings.append(self._message(destination, study_id, verdict, revision, issued_at, header, kind))
-        return findings
+        made = messages(self._settings, told, study_id, verdict, revision, issued_at, header)
+        return [self._kept(study_id, verdict, revision, one) for one in made]
 
     def refusal(
         self, study_id: int, package: Package, mode: str, admission: Admission, source: StoredInstance
@@ -179,43 +177,30 @@ class Issuer:
         except (InvalidDicomError, FileNotFoundError):
             log.exception("study %d: nobody is told that it was not analysed", study_id)
             return None
-        findings = [self._message(one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
+        made = [message(self._settings, one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
+        findings = [self._kept(study_id, verdict, 1, one) for one in made]
         return Notice(verdict, issued_at, findings)
 
-    def _message(
-        self,
-        destination: Hl7Destination,
-        study_id: int,
-        verdict: Verdict,
-        revision: int,
-        issued_at: str,
-        header: pydicom.Dataset,
-        kind: Kind,
-    ) -> NewFinding:
-        """Write the message of that kind to one destination."""
-        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-        message = message_control_id(*key, str(revision), kind, destination.name)
-        text = render_alert(
-            verdict,
-            header,
-            control_id=message,
-            kind=kind,
-            revision=revision,
-            issued_at=datetime.fromisoformat(issued_at),
-            # What is only evaluated must not look like the real thing to an interface engine.
-            processing_id=destination.processing_id if verdict.mode == "clinical" else "T",
-            sending_application=self._settings.box.name,
-            sending_facility=destination.sending_facility,
-            receiving_application=destination.receiving_application,
-            receiving_facility=destination.receiving_facility,
-            acknowledgement=destination.acknowledgement,
+    def _kept(self, study_id: int, verdict: Verdict, revision: int, told: Message) -> NewFinding:
+        """Write one message's file; what to deliver, or why it never will be."""
+        path = _folder(study_id, verdict.package, revision) / told.file
+        _write_durably(self._settings.findings_directory / path, told.content)
+        # One object a destination: what a receiver is told differs between them.
+        refusal = told.kind == "refusal"
+        name = f"{'refusal' if refusal else 'alert'}.{told.destination.name}"
+        if told.fault:
+            log.error(
+                "study %d: the message to %s is invalid and never sent: %s", study_id, told.destination.name, told.fault
+            )
+        return NewFinding(
+            name,
+            told.id,
+            str(path),
+            (told.destination.name,),
+            OTHER_URGENCY if refusal else URGENCY["alert"],
+            told.held_seconds,
+            told.fault and f"the message is invalid and never sent: {told.fault}",
         )
-        path = _folder(study_id, verdict.package, revision) / f"{message}.hl7"
-        _write_durably(self._settings.findings_directory / path, text.encode("utf-8"))
-        # One object a destination: MSH-5, MSH-6 and MSH-11 differ between them.
-        if kind == "refusal":
-            return NewFinding(f"refusal.{destination.name}", message, str(path), (destination.name,), OTHER_URGENCY)
-        return NewFinding(f"alert.{destination.name}", message, str(path), (destination.name,), URGENCY["alert"])
 
     def render(self) -> None:
         """Make the file of every finding that has none yet, most urgent first."""
@@ -232,6 +217,11 @@ class Issuer:
     def _render_one(self, row: Row) -> None:
         verdict = Verdict.from_json(row["result"])
         instances = self.files(row["study_id"], row["inputs"])
+        before = [
+            (one["revision"], Verdict.from_json(one["result"]))
+            for one in (self._ledger.verdicts(row["analysis_id"]) if row["object"] == REPORT else ())
+            if one["revision"] < row["revision"]
+        ]
         dataset = render(
             row["object"],
             verdict,
@@ -247,6 +237,8 @@ class Issuer:
                 station=self._settings.box.name,
                 manufacturer=self._packages[row["package"]].manufacturer,
             ),
+            # Nobody has the report of a verdict in shadow.
+            before=[one for one in before if one[1].mode != SHADOW],
         )
         if dataset.SOPInstanceUID != row["uid"]:
             raise ScansideError("the rendered object has another UID than its row", row["object"], "report this fault")
@@ -254,22 +246,6 @@ class Issuer:
         _write_durably(self._settings.findings_directory / path, part10(dataset))
         self._ledger.rendered(row["id"], row["study_id"], str(path))
         ring(self._settings.run_directory, "delivery")
-
-
-def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
-    """What a verdict tells the hospital: an alert once, and what became of it when that is known or has changed.
-
-    Args:
-        before: what it was told by the earlier revisions, oldest first.
-    """
-    last = before[-1] if before else Told(positive=False)
-    if not positive:
-        return "withdrawal" if last.positive else None
-    if last.positive:
-        return "confirmation" if last.provisional and not provisional else None
-    if any(one.positive for one in before):
-        return "correction"
-    return "provisional" if provisional else "alert"
 
 
 def _folder(study_id: int, package: str, revision: int) -> Path:

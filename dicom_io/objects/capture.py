@@ -13,8 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from dicom_io.objects import codes
-from dicom_io.objects.common import Device, ImageReference, Place, begin, code_item, fit
+from dicom_io.objects.common import Device, ImageReference, Place, begin, fit, keep_body_part, keep_lossy, source_item
 
 WINDOW_CENTER = 40.0
 WINDOW_WIDTH = 80.0
@@ -102,10 +101,9 @@ def build_capture(
     made.DerivationDescription = fit(made, description, 1024)
     made.ImageComments = fit(made, comment, 10240)
     made.PatientOrientation = _orientation(source)
-    if source.get("BodyPartExamined"):
-        made.BodyPartExamined = source.BodyPartExamined
-    _lossy(source, made)
-    made.SourceImageSequence = DicomSequence([_source_item(image)])
+    keep_body_part(source, made)
+    keep_lossy(source, made)
+    made.SourceImageSequence = DicomSequence([source_item(image)])
 
     made.SamplesPerPixel = 3
     made.PhotometricInterpretation = "RGB"
@@ -152,22 +150,3 @@ def _orientation(source: Dataset) -> list[str] | str:
         axis = max(range(3), key=lambda i: abs(float(direction[i])))
         letters.append(("LPH" if float(direction[axis]) > 0 else "RAF")[axis])
     return letters
-
-
-def _lossy(source: Dataset, made: Dataset) -> None:
-    """An image that once lost information stays marked (PS3.3 C.7.6.1.1.5)."""
-    made.LossyImageCompression = "00"
-    if source.get("LossyImageCompression") == "01":
-        for keyword in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
-            if keyword in source:
-                made.add(source[keyword])
-
-
-def _source_item(image: ImageReference) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID = image.sop_class_uid
-    item.ReferencedSOPInstanceUID = image.sop_instance_uid
-    if image.frame is not None:
-        item.ReferencedFrameNumber = image.frame
-    item.PurposeOfReferenceCodeSequence = DicomSequence([code_item(codes.SOURCE_FOR_PROCESSING)])
-    return item

@@ -69,6 +69,17 @@ MESSAGE_KIND = Concept(
     "MESSAGE-KIND", PRIVATE_SCHEME, "Provisional, alert, confirmation, correction or withdrawal", OWN
 )
 
+# How it is shown
+ARTIFICIAL_INTELLIGENCE = Concept(
+    "123110", "DCM", "Artificial Intelligence", "PS3.16 CID 7162 Surface Processing Algorithm Family"
+)
+MORPHOLOGICALLY_ABNORMAL = Concept(
+    "49755003", "SCT", "Morphologically Abnormal Structure", "PS3.16 CID 7150 Segmentation Property Category"
+)
+SEGMENTATION = Concept("113076", "DCM", "Segmentation", "PS3.16 CID 7203 Image Derivation")
+KEY_OBJECT_DESCRIPTION = Concept("113012", "DCM", "Key Object Description", PS3_16_DCM)
+OF_INTEREST = Concept("113000", "DCM", "Of Interest", "PS3.16 CID 7010 Key Object Selection Document Title")
+
 # Numbers and their units
 PROBABILITY = Concept("122157", "DCM", "Probability", PS3_16_DCM)
 PROBABILITY_ANY = Concept("P-ANY", PRIVATE_SCHEME, "Probability of intracranial hemorrhage", OWN)

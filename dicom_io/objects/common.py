@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import pydicom
 from pydicom.charset import convert_encodings
@@ -19,6 +20,7 @@ from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
 from pydicom.uid import ExplicitVRLittleEndian
 
+from dicom_io.objects import codes
 from dicom_io.objects.codes import (
     PRIVATE_SCHEME,
     PRIVATE_SCHEME_NAME,
@@ -117,6 +119,16 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What computed the results (PS3.16 TID 4019, PS3.3 Table 10-19)."""
+
+    name: str
+    version: str
+    manufacturer: str
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ImageReference:
     """An image that an object speaks of; `frame` is 1-based, None for a single-frame image."""
 
@@ -203,22 +215,27 @@ def fit(made: Dataset, text: str, length: int | None = None) -> str:
     return text if length is None else text[:length].rstrip()
 
 
+def item(**attributes: Any) -> Dataset:
+    """An item of a sequence with these attributes, by keyword."""
+    made = Dataset()
+    for keyword, value in attributes.items():
+        setattr(made, keyword, value)
+    return made
+
+
 def code_item(concept: Concept) -> Dataset:
     """An item of a code sequence (PS3.3 8.8)."""
-    item = Dataset()
-    item.CodeValue = concept.value
-    item.CodingSchemeDesignator = concept.scheme
-    item.CodeMeaning = concept.meaning
-    return item
+    return item(CodeValue=concept.value, CodingSchemeDesignator=concept.scheme, CodeMeaning=concept.meaning)
 
 
 def declare_private_scheme(made: Dataset) -> None:
     """Say whose codes the private ones are (PS3.3 C.12.1.1.7)."""
-    item = Dataset()
-    item.CodingSchemeDesignator = PRIVATE_SCHEME
-    item.CodingSchemeName = PRIVATE_SCHEME_NAME
-    item.CodingSchemeResponsibleOrganization = PRIVATE_SCHEME_ORGANIZATION
-    made.CodingSchemeIdentificationSequence = Sequence([item])
+    scheme = item(
+        CodingSchemeDesignator=PRIVATE_SCHEME,
+        CodingSchemeName=PRIVATE_SCHEME_NAME,
+        CodingSchemeResponsibleOrganization=PRIVATE_SCHEME_ORGANIZATION,
+    )
+    made.CodingSchemeIdentificationSequence = Sequence([scheme])
 
 
 def part10(made: Dataset) -> bytes:
@@ -235,7 +252,7 @@ def _carry(source: Dataset, made: Dataset, tag: int | None) -> None:
     element = source.get_item(tag)
     vr = dictionary_VR(tag)
     if vr == "SQ":
-        items = [_carry_item(item) for item in source[tag].value or ()]
+        items = [_carry_item(one) for one in source[tag].value or ()]
         if items:  # a type 3 sequence without items says nothing
             made.add_new(tag, "SQ", Sequence(items))
     elif isinstance(element, RawDataElement) and vr in _CHARACTERS:
@@ -248,12 +265,12 @@ def _carry(source: Dataset, made: Dataset, tag: int | None) -> None:
         made.add(source[tag])
 
 
-def _carry_item(item: Dataset) -> Dataset:
+def _carry_item(source: Dataset) -> Dataset:
     made = Dataset()
-    for tag in item.keys():  # noqa: SIM118 - iterating a Dataset itself decodes every element
+    for tag in source.keys():  # noqa: SIM118 - iterating a Dataset itself decodes every element
         if not BaseTag(tag).is_private:
             try:
-                _carry(item, made, tag)
+                _carry(source, made, tag)
             except KeyError:
                 continue  # an element newer than pydicom's dictionary: its representation is not known
     return made
@@ -276,12 +293,45 @@ def _local(made: Dataset, created: datetime) -> datetime:
     return created.astimezone(timezone(timedelta(minutes=minutes if offset[1] == "+" else -minutes)))
 
 
+def keep_lossy(source: Dataset, made: Dataset) -> None:
+    """An image that once lost information stays marked (PS3.3 C.7.6.1.1.5)."""
+    made.LossyImageCompression = "00"
+    if source.get("LossyImageCompression") == "01":
+        for keyword in ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"):
+            if keyword in source:
+                made.add(source[keyword])
+
+
+def keep_body_part(source: Dataset, made: Dataset) -> None:
+    """The body part as the source has it; where it has none, nobody knows of a side either (PS3.3 C.7.3.1, type 2C)."""
+    if source.get("BodyPartExamined"):
+        made.BodyPartExamined = source.BodyPartExamined
+    else:
+        made.Laterality = ""
+
+
+def source_item(image: ImageReference) -> Dataset:
+    """An item of Source Image Sequence: the image that something was computed from (PS3.3 C.7.6.1)."""
+    made = reference_item(image)
+    made.PurposeOfReferenceCodeSequence = Sequence([code_item(codes.SOURCE_FOR_PROCESSING)])
+    return made
+
+
+def reference_item(image: ImageReference) -> Dataset:
+    """An image by class, instance and, where it has several, frame (PS3.3 10.3)."""
+    made = item(ReferencedSOPClassUID=image.sop_class_uid, ReferencedSOPInstanceUID=image.sop_instance_uid)
+    if image.frame is not None:
+        made.ReferencedFrameNumber = image.frame
+    return made
+
+
 def references(images: Iterable[ImageReference]) -> Sequence:
     """Referenced SOP Sequence: each image once, in order (PS3.3 10.8)."""
-    items = []
-    for uid, cls in {image.sop_instance_uid: image.sop_class_uid for image in images}.items():
-        item = Dataset()
-        item.ReferencedSOPClassUID = cls
-        item.ReferencedSOPInstanceUID = uid
-        items.append(item)
-    return Sequence(items)
+    unique = {image.sop_instance_uid: image.sop_class_uid for image in images}
+    return Sequence([reference_item(ImageReference(cls, uid)) for uid, cls in unique.items()])
+
+
+def in_study(study_uid: str, series_uid: str, images: Iterable[ImageReference]) -> Sequence:
+    """Instances of one series, with series and study (PS3.3 Table C.17-3, Hierarchical SOP Instance Reference)."""
+    series = item(SeriesInstanceUID=series_uid, ReferencedSOPSequence=references(images))
+    return Sequence([item(StudyInstanceUID=study_uid, ReferencedSeriesSequence=Sequence([series]))])

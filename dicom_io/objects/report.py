@@ -15,27 +15,18 @@ from pydicom.uid import Comprehensive3DSRStorage
 from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
 from dicom_io.objects.common import (
+    Algorithm,
     Device,
     ImageReference,
     Place,
     begin,
     declare_private_scheme,
     fit,
-    references,
+    in_study,
 )
 
 _CONTAINS = sr.RelationshipTypeValues.CONTAINS
 _CONTEXT = sr.RelationshipTypeValues.HAS_ACQ_CONTEXT
-
-
-@dataclass(frozen=True, slots=True)
-class Algorithm:
-    """What computed the results (PS3.16 TID 4019)."""
-
-    name: str
-    version: str
-    manufacturer: str
-    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +69,8 @@ class Report:
         comments: the regulatory notice and the like.
         limitations: what was not analysed or is doubtful.
         images: every analysed image, all of one series, in order; not empty.
+        complete: whether the images are all of that series, as far as can be seen.
+        surface: all that is outlined: closed polygons, each in one plane, of (x, y, z) in mm of the frame of reference.
     """
 
     label: str
@@ -90,6 +83,8 @@ class Report:
     comments: tuple[str, ...]
     limitations: tuple[str, ...]
     images: tuple[ImageReference, ...]
+    complete: bool = True
+    surface: tuple[tuple[tuple[float, float, float], ...], ...] = ()
 
 
 def build_report(
@@ -98,14 +93,20 @@ def build_report(
     *,
     procedure: Concept,
     algorithm: Algorithm,
+    predecessor: tuple[str, str] | None = None,
     device: Device,
     place: Place,
 ) -> Dataset:
-    """A complete, unverified, preliminary TID 1500 report on one series.
+    """An unverified, preliminary TID 1500 report on one series.
+
+    Its Completion Flag is PARTIAL where images of the series are missing. The result for the study is a TID 1411 group
+    around the surface, if that has two polygons or more (it must) and the source has a frame of reference, else a
+    TID 1501 group. (A viewer that draws, OHIF, stumbles over groups that lie nowhere.)
 
     Args:
         source: header of an analysed image; the report takes patient and study from it.
         procedure: the imaging procedure that is reported on.
+        predecessor: SOP Instance UID and Series Instance UID of the report in this study that this one supersedes.
 
     Returns: a data set with file meta, ready to be written; the same for the same arguments.
     Raises: ValueError if `report.images` is empty.
@@ -113,12 +114,19 @@ def build_report(
     if not report.images:
         raise ValueError("a report needs at least one analysed image")
     made = begin(Comprehensive3DSRStorage, "SR", source, device, place)
-    made.CompletionFlag = "COMPLETE"
+    made.CompletionFlag = "COMPLETE" if report.complete else "PARTIAL"
+    if not report.complete:
+        made.CompletionFlagDescription = "Images of the analysed series are missing, see its limitations"
     made.VerificationFlag = "UNVERIFIED"
     made.PreliminaryFlag = "PRELIMINARY"
     made.ReferencedPerformedProcedureStepSequence = DicomSequence()
     made.PerformedProcedureCodeSequence = DicomSequence()
-    made.CurrentRequestedProcedureEvidenceSequence = _evidence(source, report.images)
+    study, series = source.StudyInstanceUID, source.SeriesInstanceUID
+    made.CurrentRequestedProcedureEvidenceSequence = in_study(study, series, report.images)
+    if predecessor is not None:
+        instance_uid, series_uid = predecessor
+        earlier = ImageReference(Comprehensive3DSRStorage, instance_uid)
+        made.PredecessorDocumentsSequence = in_study(study, series_uid, [earlier])
     declare_private_scheme(made)
 
     identification = sr.AlgorithmIdentification(
@@ -127,11 +135,11 @@ def build_report(
         manufacturer=fit(made, algorithm.manufacturer),
         parameters=[fit(made, parameter) for parameter in algorithm.parameters] or None,
     )
-    groups: list[Any] = [_study_group(made, report, identification)]
+    groups: list[Any] = [_study_group(made, report, source, identification)]
     groups += [_finding_group(made, finding, identification) for finding in report.findings]
     tree = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(observer_device_context=_observer(made, device)),
-        procedure_reported=_coded(procedure),
+        observation_context=sr.ObservationContext(observer_device_context=observer(made, device)),
+        procedure_reported=coded(procedure),
         imaging_measurements=groups,
     )[0]
     tree.ContentSequence.insert(len(tree.ContentSequence) - 1, _image_library(source, report.images))
@@ -140,17 +148,19 @@ def build_report(
     return made
 
 
-def _coded(concept: Concept) -> Any:
+def coded(concept: Concept) -> Any:
+    """The concept as highdicom writes it."""
     return sr.CodedConcept(concept.value, concept.scheme, concept.meaning)
 
 
 def _text(made: Dataset, name: Concept, text: str) -> Any:
-    return sr.TextContentItem(_coded(name), fit(made, text), relationship_type=_CONTAINS)
+    return sr.TextContentItem(coded(name), fit(made, text), relationship_type=_CONTAINS)
 
 
-def _observer(made: Dataset, device: Device) -> Any:
+def observer(made: Dataset, device: Device) -> Any:
+    """The device as the observer of a document (PS3.16 TID 1002)."""
     return sr.ObserverContext(
-        observer_type=_coded(codes.DEVICE),
+        observer_type=coded(codes.DEVICE),
         observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
             uid=device.uid,
             name=fit(made, device.name),
@@ -162,18 +172,28 @@ def _observer(made: Dataset, device: Device) -> Any:
 
 
 def _measurements(quantities: Sequence[Quantity]) -> list[Any] | None:
-    made = [sr.Measurement(_coded(q.name), float(q.value), _coded(q.unit)) for q in quantities]
+    made = [sr.Measurement(coded(q.name), float(q.value), coded(q.unit)) for q in quantities]
     return made or None
 
 
-def _study_group(made: Dataset, report: Report, identification: Any) -> Any:
-    group = sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(uid=report.uid, identifier=fit(made, report.label)),
-        finding_type=_coded(report.finding) if report.finding else None,
-        algorithm_id=identification,
-        measurements=_measurements(report.quantities),
-        qualitative_evaluations=[sr.QualitativeEvaluation(_coded(codes.TRIAGE_RESULT), _coded(report.result))],
-    )
+def _study_group(made: Dataset, report: Report, source: Dataset, identification: Any) -> Any:
+    common = {
+        "tracking_identifier": sr.TrackingIdentifier(uid=report.uid, identifier=fit(made, report.label)),
+        "finding_type": coded(report.finding) if report.finding else None,
+        "algorithm_id": identification,
+        "measurements": _measurements(report.quantities),
+        "qualitative_evaluations": [sr.QualitativeEvaluation(coded(codes.TRIAGE_RESULT), coded(report.result))],
+    }
+    if len(report.surface) > 1 and source.get("FrameOfReferenceUID"):
+        surface = sr.VolumeSurface(
+            graphic_type=sr.GraphicTypeValues3D.POLYGON,
+            graphic_data=[np.array([*polygon, polygon[0]], dtype=np.float64) for polygon in report.surface],
+            frame_of_reference_uid=source.FrameOfReferenceUID,
+            source_series=sr.SourceSeriesForSegmentation(source.SeriesInstanceUID),
+        )
+        group = sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_volume_surface=surface, **common)
+    else:
+        group = sr.MeasurementsAndQualitativeEvaluations(**common)
     items = group[0].ContentSequence
     items.append(_text(made, codes.IMPRESSION, report.impression))
     items.extend([_text(made, codes.COMMENT, comment) for comment in report.comments])
@@ -186,7 +206,7 @@ def _finding_group(made: Dataset, finding: ReportFinding, identification: Any) -
     frames = None if image.frame is None else [image.frame]
     common = {
         "tracking_identifier": sr.TrackingIdentifier(uid=finding.uid, identifier=fit(made, finding.label)),
-        "finding_type": _coded(finding.concept),
+        "finding_type": coded(finding.concept),
         "algorithm_id": identification,
         "measurements": _measurements(finding.quantities),
     }
@@ -206,33 +226,19 @@ def _finding_group(made: Dataset, finding: ReportFinding, identification: Any) -
 
 def _image_library(source: Dataset, images: Sequence[ImageReference]) -> Any:
     """PS3.16 TID 1600: one group, described by what all its images share."""
-    group = sr.ContainerContentItem(_coded(codes.IMAGE_LIBRARY_GROUP), relationship_type=_CONTAINS)
+    group = sr.ContainerContentItem(coded(codes.IMAGE_LIBRARY_GROUP), relationship_type=_CONTAINS)
     group.ContentSequence = sr.ContentSequence()
     group.ContentSequence.append(
-        sr.CodeContentItem(_coded(codes.MODALITY), _coded(codes.CT_MODALITY), relationship_type=_CONTEXT)
+        sr.CodeContentItem(coded(codes.MODALITY), coded(codes.CT_MODALITY), relationship_type=_CONTEXT)
     )
     if frame_of_reference := source.get("FrameOfReferenceUID"):
         group.ContentSequence.append(
-            sr.UIDRefContentItem(_coded(codes.FRAME_OF_REFERENCE), frame_of_reference, relationship_type=_CONTEXT)
+            sr.UIDRefContentItem(coded(codes.FRAME_OF_REFERENCE), frame_of_reference, relationship_type=_CONTEXT)
         )
     unique = {image.sop_instance_uid: image.sop_class_uid for image in images}
     group.ContentSequence.extend(
-        [
-            sr.ImageContentItem(_coded(codes.SOURCE), cls, uid, relationship_type=_CONTAINS)
-            for uid, cls in unique.items()
-        ]
+        [sr.ImageContentItem(coded(codes.SOURCE), cls, uid, relationship_type=_CONTAINS) for uid, cls in unique.items()]
     )
-    library = sr.ContainerContentItem(_coded(codes.IMAGE_LIBRARY), relationship_type=_CONTAINS)
+    library = sr.ContainerContentItem(coded(codes.IMAGE_LIBRARY), relationship_type=_CONTAINS)
     library.ContentSequence = sr.ContentSequence([group])
     return library
-
-
-def _evidence(source: Dataset, images: Sequence[ImageReference]) -> DicomSequence:
-    """Current Requested Procedure Evidence Sequence (PS3.3 C.17.2): study, series, images."""
-    series = Dataset()
-    series.SeriesInstanceUID = source.SeriesInstanceUID
-    series.ReferencedSOPSequence = references(images)
-    study = Dataset()
-    study.StudyInstanceUID = source.StudyInstanceUID
-    study.ReferencedSeriesSequence = DicomSequence([series])
-    return DicomSequence([study])

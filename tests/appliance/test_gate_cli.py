@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
+from pydicom.uid import generate_uid
 from typer.testing import CliRunner, Result
 
 from appliance import init
@@ -179,6 +182,79 @@ def test_what_the_board_decided_counts_in_a_dry_run(config: Path, ge_head: Path)
     ledger.close()
 
 
+# --- what each maker's scanners send, within the label and outside it ------------------------------------
+
+
+def nine_years_old(dataset: Dataset) -> None:
+    """As the maker says it: by the age, by the birth date, or by both."""
+    if "PatientAge" in dataset:
+        dataset.PatientAge = "009Y"
+    if dataset.get("PatientBirthDate"):
+        dataset.PatientBirthDate = f"{int(dataset.StudyDate[:4]) - 9}0101"
+
+
+def nameless(dataset: Dataset) -> None:
+    dataset.Manufacturer = ""
+
+
+CASES: dict[str, tuple[Callable[[Dataset], object], str]] = {
+    "an adult's plain head": (lambda dataset: None, ""),
+    "a child": (nine_years_old, "age"),
+    "an agent": (lambda dataset: setattr(dataset, "ContrastBolusAgent", "OMNIPAQUE 350"), "contrast"),
+    "an agent, said in the description only": (
+        lambda dataset: setattr(dataset, "SeriesDescription", f"{dataset.SeriesDescription} +C"), "contrast",
+    ),
+    "too low a voltage": (lambda dataset: setattr(dataset, "KVP", "99.9"), "kvp"),
+    "too high a voltage": (lambda dataset: setattr(dataset, "KVP", "140.1"), "kvp"),
+    "no voltage": (lambda dataset: delattr(dataset, "KVP"), "kvp"),
+    "too thick a slice": (lambda dataset: setattr(dataset, "SliceThickness", "5.1"), "slice_thickness"),
+    "another region": (lambda dataset: setattr(dataset, "SeriesDescription", "ROUTINE NECK"), "series"),
+    "an excluded maker": (lambda dataset: setattr(dataset, "Manufacturer", "Hitachi Medical"), "scanner"),
+    "no maker": (nameless, "scanner"),
+}  # fmt: skip
+
+
+def test_what_each_makers_scanners_send_within_the_label_and_outside(
+    config: Path, vendors: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    with config.open("a") as file:
+        file.write(
+            '\n[[limit]]\npackage = "ich_reference"\nkvp = [100.0, 140.0]\nslice_thickness_mm = [0.625, 5.0]\n'
+            'excluded_scanners = ["HITACHI MEDICAL"]\n'
+        )
+    expected: dict[str, tuple[str, str, str]] = {}
+    for vendor, files in vendors.items():
+        for case, (change, criterion) in CASES.items():
+            uid, series = generate_uid(), generate_uid()
+            expected[uid] = (vendor, case, criterion)
+            for path in files:
+                dataset = dcmread(path)
+                dataset.StudyInstanceUID, dataset.SeriesInstanceUID = uid, series
+                dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+                change(dataset)
+                dataset.save_as(tmp_path / f"{dataset.SOPInstanceUID}.dcm")
+    result = run(config, "test", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    told = {
+        one["study"]: (
+            one["decision"],
+            {c["criterion"] for c in one["criteria"] if not c["met"]} - {"brain"},
+            {c["criterion"]: c["met"] for c in one["criteria"]}.get("brain", False),
+        )
+        for one in json.loads(result.stdout)
+    }
+    for study, (vendor, case, criterion) in expected.items():
+        wanted = ("refused", {criterion}, False) if criterion else ("admitted", set(), True)
+        assert told[study] == wanted, (vendor, case)
+    (package,) = load_configured(load_settings(config))
+    folder = read_folder(sorted(tmp_path.glob("*.dcm")))
+    for study, members in folder.studies.items():
+        ((_, found),) = judge([package], members)
+        wrong = {one.criterion for one in found.criteria if not one.met} - {"brain"}
+        assert (found.admitted, wrong) == (told[study][0] == "admitted", told[study][1]), expected[study]
+    assert set(told) == set(folder.studies) == set(expected)
+
+
 def test_a_folder_without_dicom_is_an_error(config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert run(config, "test", tmp_path / "empty").exit_code == 1
@@ -239,3 +315,34 @@ def test_the_report_counts_by_scanner_and_warns_of_one_that_is_always_refused(co
 
 def test_without_a_ledger_there_is_no_report(config: Path) -> None:
     assert run(config, "report").exit_code == 1
+
+
+def test_a_dry_run_trusts_the_records_no_more_than_the_box_does(config: Path, ge_head: Path) -> None:
+    settings = load_settings(config)
+    ledger = Ledger(settings.ledger_path)
+    tomorrow = date.today() + timedelta(1)
+    make_exception(ledger, settings.evidence_directory, PACKAGE, "age", who="Dr A", why="an archive", until=tomorrow)
+    ledger.close()
+    with sqlite3.connect(settings.ledger_path) as raw:
+        raw.execute("update event set detail = replace(detail, 'Dr A', 'Dr B') where name = 'board.excepted'")
+    (one,) = json.loads(run(config, "test", ge_head, "--json").stdout)
+    wrong = {criterion["criterion"]: criterion["value"] for criterion in one["criteria"] if not criterion["met"]}
+    assert (one["decision"], sorted(wrong)) == ("refused", ["age", "approval", "brain"])
+    assert "not to be trusted" in wrong["approval"]
+
+
+def test_a_package_that_is_broken_refuses_in_a_dry_run_as_it_does_in_the_box(
+    config: Path, vendors: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    shutil.copytree(PACKAGE.folder, tmp_path / "models" / PACKAGE.name)
+    text = config.read_text("utf-8").replace("[models]", f'[models]\nrepository = "{tmp_path / "models"}"', 1)
+    assert text != config.read_text("utf-8")
+    config.write_text(text, "utf-8")
+    weights = tmp_path / "models" / PACKAGE.name / "model.onnx"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    folder = vendors["siemens"][0].parent
+    (one,) = json.loads(run(config, "test", folder, "--json").stdout)
+    (said,) = one["criteria"]
+    assert (one["package"], one["decision"]) == (PACKAGE.name, "refused")
+    assert (said["criterion"], said["met"], str(weights) in said["value"]) == ("integrity", False, True)
+    assert f"by {PACKAGE.name}: refused" in run(config, "test", folder).stdout

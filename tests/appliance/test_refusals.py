@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,25 @@ from typing import Any
 import pytest
 
 from appliance.accounting import account
+from appliance.governance.board import make_exception, revoke
 from appliance.ledger.views import event_counts, study_report
-from appliance.settings import Hl7Destination
+from appliance.settings import Hl7Destination, Limit, Provisional
+from appliance.settings import Study as StudySettings
 from appliance.show import study_view, summary
 from tests.appliance.intake.test_retention import Box
+from tests.appliance.test_clearance import LATER, NOBODY_KNOWS, Site, criterion, image, let_days_pass
 from tests.appliance.test_services import engine_beside, states, wait_until
 from tests.builders import header
 from tests.dicom_io.support import ct, head
 
 PIXELS = head(12, False)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    one = Site(tmp_path)
+    yield one
+    one.stop()
 
 
 def box_of_a_child(folder: Path, *, refusals: bool) -> Box:
@@ -107,3 +119,114 @@ def test_what_is_the_boxs_own_fault_is_not_told(tmp_path: Path, monkeypatch: pyt
     assert "the gate is broken" in study_report(box.ledger, 1)["analyses"][0]["reason"]
     assert messages(box) == []
     box.ledger.close()
+
+
+@pytest.mark.parametrize("how", ["revoked", "over"])
+@pytest.mark.parametrize("when", ["admitted", "running"])
+def test_an_exception_that_ends_lets_pass_nothing_that_waits(
+    site: Site, how: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study was admitted under it; Triton was away for a day, or the model is still at work."""
+    site.approve("clinical")
+    record = site.decide(make_exception, site.packages[0], "age", until=LATER if how == "revoked" else date.today())
+    site.client.ready = when == "running"
+    study = site.scan(**NOBODY_KNOWS)
+    assert criterion(site.wait(study, when), "age")["outcome"] == "excepted"
+    site.asked.futures.pop(study) if when == "admitted" else None
+    if how == "revoked":
+        site.decide(revoke, record)
+    else:
+        let_days_pass(monkeypatch, 1)
+    site.client.ready = True
+    if when == "running":
+        site.answer(study)
+    report = site.wait(study, "refused")
+    assert criterion(report, "age")["outcome"] == "unknown"
+    assert (report["verdicts"], report["deliveries"]) == ([], [])
+    assert when == "running" or study not in site.asked.futures, "the model did not see it"
+
+
+def test_a_provisional_alert_waits_for_all_that_the_label_asks_for(site: Site) -> None:
+    """Slabs side by side leave no doubt, but the head is not covered yet: nothing is refused, and nobody told."""
+    site.approve("clinical")
+    er = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575, refusals=True)
+    site.settings = site.settings.model_copy(
+        update={
+            "destination": [er],
+            "provisional": Provisional(alerts=True, slabs=2),
+            "study": StudySettings(settle_seconds=60, quiet_seconds=60),
+        }
+    )
+    site.restart()
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+
+    def arrive(numbers: range) -> None:
+        for number in numbers:
+            one = header(number, study="1.1", series="1.1.1", z=5.0 * number)
+            assert site.box.store(one, image(1, number)) == "stored"
+
+    arrive(range(1, 12))
+    wait_until(site.engine, lambda: len(site.asked.futures.get(1, [])) >= 9)
+    for future in site.asked.futures[1]:
+        site.answer_one(future, 0.99)
+    until = time.monotonic() + 2.5  # the engine looks again after a second
+    while time.monotonic() < until:
+        site.engine.step()
+        time.sleep(0.05)
+    assert (site.report(1)["analyses"], messages(site.box)) == ([], [])
+    arrive(range(12, 25))
+    wait_until(site.engine, lambda: len(site.asked.futures[1]) >= 20)
+    for future in site.asked.futures[1]:
+        site.answer_one(future, 0.99)
+    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
+
+    def issued() -> bool:
+        for future in site.asked.futures[1]:
+            site.answer_one(future, 0.99)
+        return bool(site.report(1)["verdicts"])
+
+    wait_until(site.engine, issued)
+    report = site.report(1)
+    assert (report["state"], report["verdicts"][0]["result"]["provisional"]) == ("receiving", True)
+    assert {one["outcome"] for one in report["analyses"][0]["admission"]} == {"met"}
+    (message,) = messages(site.box)
+    assert "provisional" in message
+
+
+def test_what_waits_when_the_site_narrows_its_limits_is_judged_by_them(site: Site) -> None:
+    site.approve("clinical")
+    site.client.ready = False
+    study = site.scan()
+    before = site.wait(study, "admitted")["analyses"][0]
+    site.settings = site.settings.model_copy(
+        update={"limit": [Limit.model_validate({"package": "pkg", "kvp": [130.0, 140.0]})]}
+    )
+    site.client.ready = True
+    site.restart()
+    report = site.wait(study, "refused")
+    assert criterion(report, "kvp")["rule"] == "130 to 140 kV"
+    assert before["attempts"] == 0
+    assert report["verdicts"] == []
+
+
+def test_what_cannot_be_looked_at_is_refused_and_holds_up_no_other_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, names=("one", "two"))
+    try:
+        site.engine.guard.step()
+
+        def fail() -> str:
+            raise RuntimeError("out of file handles")
+
+        monkeypatch.setattr(site.engine.guard._files["one"], "look", fail)
+        weights = site.folder / "two" / "model.onnx"
+        weights.write_bytes(weights.read_bytes() + b" ")
+        site.engine.guard.step()
+        assert "could not be looked at (RuntimeError: out of file handles)" in site.engine.guard.problem("one")
+        assert str(weights) in site.engine.guard.problem("two")
+        monkeypatch.undo()
+        site.engine.guard.step()
+        assert site.engine.guard.problem("one") == ""
+    finally:
+        site.stop()

@@ -23,7 +23,8 @@ from appliance.ledger.records import Verdict
 from appliance.ledger.store import NewFinding, Told
 from appliance.ledger.views import event_counts, study_report
 from appliance.services.engine import ANALYSES, Engine, longest_run
-from appliance.services.issuing import Issuer, alert_kind
+from appliance.services.issuing import Issuer
+from appliance.services.telling import alert_kind
 from appliance.settings import Hl7Destination, Settings
 from appliance.settings import Study as StudySettings
 from dicom_io.errors import DecodeError

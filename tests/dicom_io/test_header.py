@@ -157,6 +157,36 @@ def test_frames_of_an_enhanced_object() -> None:
     assert header.problems == ()
 
 
+@pytest.mark.parametrize(
+    ("sequence", "keyword", "values", "field"),
+    [
+        ("CTXRayDetailsSequence", "KVP", (120, 120, 70), "kvp"),
+        ("CTXRayDetailsSequence", "KVP", (120, 120, None), "kvp"),
+        ("CTReconstructionSequence", "ConvolutionKernel", ("H31s", "H60s", "H31s"), "convolution_kernel"),
+    ],
+)
+def test_frames_that_differ_leave_unknown_what_they_differ_in(
+    sequence: str, keyword: str, values: tuple[Any, ...], field: str
+) -> None:
+    """The first frame does not speak for the one that was scanned at 70 kV."""
+    for told in ((values[0],) * 3, values):
+        dataset = ct(head(12, False, frames=3), 12)
+        for group, value in zip(dataset.PerFrameFunctionalGroupsSequence, told, strict=True):
+            item = Dataset()
+            setattr(item, keyword, value)
+            setattr(group, sequence, Sequence([item] if value is not None else []))
+        header = read(dataset)
+        known = len(set(told)) == 1
+        assert getattr(header, field) == (told[0] if known else None if field == "kvp" else "")
+        assert any(keyword in one for one in header.problems) is not known
+
+
+def test_an_agent_without_a_name_is_an_agent() -> None:
+    dataset = ct(head(12, False), 12)
+    dataset.ContrastBolusAgentSequence = Sequence([Dataset()])
+    assert read(dataset).contrast_bolus_agent == "an agent that is not named"
+
+
 def test_an_enhanced_object_without_all_its_planes_has_no_geometry() -> None:
     dataset = ct(head(12, False, frames=3), 12)
     del dataset.PerFrameFunctionalGroupsSequence[1].PlanePositionSequence

@@ -19,7 +19,7 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
 
-from dicom_io.errors import PeerError
+from dicom_io.errors import NotAccepted, PeerError
 from dicom_io.scu import Peer, SendResult, echo, instances_in, send
 from tests.dicom_io.support import Received, Recorder, ct, data_set, head, run, save, serving
 from tests.peers import program as tool
@@ -207,7 +207,7 @@ def test_a_class_that_the_peer_does_not_take(tmp_path: Path, slices: list[Path])
             (None, "the peer does not accept MR Image Storage in Explicit VR Little Endian"),
             (0, ""),
         ]
-        with pytest.raises(PeerError, match="accepts none of what was proposed"):
+        with pytest.raises(NotAccepted, match="accepts none of what was proposed"):
             send([mr], ours(server.port), "SENDER")
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from appliance import init
 from appliance.demo.hospital import SCANNER_AE, Hospital, start_hospital
 from appliance.demo.orthanc import LOOPBACK, find_orthanc, free_ports
+from appliance.findings.render import KINDS
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import find_study, study_report
 from appliance.operations.leash import Leashed
@@ -139,8 +140,14 @@ def wait_for(look: Callable[[], T | None], seconds: float, complaint: Callable[[
 
 
 @contextmanager
-def running_box(folder: Path, *, answer: str = "AA", **sections: dict[str, Any]) -> Iterator[Box]:
-    """Start a box and its hospital in a folder; stop both."""
+def running_box(
+    folder: Path, *, answer: str = "AA", also: Sequence[Mapping[str, Any]] = (), **sections: dict[str, Any]
+) -> Iterator[Box]:
+    """Start a box and its hospital in a folder; stop both.
+
+    Args:
+        also: HL7 destinations beside "er"; the one listener stands for all.
+    """
     environment = triton_environment()
     if find_orthanc() is None:
         pytest.skip("Orthanc is not installed")
@@ -161,8 +168,11 @@ def running_box(folder: Path, *, answer: str = "AA", **sections: dict[str, Any])
             },
             [
                 {"kind": "dicom", "name": "pacs", "ae_title": hospital.pacs.ae_title, "host": LOOPBACK,
-                 "port": hospital.pacs.port},
-                {"kind": "hl7", "name": "er", "host": LOOPBACK, "port": hospital.hl7_port, "acknowledge_seconds": 5.0},
+                 "port": hospital.pacs.port, "objects": list(KINDS)},
+                *(
+                    {"kind": "hl7", "host": LOOPBACK, "port": hospital.hl7_port, "acknowledge_seconds": 5.0, **one}
+                    for one in ({"name": "er"}, *also)
+                ),
             ],
         )  # fmt: skip
         process = Leashed(

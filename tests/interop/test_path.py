@@ -18,6 +18,9 @@ pytestmark = [pytest.mark.interop, pytest.mark.xdist_group("box")]
 
 REPORT = "1.2.840.10008.5.1.4.1.1.88.34"
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+PRESENTATION = "1.2.840.10008.5.1.4.1.1.11.1"
+SELECTION = "1.2.840.10008.5.1.4.1.1.88.59"
 
 
 def test_a_haemorrhage_is_alerted_once_and_lies_in_the_study(box: Box, tmp_path: Path) -> None:
@@ -34,8 +37,10 @@ def test_a_haemorrhage_is_alerted_once_and_lies_in_the_study(box: Box, tmp_path:
     held = box.hospital.pacs.holds(uid)
     sent = {one["uid"] for one in report["deliveries"] if not one["object"].startswith("alert.")}
     assert sent == {instance for _, instance in held}
-    assert sorted(sop_class for sop_class, _ in held).count(REPORT) == 1
-    assert CAPTURE in {sop_class for sop_class, _ in held}
+    classes = [sop_class for sop_class, _ in held]
+    keys = len(report["verdicts"][-1]["result"]["key_slabs"])
+    expected = {REPORT: 1, CAPTURE: keys, SEGMENTATION: 1, PRESENTATION: keys, SELECTION: 1}
+    assert {sop_class: classes.count(sop_class) for sop_class in classes} == expected
 
 
 def test_a_normal_head_gets_a_report_and_no_alert(box: Box, tmp_path: Path) -> None:
@@ -117,9 +122,9 @@ def test_orthanc_sends_and_shows_the_findings_in_the_same_study(box: Box, tmp_pa
     pacs.store_to("scanside", [one.orthanc_id for one in pacs.instances(uid)])  # type: ignore[attr-defined]
     box.settled(uid)
     series = {one.series_description for one in pacs.instances(uid)}  # type: ignore[attr-defined]
-    assert len(series) == 3
+    assert len(series) == 6
     modalities = {one.modality for one in pacs.instances(uid)}  # type: ignore[attr-defined]
-    assert modalities == {"CT", "SR", "OT"}
+    assert modalities == {"CT", "SR", "OT", "SEG", "PR", "KO"}
 
 
 def test_identity_is_the_patients_in_every_object(box: Box, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ mode = "evaluation"
 intended_use = "triage"
 data = """
 Trained, calibrated and tested on simulated non-contrast head CTs only: an average brain (MNI152), deformed, with \\
-bleeds, look-alikes and scanners by rule. No patient's images. Its operating point was set on {studies} studies of the \\
-same simulator; metrics.json says how many heads it was trained on, docs/model how it did on settings it never saw."""
+bleeds, look-alikes and scanners by rule. No patient's images. Its operating point was set on {studies} studies of \\
+the same simulator; metrics.json says how many heads it was trained on, docs/model how it did on settings it never saw."""
 labels = [{labels}]
 
 [indication]

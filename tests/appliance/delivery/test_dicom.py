@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydicom.uid import SegmentationStorage
 
 from appliance.delivery.dicom import store
 from appliance.demo.orthanc import free_port
@@ -39,3 +40,11 @@ def test_nobody_there_is_worth_another_try(tmp_path: Path) -> None:
     path = save(ct(head(12, False), 12), tmp_path / "finding.dcm")
     with pytest.raises(PeerError):
         store(path, Peer("SCANSIDE", "127.0.0.1", free_port()), "SCANSIDE")
+
+
+def test_a_class_that_the_peer_does_not_take_is_final_and_says_so(tmp_path: Path) -> None:
+    path = save(ct(head(12, False), 12, SOPClassUID=SegmentationStorage), tmp_path / "finding.dcm")
+    with serving(Recorder()) as server:
+        outcome, said = store(path, Peer("SCANSIDE", "127.0.0.1", server.port), "SCANSIDE")
+    assert outcome == "reject"
+    assert "accepts none of what was proposed (Segmentation Storage)" in said

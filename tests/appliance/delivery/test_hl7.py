@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +29,9 @@ from appliance.delivery.hl7 import (
     outcome,
     parse_acknowledgement,
 )
-from dicom_io.errors import PeerError
+from appliance.delivery.tls import client_context
+from dicom_io.errors import PeerError, ScansideError
+from tests.dicom_io.certificates import Authority, Pair
 
 
 def message(control_id: str = "MSG1", extra: str = "") -> str:
@@ -175,12 +179,14 @@ Script = Callable[[socket.socket, "Peer"], None]
 class Peer:
     """A listener whose n-th connection is served by the n-th script (the last one serves all others)."""
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, context: ssl.SSLContext | None = None) -> None:
         self.scripts = scripts
+        self.context = context
         self.server = socket.create_server(("127.0.0.1", 0))
         self.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # so that a deaf peer is soon full
         self.port = int(self.server.getsockname()[1])
         self.connections: list[socket.socket] = []
+        self.accepted = 0
         self.received: list[bytes] = []
         self.done = threading.Event()
         self.faults: list[BaseException] = []
@@ -192,12 +198,16 @@ class Peer:
                 connection, _ = self.server.accept()
             except OSError:
                 return
-            script = self.scripts[min(len(self.connections), len(self.scripts) - 1)]
+            script = self.scripts[min(self.accepted, len(self.scripts) - 1)]
+            self.accepted += 1
             self.connections.append(connection)
             threading.Thread(target=self._serve, args=(script, connection), daemon=True).start()
 
     def _serve(self, script: Script, connection: socket.socket) -> None:
         try:
+            if self.context is not None:
+                connection = self.context.wrap_socket(connection, server_side=True)
+                self.connections.append(connection)
             script(connection, self)
         except OSError as error:
             if not self.done.is_set():
@@ -487,3 +497,198 @@ def test_a_message_that_cannot_be_sent_never_reaches_the_peer() -> None:
                 client.send(bad)
         assert client.send(message()).code == "AA"
         assert peer.received == [message().encode()]
+
+
+# Enhanced mode (2.9.3)
+
+
+def enhanced(control_id: str = "MSG1", application: str = "AL") -> str:
+    return message(control_id).replace("|P|2.5.1|||||||", f"|P|2.5.1|||AL|{application}|||", 1)
+
+
+def test_the_accept_acknowledgement_alone_ends_it_where_the_application_is_not_asked() -> None:
+    with talking(sends(answer("CA", "MSG1"))) as (client, _):
+        assert client.send(enhanced(application="NE")).code == "CA"
+
+
+@pytest.mark.parametrize("code", ["AA", "AE", "AR"])
+@pytest.mark.parametrize("pause", [0.0, 0.1], ids=["one packet", "one after the other"])
+def test_the_applications_answer_ends_it_where_both_are_asked(code: str, pause: float) -> None:
+    pieces = [answer("CA", "MSG1"), answer("AA", "OTHER") + answer("CA", "MSG1") + answer(code, "MSG1", "|so")]
+    with talking(sends(*(pieces if pause else [b"".join(pieces)]), pause=pause)) as (client, _):
+        read = client.send(enhanced())
+        assert (read.code, read.text) == (code, "so")
+
+
+@pytest.mark.parametrize("code", ["CE", "CR", "AA", "AE", "AR"])
+def test_what_says_that_no_more_comes_ends_it_at_once(code: str) -> None:
+    with talking(sends(answer(code, "MSG1"))) as (client, _):
+        assert client.send(enhanced()).code == code
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        pytest.param(sends(answer("CA", "MSG1")), r"no application acknowledgement .* committed it \(CA\)", id="none"),
+        pytest.param(
+            after_message(lambda c, p: (c.sendall(answer("CA", "MSG1")), c.close())),
+            "closed the connection",
+            id="close",
+        ),
+    ],
+)
+def test_a_committed_message_without_the_applications_answer_is_not_acknowledged(script: Script, words: str) -> None:
+    with talking(script, polite) as (client, peer):
+        client.application_timeout = 0.3
+        with pytest.raises(PeerError, match=words):
+            client.send(enhanced())
+        assert client.send(enhanced()).code == "AA"
+        assert peer.received == [enhanced().encode()] * 2
+
+
+def test_an_application_acknowledgement_that_asks_for_one_is_acknowledged() -> None:
+    def script(connection: socket.socket, peer: Peer) -> None:
+        deframer = Deframer()
+        while len(peer.received) < 4:  # our acknowledgement and the next message may come in one packet
+            for block in deframer.feed(connection.recv(65536)):
+                peer.received.append(block)
+                if b"ORU" in block:
+                    asks = answer("AA", block.split(b"|")[9].decode())
+                    asks = asks.replace(b"|ACK|A1|P|2.5.1", b"|ACK^R01|A77|P|2.5.1|||AL|NE")
+                    connection.sendall(asks.replace(b"MSA|AA", b"MSA|CA") + asks)
+        peer.done.set()
+
+    with talking(script) as (client, peer):
+        assert client.send(enhanced("M1")).code == "AA"
+        assert client.send(enhanced("M2")).code == "AA"
+        assert peer.done.wait(10)
+        assert peer.accepted == 1
+        for thanks in peer.received[1::2]:
+            header, msa = thanks.decode().rstrip("\r").split("\r")
+            assert msa == "MSA|CA|A77"
+            assert header.split("|")[8] == "ACK"
+            assert header.split("|")[2:4] == ["SCANSIDE", "BOX"]
+            assert len(header.split("|")) == 12  # it asks for no answer itself
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def server(authority: Authority) -> Pair:
+    return authority.issue("listener")
+
+
+def secured(server: Pair, clients: Authority | None = None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.certificate, server.key)
+    if clients is not None:
+        context.load_verify_locations(clients.certificate)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@contextmanager
+def talking_tls(
+    script: Script, listening: ssl.SSLContext, calling: ssl.SSLContext, *, ack_timeout: float = 5.0
+) -> Iterator[tuple[MllpClient, Peer]]:
+    peer = Peer(script, context=listening)
+    client = MllpClient("127.0.0.1", peer.port, connect_timeout=5.0, ack_timeout=ack_timeout, context=calling)
+    try:
+        with client:
+            yield client, peer
+    finally:
+        peer.close()
+
+
+def test_messages_follow_one_another_over_tls_with_client_certificates(authority: Authority, server: Pair) -> None:
+    ours = authority.issue("box", client=True)
+    calling = client_context(authority.certificate, ours.certificate, ours.key)
+    with talking_tls(polite, secured(server, authority), calling) as (client, peer):
+        for number in range(5):
+            assert client.send(message(f"M{number}")).code == "AA"
+            time.sleep(0.01)
+        large = message("L", extra="ö" * 200_000)
+        assert client.send(large).code == "AA"
+        assert peer.accepted == 1
+        assert peer.received[-1] == large.encode()
+        assert isinstance(peer.connections[-1], ssl.SSLSocket)
+        assert peer.connections[-1].getpeercert()
+
+
+def test_a_listener_that_asks_for_a_certificate_gets_nothing_without_one(authority: Authority, server: Pair) -> None:
+    calling = client_context(authority.certificate)
+    with talking_tls(polite, secured(server, authority), calling) as (client, peer):
+        with pytest.raises(PeerError):
+            client.send(message())
+        assert peer.received == []
+
+
+def test_a_listener_with_a_certificate_of_somebody_else_gets_nothing(
+    authority: Authority, server: Pair, tmp_path: Path
+) -> None:
+    calling = client_context(Authority(tmp_path, "stranger").certificate)
+    with talking_tls(polite, secured(server), calling) as (client, peer):
+        with pytest.raises(PeerError, match="certificate is not accepted") as caught:
+            client.send(message())
+        assert "authorities" in caught.value.remedy
+        assert peer.received == []
+
+
+def test_a_listener_under_another_name_gets_nothing(authority: Authority, server: Pair) -> None:
+    with talking_tls(polite, secured(server), client_context(authority.certificate)) as (client, peer):
+        client.host = "127.0.0.2"  # Linux answers there, too; the certificate is for 127.0.0.1
+        peer.server.close()
+        peer.server = socket.create_server(("127.0.0.2", peer.port))
+        threading.Thread(target=peer._accept, daemon=True).start()
+        with pytest.raises(PeerError, match="certificate is not accepted"):
+            client.send(message())
+        assert peer.received == []
+
+
+def test_a_listener_without_tls_is_an_error_that_says_so(authority: Authority) -> None:
+    with talking(sends(answer("AA", "MSG1"))) as (client, _):
+        client.context = client_context(authority.certificate)
+        client.connect_timeout = 0.5
+        with pytest.raises(PeerError, match="TLS handshake"):
+            client.send(message())
+
+
+def test_a_tls_connection_closed_while_idle_costs_nothing(authority: Authority, server: Pair) -> None:
+    def once(connection: socket.socket, peer: Peer) -> None:
+        peer.read(connection)
+        connection.sendall(answer("AA", "M1"))
+        connection.close()
+
+    with talking_tls(once, secured(server), client_context(authority.certificate)) as (client, peer):
+        assert client.send(message("M1")).code == "AA"
+        peer.scripts = (polite,)
+        time.sleep(0.1)
+        assert client.send(message("M2")).code == "AA"
+        assert peer.received == [message("M1").encode(), message("M2").encode()]
+
+
+def test_close_from_another_thread_ends_a_wait_over_tls_at_once(authority: Authority, server: Pair) -> None:
+    silent = after_message(lambda c, p: None)
+    calling = client_context(authority.certificate)
+    with talking_tls(silent, secured(server), calling, ack_timeout=30) as (client, _):
+        threading.Timer(0.2, client.close).start()
+        begun = time.monotonic()
+        with pytest.raises(PeerError):
+            client.send(message())
+        assert time.monotonic() - begun < 8
+
+
+def test_files_that_cannot_be_used_are_named(authority: Authority, server: Pair, tmp_path: Path) -> None:
+    junk = tmp_path / "junk.pem"
+    junk.write_text("no certificate")
+    other = authority.issue("other")
+    for files in ((junk,), (tmp_path / "none.pem",), (None, junk, junk), (None, server.certificate, other.key)):
+        with pytest.raises(ScansideError) as caught:
+            client_context(*files)
+        assert caught.value.where in {str(file) for file in files}

@@ -3,14 +3,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pydicom
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from appliance.findings import wording
-from appliance.findings.render import key_png, object_uid, objects_for
+from appliance.findings.render import key_png, object_uid, objects_for, slices_of
+from appliance.inference.slabs import plan_slabs
+from appliance.ledger.records import SlabResult
+from dicom_io.header import FramePlane
 from dicom_io.objects.common import part10
+from dicom_io.volume import Plane, assemble
+from tests.builders import AXIAL
 from tests.findings_support import Series, ct_series, renamed, rendered, verdict_on
 
 
@@ -29,12 +37,57 @@ def zone() -> Iterator[None]:
     time.tzset()
 
 
-def test_a_positive_verdict_has_a_report_and_a_capture_for_each_key_slab(series: Series) -> None:
-    assert objects_for(verdict_on(series)) == ("report", "capture.1", "capture.2")
+def test_a_positive_verdict_has_every_object_and_a_negative_one_a_report(series: Series) -> None:
+    assert objects_for(verdict_on(series)) == (
+        *("report", "capture.1", "capture.2"),
+        *("segmentation", "presentation.1", "presentation.2", "selection"),
+    )
     assert objects_for(verdict_on(series, positive=False)) == ("report",)
 
 
-@pytest.mark.parametrize("name", ["report", "capture.1", "capture.2"])
+def test_where_nothing_is_outlined_there_is_no_segmentation(series: Series) -> None:
+    verdict = verdict_on(series)
+    bare = renamed(verdict, slabs=tuple(replace(slab, outlines=()) for slab in verdict.slabs))
+    assert "segmentation" not in objects_for(bare)
+    assert set(objects_for(verdict)) - set(objects_for(bare)) == {"segmentation"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.one_of(
+        st.tuples(st.lists(st.sampled_from([0.6, 1.25, 2.5, 5.0, 7.0]), min_size=1, max_size=40), st.just(1.0)),
+        st.tuples(
+            st.builds(lambda step, count: [step] * count, st.sampled_from([0.6, 1.25, 2.0, 5.0]), st.integers(1, 60)),
+            st.sampled_from([0.7, 1.0, 1.6]),
+        ),
+    ),
+    st.integers(0, 39),
+    st.booleans(),
+)
+def test_a_slabs_slices_are_those_that_it_was_averaged_from(
+    series: tuple[list[float], float], gap: int, down: bool
+) -> None:
+    steps, overlap = series  # thickness as a part of the step; slices of several thicknesses adjoin
+    heights = [sum(steps[:n]) + sum(steps[: n + 1]) for n in range(len(steps))]  # twice each centre
+    planes = [
+        Plane(
+            f"1.2.{n}",
+            0,
+            FramePlane((0.0, 0.0, h / 2 + (30.0 if n > gap else 0.0)), AXIAL, (0.5, 0.5), step * overlap),
+            -n if down else n,
+        )
+        for n, (h, step) in enumerate(zip(heights, steps, strict=True))
+    ]
+    volume = assemble(planes)
+    plans = plan_slabs(volume, 5.0)
+    verdict = renamed(
+        verdict_on(Series({}, "1.2", "1.3")),
+        slabs=tuple(SlabResult(p.index, p.offset_mm, p.thickness_mm, "", 0, {"any": 0.9}, (), 0.0) for p in plans),
+    )
+    assert slices_of(verdict, volume) == [[volume.planes[m] for m in plan.members] for plan in plans]
+
+
+@pytest.mark.parametrize("name", ["report", "capture.1", "capture.2", "segmentation", "presentation.1", "selection"])
 def test_rendering_twice_gives_the_same_bytes(name: str, series: Series) -> None:
     verdict = verdict_on(series)
     first = part10(rendered(series, verdict, name))
@@ -45,9 +98,9 @@ def test_rendering_twice_gives_the_same_bytes(name: str, series: Series) -> None
 def test_each_object_is_its_own_instance_and_each_revision_another(series: Series) -> None:
     verdict = verdict_on(series)
     made = [rendered(series, verdict, name, revision=revision) for name in objects_for(verdict) for revision in (1, 2)]
-    assert len({ds.SOPInstanceUID for ds in made}) == 6
-    assert len({ds.SeriesInstanceUID for ds in made}) == 4  # reports and captures, of either revision
-    assert len({ds.SeriesNumber for ds in made}) == 4
+    assert len({ds.SOPInstanceUID for ds in made}) == 14
+    assert len({ds.SeriesInstanceUID for ds in made}) == 10  # the kinds of objects, of either revision
+    assert len({ds.SeriesNumber for ds in made}) == 10
     assert {ds.StudyInstanceUID for ds in made} == {series.study_uid}
     assert all("revision 2" in ds.SeriesDescription for ds in made[1::2])
 
@@ -61,7 +114,9 @@ def test_the_instance_uid_is_the_one_that_the_ledger_can_compute(series: Series)
     assert made.InstanceNumber == 2
 
 
-@pytest.mark.parametrize("name", ["capture.3", "capture.0", "capture.01", "capture", "segmentation", ""])
+@pytest.mark.parametrize(
+    "name", ["capture.3", "capture.0", "capture.01", "capture", "presentation.3", "segmentation.1", ""]
+)
 def test_an_object_that_the_verdict_has_not_is_refused(name: str, series: Series) -> None:
     with pytest.raises(ValueError, match="no object of this verdict"):
         rendered(series, verdict_on(series), name)
@@ -99,10 +154,10 @@ def test_the_source_is_not_changed(series: Series) -> None:
 
 
 def test_a_report_refers_to_images_by_the_class_they_were_received_as(series: Series) -> None:
-    made = rendered(series, verdict_on(series), "report", analysed=series.uids[:2])
+    made = rendered(series, verdict_on(series), "report", analysed=series.uids[:3])
     [study] = made.CurrentRequestedProcedureEvidenceSequence
     items = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
-    assert [item.ReferencedSOPInstanceUID for item in items] == series.uids[:2]
+    assert [item.ReferencedSOPInstanceUID for item in items] == series.uids[:3]
     classes = {str(pydicom.dcmread(path, specific_tags=["SOPClassUID"]).SOPClassUID) for path in series.files.values()}
     assert {item.ReferencedSOPClassUID for item in items} == classes
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.events import Event
 from appliance.governance.board import (
     MODES,
     Board,
@@ -106,6 +107,8 @@ def test_a_version_runs_only_if_the_last_word_on_it_is_an_approval_in_force(
             if one.what == "suspended":
                 break
             if one.digest == wanted.digest:
+                if any((d.what, d.package, d.digest) == ("retired", "pkg", wanted.digest) for d in decisions):
+                    break
                 runs = one.what == "approved" and one.until is not None and one.until >= TODAY
                 runs_as = one.mode
                 break
@@ -159,8 +162,9 @@ def test_broken_records_approve_nothing(ledger: Ledger, kept: Path) -> None:
     criterion, _ = distrusted.judge(ONE)
     assert (criterion.outcome, "event 3 is gone" in criterion.value) == ("unknown", True)
     assert distrusted.exceptions(ONE) == []
-    # What needs no record goes on.
-    assert distrusted.judge(replace(EVALUATED, name="other"))[0].met
+    # Nor what needs none: the record that is gone may have suspended it.
+    assert board.judge(replace(EVALUATED, name="other"))[0].met
+    assert distrusted.judge(replace(EVALUATED, name="other"))[0].outcome == "unknown"
 
 
 def test_a_record_that_cannot_be_read_is_named_and_nothing_is_approved(
@@ -199,6 +203,28 @@ def test_what_was_retired_does_not_come_back(ledger: Ledger, kept: Path) -> None
         approve(ledger, kept, ONE, "clinical", until=LATER, **SIGNED)
     approve(ledger, kept, TWO, "clinical", until=LATER, **SIGNED)
     assert judged(ledger, TWO)[0] == "met"
+    # Not even if two members decide at the same moment.
+    decisions = read_board(ledger).decisions
+    late = Board([*decisions, replace(decisions[0], record=99)], 99)
+    assert late.judge(ONE)[0].outcome == "violated"
+
+
+def test_a_clock_that_was_set_back_revives_nothing(ledger: Ledger, kept: Path) -> None:
+    """The clock of a box whose battery is empty starts in 1970."""
+    approve(ledger, kept, ONE, "clinical", until=TODAY, **SIGNED)
+    excepted = make_exception(ledger, kept, ONE, "age", until=TODAY, **SIGNED).record
+    board = read_board(ledger)
+    past = [replace(one, at="2020-06-01T12:00:00+00:00", until=date(2020, 6, 30)) for one in board.decisions]
+    newest = replace(past[0], record=99, package="other", at=now())
+    over = Board([*past, newest], 99)
+    for today in (date(1970, 1, 1), date(2020, 6, 15)):
+        assert not over.judge(ONE, today)[0].met
+        assert over.exceptions(ONE, today) == []
+        assert not over.holds(excepted, today)
+        assert Board(past, 2).judge(ONE, today)[0].met
+        assert board.judge(ONE, today)[0].met
+    assert not Board(past, 2).judge(ONE, date(2020, 7, 1))[0].met
+    assert Board(past, 2).exceptions(ONE, date(2020, 7, 1)) == []
 
 
 # --- records --------------------------------------------------------------------------------------------
@@ -212,6 +238,14 @@ def test_evidence_is_kept_under_its_digest(ledger: Ledger, kept: Path, tmp_path:
     assert [path.name for path in kept.iterdir()] == [digest]
     assert (kept / digest).read_bytes() == b"we agree"
     assert read_board(ledger).decisions == (decision,)
+    assert (kept / digest).stat().st_mode & 0o777 == 0o444
+    # What another try left behind does not stop the next.
+    left = kept / f".{digest}.part"
+    left.write_bytes(b"we")
+    left.chmod(0o444)
+    assert approve(ledger, kept, ONE, "shadow", until=LATER, evidence=tmp_path / "minutes.pdf", **SIGNED).record
+    assert (kept / digest).read_bytes() == b"we agree"
+    assert not left.exists()
     assert decision.row() == {
         "record": decision.record, "at": decision.at, "what": "approved", "package": "pkg", "version": "1.0.0",
         "digest": ONE.digest, "who": "Dr A", "why": "because", "evidence": "minutes.pdf",
@@ -264,12 +298,15 @@ def test_integrity_names_what_differs() -> None:
     assert (broken.criterion, broken.outcome) == ("integrity", "violated")
     assert "/p/model.onnx" in str(broken)
     assert not integrity(None, "/p/package.sig: it is not there").met
+    assert not integrity(None, "").met, "what could not be loaded is not sound"
 
 
 # --- what waits to be sent ------------------------------------------------------------------------------
 
 
-def issued(ledger: Ledger, positive: bool = True, revision: int = 1, study: str = "1.2.3") -> int:
+def issued(
+    ledger: Ledger, positive: bool = True, revision: int = 1, study: str = "1.2.3", version: str = "1.0.0"
+) -> int:
     """A verdict of "pkg" with an alert and a report that wait to be sent; returns its analysis."""
     if revision == 1:
         association = ledger.open_association("S", "B", "127.0.0.1")
@@ -279,10 +316,10 @@ def issued(ledger: Ledger, positive: bool = True, revision: int = 1, study: str 
     if arriving:
         ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
     key = arriving.id if arriving else 1
-    ledger.decide(key, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+    ledger.decide(key, "pkg", version, admitted=True, reason="", admission=[], selection=[], inputs=[])
     row = ledger.take_analysis(["pkg"])
     assert row is not None
-    verdict = Verdict(study, f"{study}.1", "pkg", "1", "n", positive, 0.9, 0.5, {}, 0.0, (), (), (), ())
+    verdict = Verdict(study, f"{study}.1", "pkg", version, "n", positive, 0.9, 0.5, {}, 0.0, (), (), (), ())
     findings = [
         NewFinding("alert.er", f"MSG{study}.{revision}", "a.hl7", ("er",), 0),
         NewFinding("report", f"2.25.{study}.{revision}", "r.dcm", ("pacs",), 10),
@@ -314,10 +351,59 @@ def test_what_waits_of_a_stopped_package_is_withdrawn_with_the_decision(ledger: 
         ledger.requeue_delivery(99, ["er"])
     ledger.requeue_delivery(one["id"], ["er"])
     assert ledger.take_delivery("er") is None, "it is stopped still"
-    approve(ledger, kept, TWO, "shadow", until=LATER, **SIGNED)
+    approve(ledger, kept, TWO, "clinical", until=LATER, **SIGNED)
     ledger.requeue_delivery(one["id"], ["er"])
-    assert ledger.take_delivery("er") is not None
+    assert ledger.take_delivery("er") is None, "so is its version"
+    if what == "suspend":
+        approve(ledger, kept, ONE, "clinical", until=LATER, **SIGNED)
+        ledger.requeue_delivery(one["id"], ["er"])
+        assert ledger.take_delivery("er") is not None
     assert verify_events(ledger) is None
+
+
+def test_what_another_version_says_outlives_a_retirement_and_no_suspension(ledger: Ledger, kept: Path) -> None:
+    """The next version was approved before it was installed, and the last one is retired."""
+    approve(ledger, kept, TWO, "clinical", until=LATER, **SIGNED)
+    issued(ledger, version="2.0.0")
+    retire(ledger, kept, ONE, **SIGNED)
+    assert set(deliveries(ledger).values()) == {"pending"}
+    row = ledger.take_delivery("er")
+    assert row is not None
+    ledger.settle_delivery(row, "retry")
+    suspend(ledger, kept, "pkg", ONE, **SIGNED)
+    assert set(deliveries(ledger).values()) == {"withdrawn"}
+
+
+def test_what_waits_is_withdrawn_when_its_version_goes_into_shadow(ledger: Ledger, kept: Path) -> None:
+    approve(ledger, kept, ONE, "clinical", until=LATER, **SIGNED)
+    issued(ledger)
+    row = ledger.take_delivery("er")
+    assert row is not None
+    approve(ledger, kept, TWO, "shadow", until=LATER, **SIGNED)
+    assert set(deliveries(ledger).values()) == {"sending", "pending"}
+    record = approve(ledger, kept, ONE, "shadow", until=LATER, **SIGNED).record
+    assert set(deliveries(ledger).values()) == {"sending", "withdrawn"}
+    ledger.settle_delivery(row, "retry")
+    assert ledger.take_delivery("er") is None
+    (said,) = {one["reason"] for one in study_report(ledger, 1)["deliveries"]}
+    assert said == f"the package was put in shadow by Dr A (record {record})"
+
+
+def test_a_retired_version_that_is_approved_at_the_same_moment_sends_nothing(ledger: Ledger, kept: Path) -> None:
+    issued(ledger)
+    retire(ledger, kept, ONE, **SIGNED)
+    detail = {"version": "1.0.0", "digest": ONE.digest, "mode": "clinical", "until": LATER.isoformat()}
+    ledger.record_decision(Event.BOARD_APPROVED, "pkg", **detail, **SIGNED, evidence="", evidence_digest="")
+    ledger.requeue_delivery(study_report(ledger, 1)["deliveries"][0]["id"], ["er"])
+    assert ledger.take_delivery("er") is None
+    assert judged(ledger, ONE)[0] == "violated"
+
+
+def test_what_another_package_has_to_say_goes_on(ledger: Ledger, kept: Path) -> None:
+    issued(ledger)
+    suspend(ledger, kept, "other", None, **SIGNED)
+    assert ledger.take_delivery("er") is not None
+    assert ledger.take_delivery("pacs") is not None
 
 
 def test_what_was_on_its_way_goes_no_second_time(ledger: Ledger, kept: Path) -> None:
@@ -363,5 +449,6 @@ def test_a_verdict_rests_on_the_newest_decision(ledger: Ledger, kept: Path) -> N
     with pytest.raises(BoardMoved):
         ledger.issue_verdict(row["id"], 1, verdict, now(), [finding], admission=[], late=False, board=before)
     assert study_report(ledger, 1)["verdicts"] == study_report(ledger, 1)["deliveries"] == []
-    ledger.issue_verdict(row["id"], 1, verdict, now(), [finding], admission=[], late=False, board=moved)
+    # That one is gone since is no decision: the auditor says so, and nothing is tried for ever.
+    ledger.issue_verdict(row["id"], 1, verdict, now(), [finding], admission=[], late=False, board=moved + 1)
     assert len(study_report(ledger, 1)["verdicts"]) == 1

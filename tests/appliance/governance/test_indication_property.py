@@ -142,7 +142,7 @@ def age(which: int, stated: str, text: str) -> Answer:
     half = (born.year * 12 + born.month + 6, born.day) <= (STUDIED.year * 12 + STUDIED.month, STUDIED.day)
     by_dates = (years >= 18, years >= 22, half and years < 18)[which % 3]
     if len(stated) < 4:
-        return by_dates
+        return every((by_dates, N if stated else T))  # what cannot be read is not passed over
     return every((by_age, by_dates, N if days_apart(stated, born) > 400 else T))
 
 

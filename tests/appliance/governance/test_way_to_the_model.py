@@ -22,17 +22,33 @@ OTHERS = {"inference/triton.py", "models_cli.py", "bench/latency.py"}
 
 
 def calls(name: str) -> set[str]:
-    """The files of the box that call something of that name."""
+    """The files of the box that name an attribute so, called or handed on, or write its name for getattr."""
     found = set()
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
+            named = isinstance(node, ast.Attribute) and node.attr == name
+            if named or (isinstance(node, ast.Constant) and node.value == name):
                 found.add(path.relative_to(SOURCE).as_posix())
     return found
 
 
 def test_only_the_pipeline_asks_the_client_for_a_study() -> None:
     assert calls("infer") - OTHERS == {"inference/stream.py"}
+
+
+def test_nothing_but_the_client_knows_a_server_or_runs_a_model() -> None:
+    found: dict[str, set[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            modules = names if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""] if names else []
+            for module in modules:
+                if module.split(".")[0] in ("tritonclient", "onnxruntime", "tensorrt", "torch"):
+                    found.setdefault(path.relative_to(SOURCE).as_posix(), set()).update({module, *names})
+    assert found.pop("inference/triton.py") >= {"tritonclient.grpc"}
+    # Of a configuration it only knows the form.
+    assert found.pop("inference/served.py") == {"tritonclient.grpc", "model_config_pb2"}
+    assert set(found) <= {"inference/plan.py", "inference/server.py"}, found
 
 
 @pytest.mark.parametrize("outcome", get_args(Outcome))

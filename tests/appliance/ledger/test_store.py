@@ -428,8 +428,23 @@ def test_an_admission_of_another_version_is_asked_for_again(ledger: Ledger) -> N
     study = arrive(ledger)
     complete(ledger, study)
     admit(ledger, study)
+    assert ledger.undecided_studies({"pkg": "1"}, [study]) == []
+    assert ledger.undecided_studies({"pkg": "2"}, [study]) == [(study, "pkg")]
+
+
+def test_what_waits_is_asked_about_again_at_a_start_and_its_tries_stay(ledger: Ledger) -> None:
+    """The site's limits may be narrower since; what ends engines is not begun anew for ever."""
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    assert ledger.undecided_studies({"pkg": "1"}) == [(study, "pkg")]
+    for _ in range(3):
+        assert ledger.take_analysis(["pkg"]) is not None
+        ledger.park_analyses(3)
+        if ledger.undecided_studies({"pkg": "1"}):
+            admit(ledger, study)
+    assert study_report(ledger, study)["analyses"][0]["state"] == "failed"
     assert ledger.undecided_studies({"pkg": "1"}) == []
-    assert ledger.undecided_studies({"pkg": "2"}) == [(study, "pkg")]
 
 
 def test_the_inputs_of_an_analysis_are_found_even_when_superseded(ledger: Ledger) -> None:

@@ -20,9 +20,9 @@ from pydicom.uid import (
 )
 
 from dicom_io.objects.common import IDENTITY, TYPE_2, fit, part10
-from tests.findings_support import NAMES, Series, ct_series, dciodvfy_errors, rendered, verdict_on
+from tests.findings_support import NAMES, Series, ct_series, dcentvfy_errors, dciodvfy_errors, rendered, verdict_on
 
-OBJECTS = ("report", "capture.1")
+OBJECTS = ("report", "capture.1", "segmentation", "presentation.1", "selection")
 
 
 def written(series: Series, name: str, folder: Path) -> Path:
@@ -49,6 +49,7 @@ def test_names_survive_byte_for_byte_in_every_character_set(character_set: str, 
     series = ct_series(tmp_path, name=name, character_set=declared, syntax=syntax, count=3)
     source = series.header()
     name_bytes = raw(source, "PatientName")
+    paths = []
     for kind in OBJECTS:
         path = written(series, kind, tmp_path)
         made = pydicom.dcmread(path)
@@ -57,6 +58,8 @@ def test_names_survive_byte_for_byte_in_every_character_set(character_set: str, 
         assert str(made.PatientName) == name
         if syntax == ExplicitVRLittleEndian:
             assert dciodvfy_errors(path) == []
+        paths.append(path)
+    assert dcentvfy_errors([*series.files.values(), *paths]) == []
 
 
 def test_identity_equals_the_source_attribute_by_attribute(tmp_path: Path) -> None:
@@ -105,6 +108,7 @@ def test_a_real_head_without_birth_date_sex_or_study_date(kind: str, ge_head: Pa
     assert made.PatientBirthDate == made.PatientSex == made.StudyDate == made.StudyID == ""
     assert made.PatientIdentityRemoved == "YES"
     assert dciodvfy_errors(path) == []
+    assert dcentvfy_errors([*paths, path]) == []
 
 
 def test_values_that_are_not_what_they_should_be_are_still_the_patients(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import highdicom as hd
 import highdicom.sr as sr
 import numpy as np
 import pydicom
@@ -13,14 +15,13 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sr._concepts_dict import concepts
 from pydicom.sr.coding import Code
-from pydicom.uid import EnhancedCTImageStorage
 
 from appliance.ledger.records import Verdict
 from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
-from dicom_io.objects.common import Device, Place, part10
-from dicom_io.objects.report import Algorithm, Report, build_report
-from tests.findings_support import ISSUED, ct_series, dciodvfy_errors, rendered, verdict_on
+from dicom_io.objects.common import Algorithm, Device, Place, part10
+from dicom_io.objects.report import Report, build_report
+from tests.findings_support import ISSUED, ct_series, dciodvfy_errors, rendered, simulated, verdict_on
 from tests.peers import program as tool
 
 
@@ -36,6 +37,11 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def content(path: Path) -> Any:
     return sr.srread(path).content
+
+
+def study_group(path: Path) -> Any:
+    """The result for the whole study: around a surface in space, or nowhere."""
+    return [*content(path).get_volumetric_roi_measurement_groups(), *content(path).get_image_measurement_groups()][0]
 
 
 def code(concept: Concept) -> Code:
@@ -66,7 +72,7 @@ def test_it_is_valid(report: tuple[Verdict, Path]) -> None:
 
 def test_the_study_group_says_what_the_verdict_says(report: tuple[Verdict, Path]) -> None:
     verdict, path = report
-    group = content(path).get_image_measurement_groups()[0]
+    group = study_group(path)
     found = numbers(group)
     assert found["Probability of intracranial hemorrhage"] == (pytest.approx(verdict.probability, abs=5e-5), "1")
     assert found["Operating threshold of the probability"] == (verdict.threshold, "1")
@@ -126,7 +132,7 @@ def test_outlines_lie_on_their_source_images(report: tuple[Verdict, Path]) -> No
 
 def test_a_key_slab_without_an_outline_is_referred_to_whole(report: tuple[Verdict, Path]) -> None:
     verdict, path = report
-    groups = content(path).get_image_measurement_groups()[1:]
+    groups = [one for one in content(path).get_image_measurement_groups() if one.source_images]
     assert len(groups) == len([i for i in verdict.key_slabs if not verdict.slabs[i].outlines])
     for group in groups:
         [image] = group.source_images
@@ -148,18 +154,63 @@ def test_every_analysed_image_is_evidence_and_in_the_library(report: tuple[Verdi
     assert [i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for i in images] == analysed
 
 
-def test_a_frame_of_an_enhanced_image_is_named(tmp_path: Path) -> None:
-    def enhanced(ds: Dataset) -> None:
-        ds.SOPClassUID, ds.NumberOfFrames = EnhancedCTImageStorage, 2
-        ds.PixelData *= 2
+def test_all_outlines_lie_in_space_where_their_images_do(tmp_path: Path) -> None:
+    series, verdict = simulated(tmp_path)
+    path = tmp_path / "report.object"
+    path.write_bytes(part10(rendered(series, verdict, "report")))
+    [group] = content(path).get_volumetric_roi_measurement_groups()
+    surface = group.roi
+    header = pydicom.dcmread(series.source(series.uids[0]), stop_before_pixels=True)
+    assert surface.frame_of_reference_uid == header.FrameOfReferenceUID
+    assert surface.source_series_for_segmentation.value == verdict.series_instance_uid
+    assert numbers(group)["Volume"] == (pytest.approx(verdict.volume_ml, abs=5e-3), "mL")
+    assert content(path).get_image_measurement_groups() == []  # each group lies somewhere
+    assert group.finding_type == code(codes.INTRACRANIAL_HEMORRHAGE)
+    outlines = [(slab, outline) for slab in verdict.slabs for outline in slab.outlines]
+    assert len(surface.graphic_data) == len(outlines) > 10
+    for polygon, (slab, outline) in zip(surface.graphic_data, outlines, strict=True):
+        source = pydicom.dcmread(series.source(slab.sop_instance_uid), stop_before_pixels=True)
+        transform = hd.spatial.ReferenceToImageTransformer(
+            source.ImagePositionPatient, source.ImageOrientationPatient, source.PixelSpacing
+        )
+        back = transform(np.asarray(polygon, dtype=np.float64))  # (column, row, slice), the first corner at 0
+        np.testing.assert_allclose(back[:, :2], np.array([*outline, outline[0]]) + 0.5, atol=1e-3)
+        np.testing.assert_allclose(back[:, 2], 0, atol=1e-3)
+    assert dciodvfy_errors(path) == []
 
-    series = ct_series(tmp_path, change=enhanced, count=3)
+
+def test_without_a_frame_of_reference_nothing_lies_in_space(tmp_path: Path) -> None:
+    series = ct_series(tmp_path, drop=("FrameOfReferenceUID",))
     path = tmp_path / "report.object"
     path.write_bytes(part10(rendered(series, verdict_on(series), "report")))
-    region = content(path).get_planar_roi_measurement_groups()[0].roi
-    reference = region.ContentSequence[0].ReferencedSOPSequence[0]
-    assert reference.ReferencedFrameNumber == 1
-    assert reference.ReferencedSOPClassUID == EnhancedCTImageStorage
+    assert content(path).get_volumetric_roi_measurement_groups() == []
+    assert "Volume" in numbers(study_group(path))
+    assert len(content(path).get_planar_roi_measurement_groups()) == 2
+
+
+def test_a_report_on_a_part_of_the_series_says_so(tmp_path: Path) -> None:
+    series = ct_series(tmp_path, count=5)
+    verdict = verdict_on(series, positive=False)
+    whole = rendered(series, verdict, "report")
+    part = rendered(series, verdict, "report", analysed=[uid for uid in series.uids if uid != series.uids[2]])
+    assert (whole.CompletionFlag, part.CompletionFlag) == ("COMPLETE", "PARTIAL")
+    assert "CompletionFlagDescription" not in whole and "missing" in part.CompletionFlagDescription
+    path = tmp_path / "report.object"
+    path.write_bytes(part10(part))
+    assert dciodvfy_errors(path) == []
+
+
+def test_a_report_names_the_one_before(tmp_path: Path) -> None:
+    series = ct_series(tmp_path)
+    verdict = verdict_on(series)
+    first = rendered(series, verdict, "report")
+    path = tmp_path / "report.object"
+    path.write_bytes(part10(rendered(series, verdict, "report", revision=2, before=[(1, verdict)])))
+    done = subprocess.run([tool("dsrdump"), str(path)], capture_output=True, text=True, check=True)
+    assert re.search("Predecessor Docs *: 1", done.stdout)
+    [study] = pydicom.dcmread(path).PredecessorDocumentsSequence
+    [document] = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
+    assert document.ReferencedSOPInstanceUID == first.SOPInstanceUID
     assert dciodvfy_errors(path) == []
 
 

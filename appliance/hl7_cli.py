@@ -1,0 +1,83 @@
+"""`scanside hl7`: what the hospital is told of a study."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from appliance.console import Json, emit, guard, out, read_settings
+from dicom_io.errors import ScansideError
+
+app = typer.Typer(help="The messages that tell the hospital of a verdict.", no_args_is_help=True)
+
+
+@app.callback()
+def _only_a_group() -> None:
+    """One command so far, called by its name all the same."""
+
+
+@app.command()
+@guard
+def preview(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, or the study's number.")], as_json: Json = False
+) -> None:
+    """Show what a study's verdict tells each destination by the settings as they are now; nothing is sent.
+
+    It exits with 1 if there is no verdict yet, or a message is invalid and would not be sent.
+    """
+    from appliance.ledger.store import Ledger
+    from appliance.ledger.views import find_study
+    from appliance.services.telling import preview as show
+
+    settings, _ = read_settings()
+    if not settings.ledger_path.exists():
+        raise ScansideError("there is no ledger yet", str(settings.ledger_path), "start scanside first")
+    ledger = Ledger(settings.ledger_path)
+    try:
+        key = find_study(ledger, study)
+        if key is None:
+            raise ScansideError("there is no such study", study, "`scanside studies` lists them")
+        found = show(settings, ledger, key)
+    finally:
+        ledger.close()
+    if as_json:
+        emit(
+            [
+                {
+                    "study": key,
+                    "package": one.package,
+                    "revision": one.revision,
+                    "positive": one.positive,
+                    "said": one.said,
+                    "messages": [
+                        {
+                            "destination": told.destination.name,
+                            "channel": told.destination.kind,
+                            "kind": told.kind,
+                            "id": told.id,
+                            "after_seconds": told.held_seconds,
+                            "fault": told.fault,
+                            "content": told.content.decode("utf-8"),
+                        }
+                        for told in one.messages
+                    ],
+                }
+                for one in found
+            ]
+        )
+    else:
+        for one in found:
+            answer = "positive" if one.positive else "not positive"
+            said = f": {one.said}" if one.said else ""
+            out.print(f"{escape(one.package)}, revision {one.revision}, {answer}{escape(said)}", highlight=False)
+            for told in one.messages:
+                when = f", after {told.held_seconds:g} s without an acknowledgement" if told.held_seconds else ""
+                valid = f"  [bold red]invalid, never sent:[/] {escape(told.fault)}" if told.fault else ""
+                name = escape(told.destination.name)
+                out.print(f"\n[bold]{name}[/] ({told.destination.kind}, {told.kind}{when}){valid}", highlight=False)
+                text = told.content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+                out.print(text, markup=False, highlight=False, soft_wrap=True)
+    if any(told.fault for one in found for told in one.messages):
+        raise typer.Exit(1)

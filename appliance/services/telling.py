@@ -1,0 +1,188 @@
+"""What each destination of alerts is told of a verdict: made when it is issued, and shown to whoever sets a site up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import pydicom
+
+from appliance.findings.alert import Kind, message_control_id, render_alert
+from appliance.findings.notice import Notice, named, render_mail, render_webhook
+from appliance.findings.validate import fault
+from appliance.intake.spool import path_of
+from appliance.ledger.records import Verdict
+from appliance.ledger.store import Inputs, Ledger, Told
+from appliance.ledger.views import study_report
+from appliance.settings import AlertDestination, Hl7Destination, MailDestination, Settings
+from dicom_io.errors import ScansideError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one destination is told.
+
+    Attributes:
+        id: MSH-10, or its counterpart in a mail or webhook: the same at every try.
+        held_seconds: so long after the verdict it is sent if nobody has acknowledged the alert; 0: at once.
+        file: name of its file.
+        fault: why it may never be sent; "" if it may.
+    """
+
+    destination: AlertDestination
+    kind: Kind
+    id: str
+    held_seconds: float
+    file: str
+    content: bytes
+    fault: str
+
+
+def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
+    """What a verdict tells the hospital: an alert once, and what became of it when that is known or has changed.
+
+    Args:
+        before: what it was told by the earlier revisions, oldest first.
+    """
+    last = before[-1] if before else Told(positive=False)
+    if not positive:
+        return "withdrawal" if last.positive else None
+    if last.positive:
+        return "confirmation" if last.provisional and not provisional else None
+    if any(one.positive for one in before):
+        return "correction"
+    return "provisional" if provisional else "alert"
+
+
+def messages(
+    settings: Settings,
+    told: Mapping[str, Sequence[Told]],
+    study_id: int,
+    verdict: Verdict,
+    revision: int,
+    issued_at: str,
+    header: pydicom.Dataset,
+) -> list[Message]:
+    """The message to each destination that this verdict tells something new.
+
+    A step of the escalation that was never told of the study waits for those that are told now; where these know it
+    already it has nothing to wait for and is not told. A step that was told hears what became of it as the others do.
+    """
+    made: list[Message] = []
+    for destination in settings.alert_destinations:
+        before = told.get(destination.name, [])
+        kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
+        held = destination.after_seconds if not before else 0.0
+        if kind is None or (held and not any(not one.destination.after_seconds for one in made)):
+            continue
+        made.append(message(settings, destination, study_id, verdict, revision, issued_at, header, kind, held))
+    return made
+
+
+def message(
+    settings: Settings,
+    destination: AlertDestination,
+    study_id: int,
+    verdict: Verdict,
+    revision: int,
+    issued_at: str,
+    header: pydicom.Dataset,
+    kind: Kind,
+    held_seconds: float = 0.0,
+) -> Message:
+    """The message of that kind to one destination; HL7 is validated, as a receiver would do it."""
+    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind, destination.name)
+    identity, at = message_control_id(*key), datetime.fromisoformat(issued_at)
+    if isinstance(destination, Hl7Destination):
+        text = render_alert(
+            verdict,
+            header,
+            control_id=identity,
+            kind=kind,
+            revision=revision,
+            issued_at=at,
+            # What is only evaluated must not look like the real thing to an interface engine.
+            processing_id=destination.processing_id if verdict.mode == "clinical" else "T",
+            sending_application=settings.box.name,
+            sending_facility=destination.sending_facility,
+            receiving_application=destination.receiving_application,
+            receiving_facility=destination.receiving_facility,
+            acknowledgement=destination.acknowledgement,
+        )
+        file = f"{identity}.hl7"
+        return Message(destination, kind, identity, held_seconds, file, text.encode("utf-8"), fault(text))
+    named_values = named(header, destination.include)
+    notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, named_values)
+    if isinstance(destination, MailDestination):
+        mail = render_mail(notice, destination.sender, destination.recipients)
+        return Message(destination, kind, identity, held_seconds, f"{identity}.eml", mail, "")
+    return Message(destination, kind, identity, held_seconds, f"{identity}.json", render_webhook(notice), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What one verdict tells by today's settings.
+
+    Attributes:
+        said: why it tells nothing; "" if it tells something.
+    """
+
+    package: str
+    revision: int
+    positive: bool
+    said: str
+    messages: Sequence[Message]
+
+
+def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
+    """What the newest verdict of each package on a study tells each destination by the settings as they are now.
+
+    It is rendered anew and sent nowhere. Each destination is taken to know the earlier verdicts.
+
+    Raises:
+        ScansideError: there is no verdict yet, or the images are gone, of which patient and order are taken.
+    """
+    found: list[Preview] = []
+    report = study_report(ledger, study_id)
+    for analysis in report["analyses"]:
+        rows = [one for one in report["verdicts"] if one["analysis_id"] == analysis["id"]]
+        if not rows:
+            continue
+        verdict, revision, issued_at = (
+            Verdict.from_json(rows[-1]["result"]),
+            rows[-1]["revision"],
+            rows[-1]["issued_at"],
+        )
+        before = [Told(one["positive"], bool(one["result"].get("provisional"))) for one in rows[:-1]]
+        kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
+        wanted = list(settings.alert_destinations)
+        said = "" if kind else "it tells nobody anything new"
+        if verdict.withdrawn and not verdict.series_instance_uid:
+            kind, said = "refusal", ""
+            wanted = [one for one in wanted if isinstance(one, Hl7Destination) and one.refusals]
+        if verdict.mode == "shadow":
+            kind, said = None, "in shadow nobody is told"
+        made: list[Message] = []
+        if kind:
+            header = _source(settings, ledger, study_id, rows[-1]["inputs"] or analysis["inputs"])
+            made = [
+                message(settings, one, study_id, verdict, revision, issued_at, header, kind, one.after_seconds)
+                for one in wanted
+            ]
+            said = "" if made else "no destination wants to hear of it"
+        found.append(Preview(analysis["package"], revision, verdict.positive, said, made))
+    if not found:
+        states = ", ".join(f"{one['package']} is {one['state']}" for one in report["analyses"]) or report["state"]
+        raise ScansideError(f"there is no verdict yet ({states})", f"study {study_id}", "wait for it")
+    return found
+
+
+def _source(settings: Settings, ledger: Ledger, study_id: int, inputs: Inputs) -> pydicom.Dataset:
+    """The header of an image that was analysed; of a study that was refused, of any."""
+    stored = ledger.inputs(study_id, inputs) if inputs else ledger.instances(study_id)
+    try:
+        return pydicom.dcmread(path_of(settings.spool_directory, stored[0].digest), stop_before_pixels=True)
+    except (IndexError, FileNotFoundError) as error:
+        remedy = "retention removes them; `scanside study` tells what was sent"
+        raise ScansideError("its images are gone", f"study {study_id}", remedy) from error

@@ -1,0 +1,138 @@
+"""Which objects a verdict brings, where they go, and in which order; and what one revision knows of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pydicom
+import pytest
+
+from appliance.governance.indication import Admission
+from appliance.governance.package import load_configured
+from appliance.ledger.records import Verdict
+from appliance.ledger.views import study_report
+from appliance.services.issuing import Issuer
+from appliance.settings import DicomDestination, Settings
+from dicom_io.header import read_header
+from tests.appliance.intake.test_retention import Box
+from tests.findings_support import Series, ct_series, verdict_on
+
+EVERYTHING = ["selection", "presentation", "segmentation", "capture", "report"]
+TWICE = ["capture.1", "capture.2"]
+
+
+class Issued:
+    """A box with two archives, one of which takes everything, and a study that is analysed again and again."""
+
+    def __init__(self, folder: Path, **objects: list[str]) -> None:
+        self.box = Box(folder)
+        self.box.settings.run_directory.mkdir(exist_ok=True)
+        destinations = [
+            DicomDestination.model_validate(
+                {"kind": "dicom", "name": name, "ae_title": "PACS", "host": "h", "port": 104, "objects": wanted}
+            )
+            for name, wanted in objects.items()
+        ]
+        self.box.settings = self.box.settings.model_copy(update={"destination": destinations})
+        (folder / "series").mkdir()
+        self.series: Series = ct_series(folder / "series")
+        self.issuer = Issuer(self.box.settings, self.box.ledger, load_configured(Settings()))
+        self.left = list(self.series.files.values())
+        for _ in range(3):
+            self.arrive()
+
+    def arrive(self) -> None:
+        path = self.left.pop(0)
+        assert self.box.store(read_header(path), path.read_bytes()) == "stored"
+
+    def issue(self, verdict: Verdict) -> None:
+        ledger = self.box.ledger
+        (arriving,) = ledger.arriving_studies()
+        ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+        stored = ledger.instances(arriving.id)
+        inputs = [[one.sop_instance_uid, one.digest] for one in stored]
+        ledger.decide(
+            arriving.id, verdict.package, verdict.package_version,
+            admitted=True, reason="", admission=[], selection=[], inputs=inputs,
+        )  # fmt: skip
+        row = ledger.take_analysis([verdict.package])
+        assert row is not None
+        self.issuer.issue(row, verdict, Admission(()), stored[0])
+        self.issuer.render()
+
+    def report(self, revision: int) -> pydicom.Dataset:
+        (path,) = self.box.settings.findings_directory.glob(f"*-{revision}/report.dcm")
+        return pydicom.dcmread(path)
+
+    def delivered(self, destination: str) -> list[str]:
+        """The objects in the order in which that destination gets them."""
+        names = []
+        while (row := self.box.ledger.take_delivery(destination)) is not None:
+            assert (self.box.settings.findings_directory / row["path"]).is_file()
+            self.box.ledger.settle_delivery(row, "acknowledge")
+            names.append(row["object"])
+        return names
+
+
+@pytest.fixture
+def issued(tmp_path: Path) -> Iterator[Issued]:
+    made = Issued(tmp_path, plain=["report", "capture"], all=EVERYTHING)
+    yield made
+    made.box.ledger.close()
+
+
+def seen(issued: Issued, **changes: object) -> Verdict:
+    """A verdict on the slices that are there."""
+    there = issued.series.uids[: len(issued.series.uids) - len(issued.left)]
+    verdict = verdict_on(issued.series)
+    slabs = tuple(slab for slab in verdict.slabs if slab.sop_instance_uid in there)
+    return replace(verdict, slabs=slabs, **changes)  # type: ignore[arg-type]
+
+
+def test_each_archive_gets_what_it_takes_in_order_of_urgency(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    assert issued.delivered("plain") == ["report", *TWICE]
+    assert issued.delivered("all") == [
+        "report", *TWICE, "segmentation", "presentation.1", "presentation.2", "selection",
+    ]  # fmt: skip
+
+
+def test_what_nobody_takes_is_not_made_but_for_report_and_pictures(tmp_path: Path) -> None:
+    issued = Issued(tmp_path, plain=["selection"])
+    issued.issue(seen(issued))
+    made = {path.stem for path in issued.box.settings.findings_directory.rglob("*.dcm")}
+    assert made == {"report", *TWICE, "selection"}
+    assert issued.delivered("plain") == ["selection"]
+    issued.box.ledger.close()
+
+
+def test_in_shadow_the_same_is_made_and_nobody_gets_it(issued: Issued) -> None:
+    issued.issue(seen(issued, mode="shadow"))
+    made = {path.stem for path in issued.box.settings.findings_directory.rglob("*.dcm")}
+    assert {"report", "segmentation", "presentation.2", "selection"} <= made
+    assert issued.delivered("plain") == issued.delivered("all") == []
+
+
+def test_a_report_names_the_one_that_it_follows_and_overwrites_none(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.arrive()
+    issued.issue(seen(issued))
+    first, second = issued.report(1), issued.report(2)
+    assert "PredecessorDocumentsSequence" not in first
+    [study] = second.PredecessorDocumentsSequence
+    [series] = study.ReferencedSeriesSequence
+    [document] = series.ReferencedSOPSequence
+    assert (study.StudyInstanceUID, series.SeriesInstanceUID) == (first.StudyInstanceUID, first.SeriesInstanceUID)
+    assert document.ReferencedSOPInstanceUID == first.SOPInstanceUID != second.SOPInstanceUID
+    assert document.ReferencedSOPClassUID == first.SOPClassUID
+    assert {row["revision"] for row in study_report(issued.box.ledger, 1)["verdicts"]} == {1, 2}
+
+
+@pytest.mark.parametrize("change", [{"mode": "shadow"}, {"provisional": True}])
+def test_a_report_does_not_follow_what_nobody_has(issued: Issued, change: dict[str, object]) -> None:
+    issued.issue(seen(issued, **change))
+    issued.arrive()
+    issued.issue(seen(issued))
+    assert "PredecessorDocumentsSequence" not in issued.report(2)

@@ -1,0 +1,305 @@
+"""What each destination is told of a verdict: by HL7, mail and webhook, and in which order of time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from email import message_from_bytes, policy
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from typer.testing import CliRunner, Result
+
+from appliance import init
+from appliance.cli import app
+from appliance.findings.alert import render_alert
+from appliance.findings.notice import TEST
+from appliance.findings.validate import fault
+from appliance.governance.indication import Admission
+from appliance.governance.package import load_configured
+from appliance.ledger.records import Verdict
+from appliance.ledger.store import Ledger
+from appliance.ledger.views import study_report
+from appliance.services.issuing import Issuer
+from appliance.settings import Settings, SettingsError, load_settings
+from dicom_io.header import read_header
+from tests.appliance.intake.test_retention import Box
+from tests.findings_support import ISSUED, Series, ct_series, verdict_on
+
+ER: dict[str, Any] = {"kind": "hl7", "name": "er", "host": "h", "port": 1}
+MAIL: dict[str, Any] = {
+    "kind": "mail", "name": "mail", "host": "h", "sender": "box@site.example", "after_seconds": 60.0,
+    "recipients": ["a@b.example", "c@d.example"],
+}  # fmt: skip
+HOOK: dict[str, Any] = {
+    "kind": "webhook", "name": "hook", "url": "https://h/x", "secret_file": "secret", "after_seconds": 120.0,
+}  # fmt: skip
+
+
+class Issued:
+    """A box with these destinations of alerts and a study."""
+
+    def __init__(self, folder: Path, destinations: list[dict[str, Any]]) -> None:
+        self.box = Box(folder)
+        self.settings = Settings(
+            box={"state_directory": folder, "name": "BOX"},
+            destination=destinations,  # type: ignore[arg-type]
+        )
+        self.settings.run_directory.mkdir(exist_ok=True)
+        (folder / "series").mkdir()
+
+        def change(ds: pydicom.Dataset) -> None:
+            ds.PatientID, ds.AccessionNumber = "PID-7", "ACC-1"
+
+        self.series: Series = ct_series(folder / "series", change=change)
+        self.issuer = Issuer(self.settings, self.box.ledger, load_configured(Settings()))
+        for path in list(self.series.files.values())[:3]:
+            assert self.box.store(read_header(path), path.read_bytes()) == "stored"
+        self.study = 0
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.box.ledger
+
+    def issue(self, positive: bool = True, **changes: Any) -> Verdict:
+        if not self.study:
+            (arriving,) = self.ledger.arriving_studies()
+            self.study = arriving.id
+            self.ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+        verdict = replace(verdict_on(self.series), positive=positive, slabs=(), key_slabs=(), **changes)
+        stored = self.ledger.instances(self.study)
+        self.ledger.decide(
+            self.study, verdict.package, verdict.package_version, admitted=True, reason="", admission=[], selection=[],
+            inputs=[[one.sop_instance_uid, one.digest] for one in stored],
+        )  # fmt: skip
+        row = self.ledger.take_analysis([verdict.package])
+        assert row is not None
+        self.issuer.issue(row, verdict, Admission(()), stored[0])
+        return verdict
+
+    def alerts(self) -> dict[str, tuple[str, int]]:
+        """Destination → state and revision of the newest delivery of an alert."""
+        report = study_report(self.ledger, self.study)
+        revisions = {one["id"]: one["revision"] for one in report["verdicts"]}
+        rows = sorted(report["deliveries"], key=lambda one: one["id"])
+        return {
+            one["destination"]: (one["state"], revisions[one["verdict_id"]])
+            for one in rows
+            if one["object"].startswith("alert.")
+        }
+
+    def content(self, name: str) -> bytes:
+        """Of the newest file for that destination."""
+        rows = [one for one in study_report(self.ledger, self.study)["findings"] if one["object"] == f"alert.{name}"]
+        return (self.settings.findings_directory / rows[-1]["path"]).read_bytes()
+
+    def settle(self, name: str, outcome: Any) -> None:
+        row = self.ledger.take_delivery(name)
+        assert row is not None
+        self.ledger.settle_delivery(row, outcome, steps=self.settings.escalation)
+
+
+@pytest.fixture
+def issued(tmp_path: Path) -> Iterator[Issued]:
+    made = Issued(tmp_path, [MAIL, HOOK, ER])
+    yield made
+    made.ledger.close()
+
+
+def test_a_positive_verdict_is_told_at_once_and_held_for_the_steps(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("pending", 1), "mail": ("held", 1), "hook": ("held", 1)}
+
+
+def test_a_negative_verdict_and_one_in_shadow_tell_nobody(issued: Issued) -> None:
+    issued.issue(False)
+    issued.issue(mode="shadow")
+    assert issued.alerts() == {}
+
+
+def test_a_step_that_was_spared_is_not_told_of_what_follows(issued: Issued) -> None:
+    issued.issue(mode="clinical", provisional=True)
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("held", 2), "hook": ("held", 2)}, "the confirmation"
+    issued.settle("er", "acknowledge")
+    issued.issue(False)
+    assert issued.alerts() == {"er": ("pending", 3), "mail": ("spared", 2), "hook": ("spared", 2)}
+
+
+def test_where_those_told_at_once_hear_nothing_new_no_step_is_told(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("acknowledged", 1), "mail": ("spared", 1), "hook": ("spared", 1)}
+
+
+def test_a_step_that_was_told_hears_at_once_of_the_withdrawal(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "reject")
+    issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0)
+    issued.settle("mail", "acknowledge")
+    issued.issue(False)
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("pending", 2), "hook": ("spared", 1)}
+    assert b"withdrawn" in issued.content("mail")
+
+
+def test_a_mail_names_the_study_and_nobody_beyond_what_the_site_allows(issued: Issued) -> None:
+    verdict = issued.issue(mode="clinical")
+    mail = message_from_bytes(issued.content("mail"), policy=policy.default)
+    text = mail.get_content()
+    assert "ACC-1" in text
+    assert f"study number on BOX: {issued.study}" in text
+    for secret in ("PID-7", str(issued.series.header().PatientName), verdict.study_instance_uid):
+        assert secret and secret not in issued.content("mail").decode()
+        assert secret not in issued.content("hook").decode()
+    assert TEST not in mail["Subject"]
+    assert "ACC-1" not in mail["Subject"]
+    assert mail["To"] == "a@b.example, c@d.example"
+    (row,) = [one for one in study_report(issued.ledger, issued.study)["findings"] if one["object"] == "alert.mail"]
+    assert mail["Message-ID"] == f"<{row['uid']}@site.example>"
+    assert mail["Auto-Submitted"] == "auto-generated"
+    assert "radiologist must read" in text and "haemorrhage suspected" in text.lower()
+
+
+def test_a_webhook_is_json_with_what_the_site_allows(tmp_path: Path) -> None:
+    everything = ["accession", "study_uid", "patient_id", "patient_name", "birth_date"]
+    issued = Issued(tmp_path, [{**HOOK, "after_seconds": 0, "include": everything}])
+    verdict = issued.issue(mode="clinical")
+    said = json.loads(issued.content("hook"))
+    header = issued.series.header()
+    assert said["accession"] == "ACC-1"
+    assert (said["patient_id"], said["patient_name"]) == ("PID-7", str(header.PatientName))
+    assert said["study_uid"] == verdict.study_instance_uid
+    assert (said["kind"], said["positive"], said["test"], said["study"]) == ("alert", True, False, issued.study)
+    assert said["probability"] == pytest.approx(verdict.probability, abs=1e-4)
+    assert any("radiologist must read" in line for line in said["text"])
+    issued.ledger.close()
+
+
+@pytest.mark.parametrize("mode", ["evaluation", ""])
+def test_what_is_only_evaluated_says_so_everywhere(issued: Issued, mode: str) -> None:
+    issued.issue(mode=mode)
+    mail = message_from_bytes(issued.content("mail"), policy=policy.default)
+    assert mail["Subject"].startswith(TEST)
+    assert mail.get_content().startswith(TEST)
+    assert json.loads(issued.content("hook"))["test"] is True
+    assert json.loads(issued.content("hook"))["text"][0].startswith(TEST)
+    assert issued.content("er").split(b"|")[10] == b"T"
+
+
+def test_an_invalid_message_is_never_sent_and_the_next_step_is_told(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> str:
+        return render_alert(*arguments, **options).replace("|2.5.1|", "|9.9|", 1)
+
+    monkeypatch.setattr("appliance.services.telling.render_alert", broken)
+    issued.issue(mode="clinical")
+    assert issued.ledger.take_delivery("er") is None
+    issued.issuer.render()
+    assert issued.alerts()["er"] == ("dead", 1)
+    (row,) = [one for one in study_report(issued.ledger, issued.study)["deliveries"] if one["destination"] == "er"]
+    assert "invalid" in row["reason"]
+    steps = issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0).steps
+    assert [name for _, name, _ in steps] == ["mail"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("|ORU^R01^ORU_R01|", "|ORU^R01^ADT_A01|"),
+        ("PID|1||", "PID|1|"),
+        ("|2.5.1|", "|9.9|"),
+        ("|20260304050607.8910+0000||ORU", "|yesterday||ORU"),
+        ("OBR|1|", "OBQ|1|"),
+        ("MSH|", "MSA|"),
+    ],
+)
+def test_what_is_no_hl7_is_found_out(tmp_path: Path, before: str, after: str) -> None:
+    series = ct_series(tmp_path, count=3)
+    text = render_alert(
+        verdict_on(series), series.header(), control_id="M1", kind="alert", issued_at=ISSUED, processing_id="P",
+        sending_application="A", sending_facility="B", receiving_application="C", receiving_facility="D",
+        acknowledgement="application",
+    )  # fmt: skip
+    assert fault(text) == ""
+    assert text.split("|")[14:16] == ["AL", "AL"]
+    assert before in text
+    assert fault(text.replace(before, after, 1)) != ""
+
+
+# Settings
+
+
+def settings_with(folder: Path, *destinations: dict[str, Any], **delivery: Any) -> Settings:
+    return load_settings(init.write(folder, {"delivery": delivery} if delivery else {}, destinations))
+
+
+def test_paths_start_at_the_file_and_the_order_is_that_of_time(tmp_path: Path) -> None:
+    tls = {"authorities": "ca.pem", "certificate": "/x/box.pem", "key": "box.key"}
+    path = init.write(tmp_path, {}, [HOOK, ER, MAIL])
+    path.write_text(path.read_text() + "\n[destination.tls]\n" + "".join(f'{k} = "{v}"\n' for k, v in tls.items()))
+    settings = load_settings(path)
+    assert [one.name for one in settings.alert_destinations] == ["er", "mail", "hook"]
+    assert settings.escalation == {"mail", "hook"}
+    er, mail, hook = settings.alert_destinations
+    assert hook.secret_file == tmp_path / "secret"  # type: ignore[union-attr]
+    assert mail.tls is not None and er.tls is None
+    assert (mail.tls.authorities, mail.tls.certificate) == (tmp_path / "ca.pem", Path("/x/box.pem"))
+
+
+@pytest.mark.parametrize(
+    ("destinations", "said"),
+    [
+        ([MAIL], "one must be told at once"),
+        ([ER, {**MAIL, "after_seconds": 300.0}], "alarm_seconds"),
+        ([ER, {**HOOK, "url": "http://elsewhere/x"}], "url"),
+        ([ER, {**MAIL, "recipients": []}], "recipients"),
+        ([ER, {**MAIL, "sender": "nobody"}], "sender"),
+        ([ER, {**MAIL, "include": ["diagnosis"]}], "include"),
+    ],
+)
+def test_settings_that_could_not_escalate_are_refused(
+    tmp_path: Path, destinations: list[dict[str, Any]], said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        settings_with(tmp_path, *destinations)
+
+
+# scanside hl7 preview
+
+
+def preview(folder: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(
+        app, ["--config", str(folder / "scanside.toml"), "hl7", "preview", *arguments], env={"COLUMNS": "200"}
+    )
+
+
+def test_preview_shows_each_message_by_the_settings_of_now_and_sends_nothing(tmp_path: Path) -> None:
+    init.write(tmp_path, {"box": {"name": "BOX"}}, [ER, MAIL, HOOK])
+    issued = Issued(tmp_path, [])
+    uid = issued.series.study_uid
+    early = preview(tmp_path, uid)
+    assert early.exit_code == 1
+    assert "no verdict yet" in early.stderr
+    issued.issue(mode="clinical")
+    told = json.loads(preview(tmp_path, uid, "--json").stdout)
+    (one,) = told
+    assert [(m["destination"], m["channel"], m["kind"], m["after_seconds"]) for m in one["messages"]] == [
+        ("er", "hl7", "alert", 0.0), ("mail", "mail", "alert", 60.0), ("hook", "webhook", "alert", 120.0),
+    ]  # fmt: skip
+    assert one["messages"][0]["content"].startswith("MSH|")
+    shown = preview(tmp_path, str(issued.study))
+    assert shown.exit_code == 0
+    assert "OBX|1|ST|113014^DICOM Study^DCM" in shown.stdout
+    assert issued.alerts() == {}
+    issued.issue(False)
+    assert json.loads(preview(tmp_path, uid, "--json").stdout)[0]["messages"][0]["kind"] == "withdrawal"
+    issued.issue(False)
+    assert "nothing new" in preview(tmp_path, uid).stdout or "nobody anything new" in preview(tmp_path, uid).stdout
+    assert preview(tmp_path, "9.9").exit_code == 1
+    issued.ledger.close()
