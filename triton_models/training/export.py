@@ -38,7 +38,7 @@ intended_use = "triage"
 data = """
 Trained, calibrated and tested on simulated non-contrast head CTs only: an average brain (MNI152), deformed, with \\
 bleeds, look-alikes and scanners by rule. No patient's images. Its operating point was set on {studies} studies of \\
-the same simulator; metrics.json says how many heads it was trained on, docs/model how it did on settings it never saw."""
+the same simulator; metrics.json says on how many heads it was trained, docs/model how it did on other settings."""
 labels = [{labels}]
 
 [indication]
