@@ -220,8 +220,9 @@ def test_intake_refuses_a_port_that_it_would_never_answer(manager: Manager) -> N
     assert f"systemd listens on port {number}, which intake does not serve" in manager.log.read_text()
 
 
-def test_what_is_passed_must_be_a_listening_tcp_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wrong:
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])  # the second does not listen
+def test_what_is_passed_must_be_a_listening_tcp_socket(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_INET, kind) as wrong:
         wrong.bind(("127.0.0.1", 0))
         monkeypatch.setattr("appliance.services.process._FIRST_PASSED", os.dup(wrong.fileno()))
         monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
