@@ -53,7 +53,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             extra = folder / f"etc/systemd/system/{name}.d"
             extra.mkdir()
             shutil.copy(UNITS / "tls.conf", extra)
-        for command in read(UNITS / name)["Service"]["ExecStart"]:
+        service = read(UNITS / name)["Service"]
+        for command in service.get("ExecStartPre", []) + service["ExecStart"]:
             file = folder / command.lstrip("-").split()[0].lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("#!/bin/sh\n")

@@ -1,0 +1,94 @@
+"""What an update of the box asks the ledger: what is under way, what waits, and how it went of late."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from appliance.events import Event
+from appliance.ledger import schema as t
+from appliance.ledger.store import Ledger
+from appliance.ledger.views import study_report, timeline
+
+ERRORS = (
+    Event.ANALYSIS_FAILED,
+    Event.ANALYSIS_QUARANTINED,
+    Event.FINDING_FAILED,
+    Event.DELIVERY_DEAD,
+    Event.DELIVERY_REJECTED,
+    Event.ALERT_UNDELIVERABLE,
+    Event.ALERT_UNREACHED,
+    Event.COMMITMENT_DEAD,
+    Event.STUDY_LATE,
+    Event.STAGE_OVERDUE,
+    Event.PACKAGE_DRIFTED,
+    Event.AUDIT_BROKEN,
+    Event.SERVICE_FAILED,
+)
+"""Events that should not happen."""
+
+NEWEST = 200
+"""At most so many studies are looked at for their times."""
+
+
+def in_flight(ledger: Ledger, packages: Collection[str]) -> dict[str, int]:
+    """How much is under way of which somebody waits for the outcome, by kind.
+
+    ``arriving``: studies that are not complete. ``undecided``: complete ones that no package was asked about since.
+    ``analyses`` without an outcome. ``alerts`` that were not tried yet or are on their way; one that a destination does
+    not take is not among them: it waits as well behind an update as before it.
+
+    Args:
+        packages: names of those that run; an analysis of another never comes to an end.
+    """
+    s, a, d, f = t.study.c, t.analysis.c, t.delivery.c, t.finding.c
+    wanted = {
+        "arriving": sa.select(sa.func.count()).where(s.state.in_(("receiving", "reopened")), s.removed_at.is_(None)),
+        "undecided": sa.select(sa.func.count()).where(
+            s.state == "complete",
+            s.removed_at.is_(None),
+            ~sa.exists().where(a.study_id == s.id, a.completion == s.completions),
+        ),
+        "analyses": sa.select(sa.func.count()).where(a.state.in_(("admitted", "running")), a.package.in_(packages)),
+        "alerts": sa.select(sa.func.count())
+        .select_from(t.delivery.join(t.finding))
+        .where(
+            f.object.startswith("alert."),
+            sa.or_(d.state == "sending", sa.and_(d.state == "pending", d.attempts == 0)),
+        ),
+    }
+    with ledger.read() as connection:
+        return {kind: int(connection.scalar(query) or 0) for kind, query in wanted.items()}
+
+
+def waiting(ledger: Ledger) -> dict[str, int]:
+    """Destination → deliveries to it that are pending or on their way."""
+    c = t.delivery.c
+    query = sa.select(c.destination, sa.func.count()).where(c.state.in_(("pending", "sending"))).group_by(c.destination)
+    with ledger.read() as connection:
+        return {row[0]: int(row[1]) for row in connection.execute(query)}
+
+
+def errors_since(ledger: Ledger, since: datetime) -> dict[str, int]:
+    """How often each event of `ERRORS` happened from then on; those that did not are left out."""
+    c = t.event.c
+    query = sa.select(c.name, sa.func.count()).where(c.name.in_(ERRORS), c.at >= _stamp(since)).group_by(c.name)
+    with ledger.read() as connection:
+        return {row[0]: int(row[1]) for row in connection.execute(query)}
+
+
+def verdict_seconds(ledger: Ledger, since: datetime) -> list[float]:
+    """Seconds from the last instance to the verdict, of the newest studies that were complete from then on."""
+    s = t.study.c
+    query = sa.select(s.id).where(s.completed_at >= _stamp(since)).order_by(s.completed_at.desc()).limit(NEWEST)
+    with ledger.read() as connection:
+        keys = connection.scalars(query).all()
+    steps = (timeline(study_report(ledger, key))["inferred"] for key in keys)
+    return [float(step["seconds"]) for step in steps if step is not None]
+
+
+def _stamp(at: datetime) -> str:
+    """As the ledger writes a time, so that the two compare as text."""
+    return at.astimezone(UTC).isoformat(timespec="microseconds")
