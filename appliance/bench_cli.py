@@ -211,8 +211,7 @@ def alerts(
     """Measure alerts from the outbox to their acknowledgement, beside a bare socket."""
     from appliance.bench.alerts import lines, measure
 
-    logging.getLogger("appliance.delivery").setLevel(logging.CRITICAL)  # the listener's faults are counted, not told
-    with err.status("starting") as status:
+    with err.status("starting") as status, _silent("appliance.delivery"):  # its listener's faults are counted, not told
         told = measure(
             number,
             rounds,
@@ -228,6 +227,18 @@ def alerts(
     found = told.get("faults", {})
     if wrong := [f"{found[name]} {name}" for name in ("lost", "doubled", "reordered") if found.get(name)]:
         raise ScansideError(f"of {found['sent']} alerts {', '.join(wrong)}", "the outbox", "report this fault")
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without what a package logs below its worst."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from hl7apy.consts import VALIDATION_LEVEL
 from hl7apy.exceptions import HL7apyException
 from hl7apy.parser import parse_message
+
+_LONGEST_TEXT = 65536
+"""Characters of a TX or FT value (HL7 v2.5.1, 2.A.31 and 2.A.78)."""
+_TEXT = re.compile(r"(?:\\(?:[FSTREHN]|\.[a-z]{2}[+-]?\d*|X(?:[0-9A-Fa-f]{2})+)\\|[^\\^~&])*")
+"""Text whose delimiters are escaped, with the escapes of 2.7."""
 
 
 def fault(message: str) -> str:
@@ -14,6 +21,11 @@ def fault(message: str) -> str:
     wrote, segment for segment. It knows no tables: a code that is none, such as a wrong OBX-2, passes.
     """
     text = message.rstrip("\r")
+    for segment in text.split("\r"):
+        if what := _wrong_text(_observed_text(segment)):
+            return f"the text of segment {'|'.join(segment.split('|')[:2])} {what}"
+    # hl7apy takes every OBX-5 for ST: of no more than 199 characters, and without line breaks.
+    text = "\r".join(map(_without_text, text.split("\r")))
     try:
         parsed = parse_message(text, validation_level=VALIDATION_LEVEL.STRICT, find_groups=True)
         parsed.validate()
@@ -24,3 +36,20 @@ def fault(message: str) -> str:
         if ours != theirs:
             return f"segment {ours[:3]} is read otherwise than it was written"
     return "" if len(read) == text.count("\r") + 1 else "it is read with another number of segments"
+
+
+def _observed_text(segment: str) -> str:
+    """OBX-5 of a segment that holds text (OBX-2 is TX or FT), else ''."""
+    fields = segment.split("|")
+    return fields[5] if fields[0] == "OBX" and len(fields) > 5 and fields[2] in ("TX", "FT") else ""
+
+
+def _wrong_text(value: str) -> str:
+    if len(value) > _LONGEST_TEXT:
+        return f"is longer than {_LONGEST_TEXT} characters"
+    return "" if _TEXT.fullmatch(value) else "holds a delimiter or an escape that is none"
+
+
+def _without_text(segment: str) -> str:
+    fields = segment.split("|")
+    return "|".join([*fields[:5], "text", *fields[6:]]) if _observed_text(segment) else segment

@@ -11,6 +11,8 @@ from typing import Any
 
 import pydicom
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from appliance import init
@@ -230,6 +232,35 @@ def test_what_is_no_hl7_is_found_out(tmp_path: Path, before: str, after: str) ->
     assert text.split("|")[14:16] == ["AL", "AL"]
     assert before in text
     assert fault(text.replace(before, after, 1)) != ""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Series:
+    return ct_series(tmp_path_factory.mktemp("series"), count=3)
+
+
+def withdrawal(series: Series, reason: str) -> str:
+    return render_alert(
+        replace(verdict_on(series), positive=False, withdrawn=reason), series.header(), control_id="M1",
+        kind="withdrawal", issued_at=ISSUED, processing_id="P", sending_application="A", sending_facility="B",
+        receiving_application="C", receiving_facility="D",
+    )  # fmt: skip
+
+
+@given(reason=st.text(st.characters(exclude_categories=["Cs"]), max_size=900))
+def test_no_reason_however_long_makes_a_message_that_is_never_sent(reason: str, plain: Series) -> None:
+    assert fault(withdrawal(plain, reason)) == ""
+
+
+def test_a_text_that_no_receiver_needs_to_take_is_found_out(plain: Series) -> None:
+    assert fault(withdrawal(plain, "x" * 65_000)) == ""
+    assert "longer than 65536" in fault(withdrawal(plain, "x" * 65_536))
+
+
+@pytest.mark.parametrize("broken", ["|", "\r", "^", "&", "\\E", "\\Q\\"])
+def test_what_is_wrong_within_a_long_text_is_found_out(plain: Series, broken: str) -> None:
+    text = withdrawal(plain, "x" * 500)
+    assert fault(text.replace("x" * 500, "x" * 250 + broken + "x" * 250)) != ""
 
 
 # Settings
