@@ -26,6 +26,9 @@ if [ "${1:-demo}" = demo ] || [ "${1:-demo}" = test ]; then
     missing Orthanc && useful="$useful orthanc"
 fi
 if [ "${1:-demo}" = test ]; then
+    # Orthanc's DICOMweb and the browser in which the tests look at the findings.
+    [ -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so ] || useful="$useful orthanc-dicomweb"
+    missing chromium && useful="$useful chromium"
     missing storescu && useful="$useful dcmtk"
     missing dciodvfy && useful="$useful dicom3tools"
     missing dcm2niix && useful="$useful dcm2niix"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,36 @@ def node_packages(source: Path) -> Path:
                 pytest.skip(f"npm ci failed: {installed.stderr.strip().splitlines()[-1:]}")
             stamp.write_bytes(pinned)
     return folder
+
+
+def npm_package(name: str, integrity: str) -> Path:
+    """The folder of one npm package without what it depends on, fetched once for all test processes.
+
+    Args:
+        name: with its version, such as "@ohif/app@3.13.2".
+        integrity: "sha512-" and the base64 of its archive's digest, as npm's lock files have it.
+    """
+    npm = program("npm")
+    folder = Path(os.environ.get("SCANSIDE_NPM_CACHE", CACHE)) / f"npm-{name.replace('/', '-').strip('@')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "fetched"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != integrity:
+            stamp.unlink(missing_ok=True)
+            command = [npm, "pack", "--silent", "--ignore-scripts", f"--pack-destination={folder}", name]
+            fetched = subprocess.run(command, capture_output=True, text=True, timeout=100)
+            if fetched.returncode != 0:
+                pytest.skip(f"npm pack {name} failed: {fetched.stderr.strip().splitlines()[-1:]}")
+            archive = folder / fetched.stdout.split()[-1]
+            digest = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+            assert f"sha512-{digest}" == integrity, f"{name} is not what it was"
+            shutil.rmtree(folder / "package", ignore_errors=True)
+            with tarfile.open(archive) as members:
+                members.extractall(folder, filter="data")
+            archive.unlink()
+            stamp.write_text(integrity)
+    return folder / "package"
 
 
 ENCODERS = {

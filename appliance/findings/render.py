@@ -338,9 +338,9 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
         limitations=verdict.limitations,
         images=tuple(ImageReference(header.sop_class_uid, uid) for uid, header in headers.items()),
         complete=not assemble([plane for header in headers.values() for plane in planes_of(header)]).gaps,
-        surface=tuple(
+        outlines=tuple(
             _in_space(headers[slab.sop_instance_uid].frames[slab.frame], outline)
-            for slab in verdict.slabs
+            for slab in sorted(verdict.slabs, key=lambda one: one.index not in verdict.key_slabs[:1])
             for outline in slab.outlines
         ),
     )

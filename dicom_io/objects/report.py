@@ -8,6 +8,7 @@ from typing import Any
 
 import highdicom.sr as sr
 import numpy as np
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import Comprehensive3DSRStorage
@@ -70,7 +71,8 @@ class Report:
         limitations: what was not analysed or is doubtful.
         images: every analysed image, all of one series, in order; not empty.
         complete: whether the images are all of that series, as far as can be seen.
-        surface: all that is outlined: closed polygons, each in one plane, of (x, y, z) in mm of the frame of reference.
+        outlines: all that the volume was measured in, first what the first finding outlines: closed polygons, each in
+            one plane, of (x, y, z) in mm of the frame of reference. (OHIF draws the first of them on that image.)
     """
 
     label: str
@@ -84,7 +86,7 @@ class Report:
     limitations: tuple[str, ...]
     images: tuple[ImageReference, ...]
     complete: bool = True
-    surface: tuple[tuple[tuple[float, float, float], ...], ...] = ()
+    outlines: tuple[tuple[tuple[float, float, float], ...], ...] = ()
 
 
 def build_report(
@@ -99,9 +101,11 @@ def build_report(
 ) -> Dataset:
     """An unverified, preliminary TID 1500 report on one series.
 
-    Its Completion Flag is PARTIAL where images of the series are missing. The result for the study is a TID 1411 group
-    around the surface, if that has two polygons or more (it must) and the source has a frame of reference, else a
-    TID 1501 group. (A viewer that draws, OHIF, stumbles over groups that lie nowhere.)
+    Its Completion Flag is PARTIAL where images of the series are missing. The result for the study is a TID 1501 group.
+    Its probability is inferred (TID 320) from the outlines on the first finding's image, its volume from all outlines,
+    closed polylines in space. (The volume surface of a TID 1411 group would have to be of polygons, and OHIF 3.13 shows
+    an error page instead of a report that has one.) A number that no outline belongs to is inferred from the border of
+    its whole image, since OHIF 3.13 shows nothing at all of a report that has a group without coordinates.
 
     Args:
         source: header of an analysed image; the report takes patient and study from it.
@@ -136,7 +140,7 @@ def build_report(
         parameters=[fit(made, parameter) for parameter in algorithm.parameters] or None,
     )
     groups: list[Any] = [_study_group(made, report, source, identification)]
-    groups += [_finding_group(made, finding, identification) for finding in report.findings]
+    groups += [_finding_group(made, finding, source, identification) for finding in report.findings]
     tree = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer(made, device)),
         procedure_reported=coded(procedure),
@@ -171,29 +175,62 @@ def observer(made: Dataset, device: Device) -> Any:
     )
 
 
-def _measurements(quantities: Sequence[Quantity]) -> list[Any] | None:
-    made = [sr.Measurement(coded(q.name), float(q.value), coded(q.unit)) for q in quantities]
-    return made or None
+def _measured(quantity: Quantity, coordinates: Sequence[Any] | None = None) -> Any:
+    unit = coded(quantity.unit)
+    return sr.Measurement(coded(quantity.name), float(quantity.value), unit, referenced_coordinates=coordinates or None)
+
+
+def _on_image(image: ImageReference) -> sr.SourceImageForRegion:
+    frames = None if image.frame is None else [image.frame]
+    return sr.SourceImageForRegion(image.sop_class_uid, image.sop_instance_uid, frames)
+
+
+def _points(outline: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+    # The corner of the first pixel is 0\0 and its centre 0.5\0.5 (PS3.3 C.18.6); a closed line repeats its start.
+    return np.array([*outline, outline[0]], dtype=np.float64) + 0.5
+
+
+def _seen_in(finding: ReportFinding, source: Dataset) -> Any:
+    """The outline of a finding, or the border of its image, as what a number was inferred from."""
+    right, bottom = source.Columns - 0.5, source.Rows - 0.5
+    border = ((-0.5, -0.5), (right, -0.5), (right, bottom), (-0.5, bottom))
+    return sr.CoordinatesForMeasurement(
+        graphic_type=sr.GraphicTypeValues.POLYLINE,
+        graphic_data=_points(finding.outline or border),
+        source_image=_on_image(finding.image),
+    )
+
+
+def _in_space(source: Dataset, report: Report) -> list[Any]:
+    """The outlines in the frame of reference of the source; none where it has none."""
+    if not source.get("FrameOfReferenceUID"):
+        return []
+    return [
+        sr.CoordinatesForMeasurement3D(
+            graphic_type=sr.GraphicTypeValues3D.POLYLINE,
+            graphic_data=np.array([*polygon, polygon[0]], dtype=np.float64),
+            frame_of_reference_uid=source.FrameOfReferenceUID,
+        )
+        for polygon in report.outlines
+    ]
 
 
 def _study_group(made: Dataset, report: Report, source: Dataset, identification: Any) -> Any:
-    common = {
-        "tracking_identifier": sr.TrackingIdentifier(uid=report.uid, identifier=fit(made, report.label)),
-        "finding_type": coded(report.finding) if report.finding else None,
-        "algorithm_id": identification,
-        "measurements": _measurements(report.quantities),
-        "qualitative_evaluations": [sr.QualitativeEvaluation(coded(codes.TRIAGE_RESULT), coded(report.result))],
+    # The study's probability is that of its most suspicious slab.
+    seen_in = {
+        codes.PROBABILITY_ANY: [
+            _seen_in(one, source) for one in report.findings if one.image == report.findings[0].image
+        ],
+        codes.VOLUME: _in_space(source, report),
     }
-    if len(report.surface) > 1 and source.get("FrameOfReferenceUID"):
-        surface = sr.VolumeSurface(
-            graphic_type=sr.GraphicTypeValues3D.POLYGON,
-            graphic_data=[np.array([*polygon, polygon[0]], dtype=np.float64) for polygon in report.surface],
-            frame_of_reference_uid=source.FrameOfReferenceUID,
-            source_series=sr.SourceSeriesForSegmentation(source.SeriesInstanceUID),
-        )
-        group = sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_volume_surface=surface, **common)
-    else:
-        group = sr.MeasurementsAndQualitativeEvaluations(**common)
+    measurements = [_measured(one, seen_in.get(one.name)) for one in report.quantities]
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=report.uid, identifier=fit(made, report.label)),
+        finding_type=coded(report.finding) if report.finding else None,
+        algorithm_id=identification,
+        measurements=measurements or None,
+        qualitative_evaluations=[sr.QualitativeEvaluation(coded(codes.TRIAGE_RESULT), coded(report.result))],
+    )
     items = group[0].ContentSequence
     items.append(_text(made, codes.IMPRESSION, report.impression))
     items.extend([_text(made, codes.COMMENT, comment) for comment in report.comments])
@@ -201,27 +238,29 @@ def _study_group(made: Dataset, report: Report, source: Dataset, identification:
     return group
 
 
-def _finding_group(made: Dataset, finding: ReportFinding, identification: Any) -> Any:
+def _finding_group(made: Dataset, finding: ReportFinding, source: Dataset, identification: Any) -> Any:
     image = finding.image
     frames = None if image.frame is None else [image.frame]
     common = {
         "tracking_identifier": sr.TrackingIdentifier(uid=finding.uid, identifier=fit(made, finding.label)),
         "finding_type": coded(finding.concept),
         "algorithm_id": identification,
-        "measurements": _measurements(finding.quantities),
     }
     if finding.outline is None:
+        border = [_seen_in(finding, source)]
         return sr.MeasurementsAndQualitativeEvaluations(
             source_images=[sr.SourceImageForMeasurementGroup(image.sop_class_uid, image.sop_instance_uid, frames)],
+            measurements=[_measured(one, border) for one in finding.quantities] or None,
             **common,
         )
     region = sr.ImageRegion(
         graphic_type=sr.GraphicTypeValues.POLYLINE,
-        # The corner of the first pixel is 0\0 and its centre 0.5\0.5 (PS3.3 C.18.6); a closed line repeats its start.
-        graphic_data=np.array([*finding.outline, finding.outline[0]], dtype=np.float64) + 0.5,
-        source_image=sr.SourceImageForRegion(image.sop_class_uid, image.sop_instance_uid, frames),
+        graphic_data=_points(finding.outline),
+        source_image=_on_image(image),
     )
-    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_region=region, **common)
+    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+        referenced_region=region, measurements=[_measured(one) for one in finding.quantities] or None, **common
+    )
 
 
 def _image_library(source: Dataset, images: Sequence[ImageReference]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_dcmtk_shows_the_image_in_the_brain_window(made: tuple[Series, Verdict, 
     expected = np.clip(((hu - (WINDOW_CENTER - 0.5)) / (WINDOW_WIDTH - 1) + 0.5) * 255, 0, 255)
     assert seen.shape == hu.shape
     assert abs(seen - expected).max() <= 2
+
+
+def test_dcmtk_reads_the_outlines_and_the_text(made: tuple[Series, Verdict, list[Path]], tmp_path: Path) -> None:
+    series, verdict, paths = made
+    for path, index in zip(paths, verdict.key_slabs, strict=True):
+        slab = verdict.slabs[index]
+        command = [tool("dcmp2pgm"), "-v", "-p", str(path), str(series.source(slab.sop_instance_uid)), "/dev/null"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        said = done.stdout + done.stderr
+        drawn = re.findall(r"points=(\d+) type=polyline filled=no units=pixel\s+I:\s+coordinates: (.*)", said)
+        assert len(drawn) == len(slab.outlines)
+        for (count, points), outline in zip(drawn, slab.outlines, strict=True):
+            read = np.array([pair.split("\\") for pair in points.rstrip(", ").split(", ")], dtype=float)
+            assert len(read) == int(count)
+            np.testing.assert_allclose(read, np.array([*outline, outline[0]]) + 0.5, atol=1e-3)
+        assert "units=display" in said and "Haemorrhage suspected" in said
 
 
 def test_a_key_slab_without_an_outline_has_its_text(tmp_path: Path) -> None:

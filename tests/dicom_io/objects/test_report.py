@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,14 @@ def content(path: Path) -> Any:
 
 
 def study_group(path: Path) -> Any:
-    """The result for the whole study: around a surface in space, or nowhere."""
-    return [*content(path).get_volumetric_roi_measurement_groups(), *content(path).get_image_measurement_groups()][0]
+    """The result for the whole study."""
+    return content(path).get_image_measurement_groups()[0]
+
+
+def inferred(group: Any, concept: Concept) -> list[Any]:
+    """The coordinates that one of a group's numbers was inferred from."""
+    [number] = [one for one in group.get_measurements() if one.name == code(concept)]
+    return [one for one in number[0].get("ContentSequence", []) if one.RelationshipType == "INFERRED FROM"]
 
 
 def code(concept: Concept) -> Code:
@@ -154,28 +161,66 @@ def test_every_analysed_image_is_evidence_and_in_the_library(report: tuple[Verdi
     assert [i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for i in images] == analysed
 
 
-def test_all_outlines_lie_in_space_where_their_images_do(tmp_path: Path) -> None:
+def test_the_volume_is_inferred_from_all_outlines_where_their_images_lie(tmp_path: Path) -> None:
     series, verdict = simulated(tmp_path)
     path = tmp_path / "report.object"
     path.write_bytes(part10(rendered(series, verdict, "report")))
-    [group] = content(path).get_volumetric_roi_measurement_groups()
-    surface = group.roi
+    group = study_group(path)
     header = pydicom.dcmread(series.source(series.uids[0]), stop_before_pixels=True)
-    assert surface.frame_of_reference_uid == header.FrameOfReferenceUID
-    assert surface.source_series_for_segmentation.value == verdict.series_instance_uid
     assert numbers(group)["Volume"] == (pytest.approx(verdict.volume_ml, abs=5e-3), "mL")
-    assert content(path).get_image_measurement_groups() == []  # each group lies somewhere
     assert group.finding_type == code(codes.INTRACRANIAL_HEMORRHAGE)
-    outlines = [(slab, outline) for slab in verdict.slabs for outline in slab.outlines]
-    assert len(surface.graphic_data) == len(outlines) > 10
-    for polygon, (slab, outline) in zip(surface.graphic_data, outlines, strict=True):
+    found = inferred(group, codes.VOLUME)
+    assert {(one.ValueType, one.GraphicType, one.ReferencedFrameOfReferenceUID) for one in found} == {
+        ("SCOORD3D", "POLYLINE", header.FrameOfReferenceUID)
+    }
+    # What the first finding outlines comes first: a viewer draws it, and it must not be another slab's.
+    first = verdict.key_slabs[0]
+    slabs = [verdict.slabs[first], *(slab for slab in verdict.slabs if slab.index != first)]
+    outlines = [(slab, outline) for slab in slabs for outline in slab.outlines]
+    assert len(found) == len(outlines) > 10
+    for drawn, (slab, outline) in zip(found, outlines, strict=True):
         source = pydicom.dcmread(series.source(slab.sop_instance_uid), stop_before_pixels=True)
         transform = hd.spatial.ReferenceToImageTransformer(
             source.ImagePositionPatient, source.ImageOrientationPatient, source.PixelSpacing
         )
-        back = transform(np.asarray(polygon, dtype=np.float64))  # (column, row, slice), the first corner at 0
+        polygon = np.array(drawn.GraphicData, dtype=np.float64).reshape(-1, 3)
+        back = transform(polygon)  # (column, row, slice), the first corner at 0
         np.testing.assert_allclose(back[:, :2], np.array([*outline, outline[0]]) + 0.5, atol=1e-3)
         np.testing.assert_allclose(back[:, 2], 0, atol=1e-3)
+    assert dciodvfy_errors(path) == []
+
+
+def test_the_probability_is_inferred_from_the_most_suspicious_slab(report: tuple[Verdict, Path]) -> None:
+    verdict, path = report
+    found = inferred(study_group(path), codes.PROBABILITY_ANY)
+    if not verdict.positive:
+        assert found == []
+        return
+    slab = verdict.slabs[verdict.key_slabs[0]]
+    assert len(found) == len(slab.outlines) == 2
+    for drawn, outline in zip(found, slab.outlines, strict=True):
+        np.testing.assert_allclose(np.reshape(drawn.GraphicData, (-1, 2)), np.array([*outline, outline[0]]) + 0.5)
+        [image] = drawn.ContentSequence
+        assert image.RelationshipType == "SELECTED FROM"
+        assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == slab.sop_instance_uid
+
+
+def test_every_group_of_a_positive_report_lies_somewhere(tmp_path: Path) -> None:
+    """OHIF shows nothing of a report with a group that does not."""
+    series = ct_series(tmp_path)
+    seen = verdict_on(series)
+    verdict = replace(seen, slabs=tuple(replace(slab, outlines=()) for slab in seen.slabs))
+    path = tmp_path / "report.object"
+    path.write_bytes(part10(rendered(series, verdict, "report")))
+    groups = content(path).get_image_measurement_groups()
+    assert len(groups) == 1 + len(verdict.key_slabs)
+    for group, concept, index in zip(
+        groups, (codes.PROBABILITY_ANY, codes.PROBABILITY, codes.PROBABILITY), (1, *verdict.key_slabs), strict=True
+    ):
+        [border] = inferred(group, concept)
+        assert list(border.GraphicData) == [0, 0, 128, 0, 128, 128, 0, 128, 0, 0]
+        [image] = border.ContentSequence
+        assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == verdict.slabs[index].sop_instance_uid
     assert dciodvfy_errors(path) == []
 
 
