@@ -49,6 +49,7 @@ lock: ## Renew the hashed requirement files (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml requirements/build.in -o requirements/appliance.txt
 	$(UV) pip compile $(LOCK) --extra test --extra gpu -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/test.txt
 	$(UV) pip compile $(LOCK) --no-deps requirements/triton.in -o requirements/triton.txt
+	$(UV) pip compile $(LOCK) requirements/install.in -o requirements/install.txt
 LOCK = --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
 

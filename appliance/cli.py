@@ -19,7 +19,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from appliance import __version__, audit_cli, bench_cli, board_cli, gate_cli, hl7_cli, init, status_cli
+from appliance import (
+    __version__,
+    audit_cli,
+    bench_cli,
+    board_cli,
+    bundle_cli,
+    gate_cli,
+    hl7_cli,
+    init,
+    ledger_cli,
+    status_cli,
+)
 from appliance.console import Json, State, emit, err, guard, out, read_settings
 from appliance.settings import Settings
 from dicom_io.errors import ScansideError
@@ -38,6 +49,8 @@ app.add_typer(gate_cli.app, name="gate")
 app.add_typer(audit_cli.app, name="audit")
 app.add_typer(bench_cli.app, name="bench")
 app.add_typer(hl7_cli.app, name="hl7")
+app.add_typer(ledger_cli.app, name="ledger")
+app.add_typer(bundle_cli.app, name="bundle")
 app.command("status")(status_cli.status)
 
 

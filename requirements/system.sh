@@ -34,6 +34,7 @@ if [ "${1:-demo}" = test ]; then
     missing dcm2niix && useful="$useful dcm2niix"
     missing gdcminfo && useful="$useful libgdcm-tools"
     missing systemd-analyze && useful="$useful systemd"
+    missing minisign && useful="$useful minisign"
     if missing node || missing npm; then useful="$useful nodejs npm"; fi
     missing cc && useful="$useful gcc libc6-dev"
 fi
