@@ -16,7 +16,7 @@ from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
-from appliance.services.delivery import mail_server, mllp_client, webhook
+from appliance.services.delivery import dicom_peer, mail_server, mllp_client, webhook
 from appliance.settings import (
     Destination,
     DicomDestination,
@@ -119,7 +119,7 @@ def _reach(destination: Destination, title: str) -> str:
     """Something takes connections there, and lets us in; nothing is sent."""
     match destination:
         case DicomDestination():
-            peer = Peer(destination.ae_title, destination.host, destination.port)
+            peer = dicom_peer(destination)
             echo(peer, title)
             return f"{peer} answers"
         case Hl7Destination():

@@ -245,21 +245,6 @@ class Limit(_Section):
         return dict(self.model_extra or {})
 
 
-class DicomDestination(_Section):
-    """A PACS or archive that findings are stored to."""
-
-    kind: Literal["dicom"]
-    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
-    ae_title: AeTitle = Field(description="Its application entity title.")
-    host: str = Field(description="Its address.")
-    port: Port = Field(description="Its DICOM port.")
-    objects: list[Literal["report", "capture", "segmentation", "presentation", "selection"]] = Field(
-        default_factory=lambda: ["report", "capture"],  # type: ignore[arg-type]
-        description="Which objects it receives: report (SR), capture (a picture of each key slab), segmentation (SEG), "
-        "presentation (GSPS of each key slab), selection (key object selection). Order has no meaning.",
-    )
-
-
 class ClientTls(_Section):
     """TLS for what we send: the peer's certificate must be of these authorities, and for the name that we call."""
 
@@ -276,6 +261,30 @@ class ClientTls(_Section):
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together")
         return self
+
+
+class DicomDestination(_Section):
+    """A PACS or archive that findings are stored to."""
+
+    kind: Literal["dicom"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    ae_title: AeTitle = Field(description="Its application entity title.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+    objects: list[Literal["report", "capture", "segmentation", "presentation", "selection"]] = Field(
+        default_factory=lambda: ["report", "capture"],  # type: ignore[arg-type]
+        description="Which objects it receives: report (SR), capture (a picture of each key slab), segmentation (SEG), "
+        "presentation (GSPS of each key slab), selection (key object selection). Order has no meaning.",
+    )
+    commitment: Literal["if_offered", "required", "no"] = Field(
+        "if_offered",
+        description="Storage commitment: a delivery is done once the peer has committed itself to keep it; if_offered: "
+        "where it offers that, else once it is stored. Its report comes to intake, so it must know our address.",
+    )
+    commitment_seconds: float = Field(
+        600.0, gt=0, le=86400, description="A report that takes longer is asked for anew."
+    )
+    tls: ClientTls | None = Field(None, description="Speak DICOM over TLS (PS3.15 B.12).")
 
 
 _AFTER = Field(

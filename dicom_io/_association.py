@@ -39,6 +39,7 @@ from dicom_io.commitment import (
     MAXIMUM_REQUEST_BYTES,
     PUSH_MODEL_INSTANCE,
     CommitmentError,
+    decode_report,
     decode_request,
     encode_report,
 )
@@ -79,7 +80,12 @@ UNRECOGNIZED_OPERATION = 0x0211  # PS3.7 C.5.21
 CANNOT_UNDERSTAND = 0xC000  # PS3.4 B.2.3
 
 _PDU = struct.Struct(">BxI")
-_GATHERED = (dimse.Field.N_ACTION_RQ, dimse.Field.N_CREATE_RQ, dimse.Field.N_SET_RQ)
+_GATHERED = (
+    dimse.Field.N_ACTION_RQ,
+    dimse.Field.N_CREATE_RQ,
+    dimse.Field.N_SET_RQ,
+    dimse.Field.N_EVENT_REPORT_RQ,
+)
 _TWO = struct.Struct(">IBB")  # a fragment's item length, context ID and message control header (PS3.8 9.3.5.1)
 
 
@@ -466,7 +472,7 @@ class Association(threading.Thread):
             raise _Invalid("a message is longer than any instance may be")
         if message.command is not None and message.command.field in _GATHERED:
             if message.size > MAXIMUM_REQUEST_BYTES:
-                raise _Invalid("an N-ACTION, N-CREATE or N-SET request that does not end")
+                raise _Invalid("a request other than C-STORE that does not end")
             self._read_into(message.data, size)
             return
         buffer = self._buffer
@@ -558,6 +564,8 @@ class Association(threading.Thread):
                 self._answer(message, self._commit(message, command))
             case dimse.Field.N_CREATE_RQ | dimse.Field.N_SET_RQ:
                 self._answer(message, self._performed(message, command))
+            case dimse.Field.N_EVENT_REPORT_RQ:
+                self._answer(message, self._committed(message, command))
             case dimse.Field.N_EVENT_REPORT_RSP:
                 if self._reporting and command.responded_to == self._message_id:
                     self._reported(command.status)
@@ -611,6 +619,23 @@ class Association(threading.Thread):
             return Answer(status)
         except Exception as error:
             logger.exception("a commitment request of association %d was not recorded", self.number)
+            return Answer(PROCESSING_FAILURE, type(error).__name__)
+
+    def _committed(self, message: _Message, command: dimse.Command) -> Answer:
+        """The report on a request for Storage Commitment that this box made (PS3.4 J.3.3)."""
+        assert self.session is not None
+        abstract_syntax, transfer_syntax = self._contexts[message.context_id]
+        if abstract_syntax != STORAGE_COMMITMENT or command.affected_class != STORAGE_COMMITMENT:
+            return Answer(CLASS_NOT_SUPPORTED, "N-EVENT-REPORT is for Storage Commitment Push Model only")
+        if command.affected_instance != PUSH_MODEL_INSTANCE:
+            return Answer(NO_SUCH_INSTANCE, "Affected SOP Instance UID is not the well-known one")
+        try:
+            report = decode_report(bytes(message.data), transfer_syntax)
+            return self._server.handlers.committed(self.session, report)
+        except CommitmentError as error:
+            return Answer(error.status, error.what)
+        except Exception as error:
+            logger.exception("a commitment report to association %d was not recorded", self.number)
             return Answer(PROCESSING_FAILURE, type(error).__name__)
 
     def _performed(self, message: _Message, command: dimse.Command) -> Answer:

@@ -143,6 +143,7 @@ def response(request: Command, status: int, comment: str = "", error_id: int | N
             status=status,
             affected_class=request.affected_class or request.requested_class,
             affected_instance=request.affected_instance or request.requested_instance,
+            event_type=request.event_type,
             action_type=request.action_type,
             comment=comment[:64],
             error_id=error_id,

@@ -70,7 +70,7 @@ def negotiate(request: bytes, supported: list[PresentationContext]) -> Negotiate
             roles[UID(item.sop_class_uid)] = (item.scu_role, item.scp_role)
         elif isinstance(item, MaximumLengthNotification):
             peer_maximum = int(item.maximum_length_received or 0)
-    results, _ = negotiate_as_acceptor(proposed, supported, roles or None)
+    results, accepted_roles = negotiate_as_acceptor(proposed, supported, roles or None)
     return Negotiated(
         calling_ae=str(asked.calling_ae_title).strip(),
         called_ae=str(asked.called_ae_title).strip(),
@@ -82,11 +82,11 @@ def negotiate(request: bytes, supported: list[PresentationContext]) -> Negotiate
             if context.result == 0
         },
         peer_maximum=peer_maximum,
-        acceptance=_acceptance(asked, results),
+        acceptance=_acceptance(asked, results, accepted_roles),
     )
 
 
-def _acceptance(asked: Any, results: list[PresentationContext]) -> bytes:
+def _acceptance(asked: Any, results: list[PresentationContext], roles: list[Any]) -> bytes:
     answer = A_ASSOCIATE()
     answer.application_context_name = asked.application_context_name
     answer.calling_ae_title = asked.calling_ae_title
@@ -101,7 +101,7 @@ def _acceptance(asked: Any, results: list[PresentationContext]) -> bytes:
     length.maximum_length_received = MAXIMUM_PDU
     uid.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
     version.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-    answer.user_information = [length, uid, version]
+    answer.user_information = [length, uid, version, *roles]
     if any(isinstance(item, AsynchronousOperationsWindowNegotiation) for item in asked.user_information):
         window = AsynchronousOperationsWindowNegotiation()
         window.maximum_number_operations_invoked = window.maximum_number_operations_performed = 1

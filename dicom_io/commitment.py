@@ -6,7 +6,8 @@ The request comes in an N-ACTION, the result goes out in an N-EVENT-REPORT, over
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -51,7 +52,7 @@ MAXIMUM_REQUEST_BYTES = 4 << 20
 MAXIMUM_REFERENCES = 20_000
 """More instances in one request are refused: they would hold up other senders for seconds while they are parsed."""
 
-_WHERE = "storage commitment request"
+_WHERE = "storage commitment"
 _SHOWN = 80  # characters of an unreadable value that an error quotes
 
 
@@ -118,15 +119,45 @@ def decode_request(data: bytes | bytearray | memoryview, transfer_syntax_uid: st
         raise CommitmentError(
             f"it is encoded in {UID(transfer_syntax_uid).name}", _WHERE, "encode it in Explicit VR Little Endian"
         )
-    try:
+    with _reading():
         return _request(_read(data, transfer_syntax_uid))
+
+
+def decode_report(data: bytes | bytearray | memoryview, transfer_syntax_uid: str) -> CommitmentReport:
+    """The Event Information of an N-EVENT-REPORT (PS3.4 J.3.3.1), which anybody may have sent.
+
+    Raises:
+        CommitmentError: as `decode_request`; a failed instance without a reason is one.
+    """
+    if len(data) > MAXIMUM_REQUEST_BYTES:
+        raise _too_much(f"{len(data)} bytes, and more than {MAXIMUM_REQUEST_BYTES} are not read")
+    if transfer_syntax_uid not in TRANSFER_SYNTAXES:
+        raise CommitmentError(
+            f"it is encoded in {UID(transfer_syntax_uid).name}", _WHERE, "encode it in Explicit VR Little Endian"
+        )
+    with _reading():
+        data_set = _read(data, transfer_syntax_uid)
+        transaction_uid = _uid(data_set, "TransactionUID", "")
+        committed = [reference for reference, _ in _references(data_set, "ReferencedSOPSequence")]
+        failed = []
+        for reference, item in _references(data_set, "FailedSOPSequence"):
+            if not isinstance(item.get("FailureReason"), int):
+                raise CommitmentError("an instance failed without a Failure Reason", _WHERE, "say why (PS3.4 J.3.3.1)")
+            failed.append(Failure(reference, item.FailureReason))
+        return CommitmentReport(transaction_uid, tuple(committed), tuple(failed))
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
     except CommitmentError:
         raise
     except RecursionError:
-        raise CommitmentError("its sequences are nested too deeply", _WHERE, "send it as PS3.4 J.3.2.1 says") from None
+        raise CommitmentError("its sequences are nested too deeply", _WHERE, "send it as PS3.4 J.3 says") from None
     except Exception as error:  # pydicom raises whatever hostile bytes make it raise
         raise CommitmentError(
-            f"it cannot be read as a data set ({type(error).__name__})", _WHERE, "send it as PS3.4 J.3.2.1 says"
+            f"it cannot be read as a data set ({type(error).__name__})", _WHERE, "send it as PS3.4 J.3 says"
         ) from error
 
 
@@ -144,24 +175,29 @@ def _read(data: bytes | bytearray | memoryview, syntax: str) -> Dataset:
 
 def _request(data_set: Dataset) -> CommitmentRequest:
     transaction_uid = _uid(data_set, "TransactionUID", "")
-    _whole(data_set, "ReferencedSOPSequence", "")
-    items = data_set["ReferencedSOPSequence"].value if "ReferencedSOPSequence" in data_set else ()
-    if items and not isinstance(items, DicomSequence):
-        raise CommitmentError("Referenced SOP Sequence is no sequence", _WHERE, "send the instances as its items")
-    if not items:
+    references = tuple(reference for reference, _ in _references(data_set, "ReferencedSOPSequence"))
+    if not references:
         raise CommitmentError("it names no instance (Referenced SOP Sequence)", _WHERE, "name at least one")
-    if len(items) > MAXIMUM_REFERENCES:
-        raise _too_much(f"{len(items)} instances, and more than {MAXIMUM_REFERENCES} are not looked up")
-    references = tuple(
-        Reference(_uid(item, "ReferencedSOPClassUID", place), _uid(item, "ReferencedSOPInstanceUID", place))
-        for place, item in ((f" of item {number}", item) for number, item in enumerate(items, start=1))
-    )
     counted = Counter(one.sop_instance_uid for one in references)
     twice = [uid for uid, count in counted.items() if count > 1]
     if twice:
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
         raise CommitmentError(f"it names {twice[0]}{more} more than once", _WHERE, "name each instance once")
     return CommitmentRequest(transaction_uid, references)
+
+
+def _references(data_set: Dataset, keyword: str) -> list[tuple[Reference, Dataset]]:
+    """The instances that a sequence names, each with its item."""
+    _whole(data_set, keyword, "")
+    items = data_set[keyword].value if keyword in data_set else ()
+    if items and not isinstance(items, DicomSequence):
+        raise CommitmentError(f"{keyword} is no sequence", _WHERE, "send the instances as its items")
+    if len(items or ()) > MAXIMUM_REFERENCES:
+        raise _too_much(f"{len(items)} instances, and more than {MAXIMUM_REFERENCES} are not looked up")
+    return [
+        (Reference(_uid(item, "ReferencedSOPClassUID", place), _uid(item, "ReferencedSOPInstanceUID", place)), item)
+        for place, item in ((f" of item {number}", item) for number, item in enumerate(items or (), start=1))
+    ]
 
 
 def _whole(data_set: Dataset, keyword: str, place: str) -> Any:

@@ -119,6 +119,9 @@ class Handlers(Protocol):
     def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
         """What the peer answered to a result; None if it did not."""
 
+    def committed(self, session: Session, report: CommitmentReport) -> Answer:
+        """Write down what a peer says of the instances that this box asked it to keep, and answer it."""
+
     def performed(self, session: Session, request: Request) -> Answer:
         """Write down what was performed or is available, and answer it."""
 

@@ -32,6 +32,7 @@ from dicom_io.sop_classes import (
     OTHER_CLASSES,
     OTHER_SYNTAXES,
     STORAGE_CLASSES,
+    STORAGE_COMMITMENT,
     TRANSFER_SYNTAXES,
 )
 
@@ -285,6 +286,10 @@ def start_server(options: ServerOptions, listeners: Sequence[Listener], handlers
 def _contexts(options: ServerOptions) -> list[PresentationContext]:
     contexts = [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in options.storage_classes]
     contexts += [build_context(uid, list(OTHER_SYNTAXES)) for uid in OTHER_CLASSES]
+    for context in contexts:
+        if context.abstract_syntax == STORAGE_COMMITMENT:
+            # A peer that reports on what we asked it to keep is the provider on an association that it requests.
+            context.scu_role = context.scp_role = True
     return contexts
 
 

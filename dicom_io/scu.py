@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,11 +34,17 @@ MAXIMUM_CONTEXTS = 128
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another application entity."""
+    """Another application entity.
+
+    Attributes:
+        tls: the context of connections to it; None: they are not encrypted. A peer's certificate must be for `host`,
+            as the context has it checked.
+    """
 
     ae_title: str
     host: str
     port: int
+    tls: ssl.SSLContext | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.ae_title}@{self.host}:{self.port}"
@@ -180,6 +187,16 @@ def instances_in(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     return found, skipped
 
 
+def identity(path: Path) -> tuple[str, str]:
+    """SOP Class and SOP Instance UID of a Part 10 file.
+
+    Raises:
+        HeaderError: it is no instance.
+    """
+    item = _identify(path)
+    return item.sop_class_uid, item.sop_instance_uid
+
+
 def _identify(path: Path) -> _Item:
     """Raises HeaderError if the file is no instance, or its File Meta Information is another instance's."""
     with reading(str(path)), path.open("rb") as stream:
@@ -278,7 +295,12 @@ def association_with(
     ]
     try:
         association = ae.associate(
-            peer.host, peer.port, ae_title=peer.ae_title, ext_neg=list(roles), evt_handlers=handlers
+            peer.host,
+            peer.port,
+            ae_title=peer.ae_title,
+            ext_neg=list(roles),
+            evt_handlers=handlers,
+            tls_args=(peer.tls, peer.host) if peer.tls else None,
         )
     except (OSError, TypeError, ValueError) as error:
         raise PeerError(f"no association ({error})", str(peer), "check host, port and AE titles") from error

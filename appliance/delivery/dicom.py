@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from appliance.delivery.outbox import Result
 from dicom_io.errors import NotAccepted
@@ -15,23 +16,27 @@ PASSING = (0x0110, 0x0213)
 """Processing failure and Resource limitation (PS3.7 C.5.12, C.5.15)."""
 
 
-def store(path: Path, peer: Peer, calling_ae: str) -> Result:
+def store(path: Path, peer: Peer, calling_ae: str, *, commitment: bool = False) -> Result:
     """C-STORE one file (PS3.4 Annex B). Success and warnings count as stored, and so does "I have it already".
 
     A refusal for lack of resources (0xA7xx, 0x0213), a processing failure (0x0110, what many answer while their
     database is away), and no answer at all are worth another try; another failure status is the peer's verdict on
     the object and stays so, and so does a class that it does not take: other findings go their way all the same.
 
+    Args:
+        commitment: what is stored is still to be committed to.
+
     Raises:
         PeerError: no association.
     """
+    stored: Literal["acknowledge", "store"] = "store" if commitment else "acknowledge"
     try:
         (result,) = send([path], peer, calling_ae)
     except NotAccepted as refusal:
         return "reject", str(refusal)
     if not result.error:
-        return "acknowledge", "" if result.status == 0 else f"warning 0x{result.status:04X}"
+        return stored, "" if result.status == 0 else f"warning 0x{result.status:04X}"
     if result.status == DUPLICATE:
-        return "acknowledge", "it was stored before (0x0111)"
+        return stored, "it was stored before (0x0111)"
     retry = result.status is None or result.status & 0xFF00 == 0xA700 or result.status in PASSING
     return ("retry" if retry else "reject"), result.error

@@ -18,8 +18,15 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 """How long a lost ring of the doorbell can delay a delivery."""
 
-Result = tuple[Literal["acknowledge", "retry", "reject"], str]
-"""What became of one try, and what the peer said."""
+_SAID = {
+    "acknowledge": "acknowledged",
+    "store": "stored, storage commitment is asked for",
+    "retry": "try again in {wait:g} s",
+    "reject": "rejected",
+}
+
+Result = tuple[Literal["acknowledge", "store", "retry", "reject"], str]
+"""What became of one try, and what the peer said. "store": it has it, and is still to be asked to keep it."""
 
 
 class Worker(threading.Thread):
@@ -33,6 +40,7 @@ class Worker(threading.Thread):
         steps: names of the destinations that are steps of the escalation.
         order_seconds: see `Ledger.take_delivery`.
         turn: called at every turn of the loop, so between two tries.
+        ask: called when no delivery is due: asks for storage commitment of what is; whether anything was.
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class Worker(threading.Thread):
         steps: Collection[str] = (),
         order_seconds: float = 0.0,
         turn: Callable[[], None] = lambda: None,
+        ask: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(name=f"deliver-{destination}", daemon=True)
         self._ledger = ledger
@@ -61,6 +70,7 @@ class Worker(threading.Thread):
         self._order = order_seconds
         self._pause = POLL_SECONDS
         self._turn = turn
+        self._ask = ask
         self._wake = threading.Event()
         self._stopping = threading.Event()
 
@@ -82,6 +92,8 @@ class Worker(threading.Thread):
                 row = self._ledger.take_delivery(self._destination, self._longest, self._order)
                 if row is not None:
                     self._try(row)
+                    continue
+                if self._ask():
                     continue
             except Exception:
                 # A ledger that cannot be written now may be later; a worker that ends never delivers again.
@@ -111,14 +123,14 @@ class Worker(threading.Thread):
             row["study_id"],
             row["object"],
             self._destination,
-            {"acknowledge": "acknowledged", "retry": f"try again in {wait:g} s", "reject": "rejected"}[outcome],
+            _SAID[outcome].format(wait=wait),
             f" ({reason})" if reason else "",
         )
 
     def _settle(
         self,
         row: Row,
-        outcome: Literal["acknowledge", "retry", "reject", "give_up"],
+        outcome: Literal["acknowledge", "store", "retry", "reject", "give_up"],
         reason: str,
         *,
         wait_seconds: float = 0.0,

@@ -35,7 +35,7 @@ from dicom_io.commitment import (
     send_report,
 )
 from dicom_io.errors import PeerError
-from dicom_io.handlers import Session
+from dicom_io.handlers import Answer, Session
 from dicom_io.scu import Peer
 
 log = logging.getLogger(__name__)
@@ -188,6 +188,17 @@ class CommitmentProvider:
             row, report = sent
             why = "no answer on its own association" if status is None else _answered(status)
             self.settle(row, report, status, why)
+
+    def committed(self, session: Session, report: CommitmentReport) -> Answer:
+        """Write down what a peer says of the findings that delivery asked it to keep."""
+        try:
+            if self._ledger.storage_committed(report, self._attempts, self._first):
+                return Answer(SUCCESS)
+        except (OSError, SQLAlchemyError):
+            log.exception("a report on storage commitment could not be written down")
+            return Answer(PROCESSING_FAILURE, "it cannot be written down now")
+        log.warning("%s reports on a storage commitment that was not asked for", session.calling_ae)
+        return Answer(INVALID_ARGUMENT, "its Transaction UID is none that was asked for")
 
     def closed(self, session: Session) -> None:
         """An association has ended: what it was not told goes another way, if there is one."""

@@ -122,6 +122,10 @@ class Receiver:
         """Write down what became of that answer."""
         self._commitments.reported(session, transaction_uid, status)
 
+    def committed(self, session: Session, report: CommitmentReport) -> Answer:
+        """Write down what a peer has committed itself to keep."""
+        return self._commitments.committed(session, report)
+
     def performed(self, session: Session, request: Request) -> Answer:
         """Write down what was performed or is available; what to answer."""
         return self._performed.performed(session, request)

@@ -68,7 +68,7 @@ class Outbox(Escalation):
         query = (
             sa.select(d.id, d.destination, d.finding_id, f.object, f.reason.label("finding_reason"), a.study_id)
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-            .where(condition, d.state.in_(("pending", "held")))
+            .where(condition, d.state.in_(("pending", "held", "stored", "asked")))
         )
         with self.read() as connection:
             if connection.execute(query.limit(1)).first() is None:
@@ -171,7 +171,7 @@ class Outbox(Escalation):
     def settle_delivery(
         self,
         row: Row,
-        outcome: Literal["acknowledge", "retry", "reject", "give_up"],
+        outcome: Literal["acknowledge", "store", "retry", "reject", "give_up"],
         reason: str = "",
         *,
         wait_seconds: float = 0.0,
@@ -191,6 +191,7 @@ class Outbox(Escalation):
         """
         names = {
             "acknowledge": Event.DELIVERY_ACKNOWLEDGED,
+            "store": Event.DELIVERY_STORED,
             "retry": Event.DELIVERY_RETRIED,
             "reject": Event.DELIVERY_REJECTED,
             "give_up": Event.DELIVERY_DEAD,

@@ -143,8 +143,10 @@ delivery = Table(
     Column("sent_at", String),
     Column("acknowledged_at", String),
     Column("reason", String, nullable=False, default=""),
+    Column("transaction_uid", String),  # of the newest request for storage commitment of it
     UniqueConstraint("finding_id", "destination"),
     Index(None, "destination", "state", "urgency"),
+    Index(None, "transaction_uid"),
 )
 
 commitment = Table(

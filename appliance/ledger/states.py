@@ -58,6 +58,17 @@ DELIVERY: Final = {
     ("sending", "park"): "pending",
     ("sending", "reject"): "rejected",
     ("sending", "give_up"): "dead",
+    # The peer has it and is asked to commit itself to keeping it; written down before it is asked.
+    ("sending", "store"): "stored",
+    ("stored", "ask"): "asked",
+    # No report came in time, or nobody knows whether it was asked: it is asked anew.
+    ("asked", "ask"): "asked",
+    ("asked", "unask"): "stored",
+    ("asked", "acknowledge"): "acknowledged",
+    # The peer says that it has not kept it.
+    ("asked", "restore"): "pending",
+    ("asked", "give_up"): "dead",
+    ("stored", "give_up"): "dead",
     ("dead", "requeue"): "pending",
     ("rejected", "requeue"): "pending",
     ("withdrawn", "requeue"): "pending",

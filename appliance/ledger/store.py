@@ -17,7 +17,7 @@ from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
 from appliance.ledger.database import Row, Statement, later, now
 from appliance.ledger.deadlines import Deadlines
-from appliance.ledger.outbox import Outbox
+from appliance.ledger.keeping import Keeping
 from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
@@ -155,7 +155,7 @@ _UPDATE_STUDY = Statement(
 )
 
 
-class Ledger(Outbox, Commitments, Performed, Retention, Deadlines):
+class Ledger(Keeping, Commitments, Performed, Retention, Deadlines):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------

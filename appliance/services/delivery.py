@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from appliance.delivery.commitment import Asker
 from appliance.delivery.dicom import store
 from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.mail import MailServer, send_mail
@@ -68,6 +69,7 @@ def run_delivery(settings: Settings) -> None:
                 steps=settings.escalation,
                 order_seconds=settings.delivery.order_seconds,
                 turn=watchdog.loop(f"delivery to {destination.name}", TRY_SECONDS),
+                ask=_asker(settings, ledger, destination),
             )
             worker.start()
             workers.append(worker)
@@ -133,6 +135,34 @@ def context_of(tls: ClientTls | None) -> ssl.SSLContext:
     return client_context(tls.authorities, tls.certificate, tls.key) if tls else client_context()
 
 
+def dicom_peer(destination: DicomDestination) -> Peer:
+    """The peer of a DICOM destination; files for TLS are read anew.
+
+    Raises:
+        ScansideError: one of them cannot be used.
+    """
+    context = context_of(destination.tls) if destination.tls else None
+    return Peer(destination.ae_title, destination.host, destination.port, context)
+
+
+def _asker(settings: Settings, ledger: Ledger, destination: Destination) -> Callable[[], bool]:
+    """What asks a destination for storage commitment; of another kind than DICOM there is nothing to ask."""
+    if not isinstance(destination, DicomDestination):
+        return lambda: False
+    return Asker(
+        ledger,
+        destination.name,
+        settings.findings_directory,
+        lambda: dicom_peer(destination),
+        settings.intake.ae_title,
+        destination.commitment,
+        destination.commitment_seconds,
+        settings.delivery.attempts,
+        settings.delivery.first_retry_seconds,
+        settings.delivery.longest_retry_seconds,
+    )
+
+
 def mllp_client(destination: Hl7Destination) -> MllpClient:
     """The client of an HL7 destination.
 
@@ -188,8 +218,10 @@ def _deliverer(settings: Settings, destination: Destination, stack: ExitStack) -
     folder = settings.findings_directory
     match destination:
         case DicomDestination():
-            peer = Peer(destination.ae_title, destination.host, destination.port)
-            return lambda row: store(folder / row["path"], peer, settings.intake.ae_title)
+            promised = destination.commitment != "no"
+            return lambda row: store(
+                folder / row["path"], dicom_peer(destination), settings.intake.ae_title, commitment=promised
+            )
         case Hl7Destination():
             return _hl7_sender(folder, destination, stack)
         case MailDestination():

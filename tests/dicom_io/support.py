@@ -182,6 +182,7 @@ class Recorder:
         self.closed_calls: list[Closed] = []
         self.requests: list[CommitmentRequest] = []
         self.reports: list[CommitmentReport] = []
+        self.committed_calls: list[CommitmentReport] = []
         self.reported_calls: list[tuple[str, int | None]] = []
         self.performed_calls: list[Request] = []
         self.performed_refusals: list[Answer] = []
@@ -222,6 +223,10 @@ class Recorder:
 
     def reported(self, session: Session, transaction_uid: str, status: int | None) -> None:
         self.reported_calls.append((transaction_uid, status))
+
+    def committed(self, session: Session, report: CommitmentReport) -> Answer:
+        self.committed_calls.append(report)
+        return Answer(self.status)
 
     def performed(self, session: Session, request: Request) -> Answer:
         self.performed_calls.append(request)

@@ -168,7 +168,7 @@ def running_box(
             },
             [
                 {"kind": "dicom", "name": "pacs", "ae_title": hospital.pacs.ae_title, "host": LOOPBACK,
-                 "port": hospital.pacs.port, "objects": list(KINDS)},
+                 "port": hospital.pacs.port, "objects": list(KINDS), "commitment": "no"},
                 *(
                     {"kind": "hl7", "host": LOOPBACK, "port": hospital.hl7_port, "acknowledge_seconds": 5.0, **one}
                     for one in ({"name": "er"}, *also)
