@@ -21,6 +21,7 @@ from appliance.settings import (
     Destination,
     DicomDestination,
     Hl7Destination,
+    Hl7Tls,
     MailDestination,
     Settings,
     Tls,
@@ -103,6 +104,7 @@ def run_checks(settings: Settings) -> list[Check]:
         _check("models", models),
         *([_check("intake", intake)] if settings.intake.plain else []),
         *([_check("intake TLS", partial(_tls, settings.intake.tls, host))] if settings.intake.tls is not None else []),
+        *_orders(settings, host),
         _check("triton", triton),
     ]
     for destination in settings.destination:
@@ -136,18 +138,30 @@ def _reach(destination: Destination, title: str) -> str:
             return f"{hook.where} takes connections"
 
 
-def _tls(section: Tls, host: str) -> str:
+def _orders(settings: Settings, host: str) -> list[Check]:
+    """Somebody listens for HL7, where the settings say so."""
+    hl7 = settings.intake.hl7
+    if hl7 is None:
+        return []
+    checks = [_check("HL7 intake", partial(_port, host, hl7.port))] if hl7.plain else []
+    return [*checks, *([_check("HL7 intake TLS", partial(_tls, hl7.tls, host))] if hl7.tls is not None else [])]
+
+
+def _port(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except OSError as error:
+        raise ScansideError(error.strerror or str(error), f"{host}:{port}", "start it: `scanside intake`") from error
+    return f"{host}:{port} takes connections"
+
+
+def _tls(section: Tls | Hl7Tls, host: str) -> str:
     """The certificate can be used and has not expired, and somebody listens; no client certificate is at hand here."""
     certificates = ServerCertificates(section.certificate, section.key, section.client_authorities, section.profile)
     until = certificates.expires_at
     if until <= datetime.now(UTC):
         raise ScansideError(f"the certificate expired on {until.date()}", str(section.certificate), "renew it")
-    try:
-        socket.create_connection((host, section.port), timeout=5.0).close()
-    except OSError as error:
-        where = f"{host}:{section.port}"
-        raise ScansideError(error.strerror or str(error), where, "start it: `scanside intake`") from error
-    return f"{host}:{section.port} takes connections; the certificate is good until {until.date()}"
+    return f"{_port(host, section.port)}; the certificate is good until {until.date()}"
 
 
 def _board(settings: Settings, packages: Sequence[Package]) -> str:

@@ -388,15 +388,16 @@ def study(
     uid: Annotated[str, typer.Argument(help="Study Instance UID, or the number that `scanside studies` shows.")],
     as_json: Json = False,
 ) -> None:
-    """Show one study: timeline, series, admission, verdict, deliveries."""
+    """Show one study: order, timeline, series, admission, verdict, deliveries."""
     from appliance import show
     from appliance.ledger import views
+    from appliance.services.orders import said_of
 
     with _ledger() as ledger:
         key = views.find_study(ledger, uid)
         if key is None:
             raise ScansideError("there is no such study", uid, "`scanside studies` lists them")
-        report = views.study_report(ledger, key)
+        report = {**views.study_report(ledger, key), "said": said_of(read_settings()[0], ledger, key)}
     if as_json:
         emit({**report, "timeline": views.timeline(report)})
     else:

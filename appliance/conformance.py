@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydicom.uid import UID
 
+from appliance.conformance_hl7 import hl7_errors, hl7_in, hl7_listener
 from appliance.intake import receiver
 from appliance.settings import Intake, Tls
 from dicom_io import _association as association
@@ -183,7 +184,19 @@ def security() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     one.__name__: one
-    for one in (acceptor, rejections, classes, syntaxes, statuses, failures, performed_classes, security)
+    for one in (
+        acceptor,
+        rejections,
+        classes,
+        syntaxes,
+        statuses,
+        failures,
+        performed_classes,
+        security,
+        hl7_listener,
+        hl7_in,
+        hl7_errors,
+    )
 }
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

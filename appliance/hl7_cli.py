@@ -1,4 +1,4 @@
-"""`scanside hl7`: what the hospital is told of a study."""
+"""`scanside hl7`: what the hospital is told of a study, and what it said."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from appliance.console import Json, emit, guard, out, read_settings
 from dicom_io.errors import ScansideError
 
-app = typer.Typer(help="The messages that tell the hospital of a verdict.", no_args_is_help=True)
-
-
-@app.callback()
-def _only_a_group() -> None:
-    """One command so far, called by its name all the same."""
+app = typer.Typer(
+    help="The messages that tell the hospital of a verdict, and those that it sends.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -81,3 +79,45 @@ def preview(
                 out.print(text, markup=False, highlight=False, soft_wrap=True)
     if any(told.fault for one in found for told in one.messages):
         raise typer.Exit(1)
+
+
+@app.command()
+@guard
+def received(
+    number: Annotated[int | None, typer.Argument(help="Number of a message: shows it as it came.")] = None,
+    refused: Annotated[bool, typer.Option("--refused", help="Only those that could not be used.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="So many, the newest first.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List the HL7 messages that came, with what was answered and why; or show one of them."""
+    from appliance.ledger.store import Ledger
+
+    settings, _ = read_settings()
+    if not settings.ledger_path.exists():
+        raise ScansideError("there is no ledger yet", str(settings.ledger_path), "start scanside first")
+    ledger = Ledger(settings.ledger_path)
+    try:
+        content = ledger.message_content(number) if number is not None else None
+        rows = ledger.messages(limit, refused=refused) if number is None else []
+    finally:
+        ledger.close()
+    if number is not None:
+        if content is None:
+            remedy = "`scanside hl7 received` lists them; their text goes after intake.hl7.keep_days"
+            raise ScansideError("there is no such message, or its text was removed", str(number), remedy)
+        text = content.decode("utf-8", "backslashreplace")
+        if as_json:
+            emit({"message": number, "content": text})
+        else:
+            out.print(text.replace("\r\n", "\n").replace("\r", "\n"), markup=False, highlight=False, soft_wrap=True)
+    elif as_json:
+        emit(rows)
+    else:
+        table = Table("no.", "came (UTC)", "from", "kind", "MSH-10", "answer", "why", box=None)
+        for row in rows:
+            code = row["code"] if row["code"] == "AA" else f"[bold red]{row['code']}[/]"
+            table.add_row(
+                str(row["id"]), row["received_at"][:19].replace("T", " "), row["peer"], escape(row["kind"]),
+                escape(row["control_id"]), code, escape(row["reason"]),
+            )  # fmt: skip
+        out.print(table if rows else "no message came yet")

@@ -48,11 +48,7 @@ def write(
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             parts.append(f"[{name}]\n" + _keys(kind, wanted.get(name, {})))
-            parts += [
-                _optional(f"{name}.{key}", section, inner.description or "", wanted.get(name, {}).get(key))
-                for key, inner in kind.model_fields.items()
-                if (section := _optional_section(inner.annotation)) is not None
-            ]
+            parts += _optionals(name, kind, wanted.get(name, {}))
     kinds: dict[str, type[BaseModel]] = {
         "dicom": DicomDestination,
         "hl7": Hl7Destination,
@@ -79,6 +75,16 @@ def write(
 def _optional_section(kind: Any) -> type[BaseModel] | None:
     """The section that a key may hold or lack."""
     return section_of(kind) if type(None) in get_args(kind) else None
+
+
+def _optionals(name: str, kind: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
+    """The sections in a section that may be absent, and those in them."""
+    parts = []
+    for key, inner in kind.model_fields.items():
+        if (section := _optional_section(inner.annotation)) is not None:
+            parts.append(_optional(f"{name}.{key}", section, inner.description or "", values.get(key)))
+            parts += _optionals(f"{name}.{key}", section, values.get(key) or {})
+    return parts
 
 
 def _optional(name: str, section: type[BaseModel], description: str, values: Mapping[str, Any] | None) -> str:

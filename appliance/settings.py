@@ -72,6 +72,74 @@ class Tls(_Section):
     )
 
 
+class Hl7Tls(_Section):
+    """HL7 over TLS, with the suites of PS3.15 annex B."""
+
+    port: Port = Field(2576, description="MLLP port to listen on with TLS.")
+    certificate: Path = Field(
+        description="PEM file of our certificate, then its chain; read again when it changes. "
+        "A relative path starts at this file."
+    )
+    key: Path = Field(description="PEM file of its private key, without a passphrase.")
+    client_authorities: Path | None = Field(
+        None, description="PEM file of the authorities that sign our senders' certificates; unset: none is asked for."
+    )
+    profile: tls.Profile = Field(
+        "bcp195-rfc8996-9325", description="Profile of PS3.15 B.12, or of B.13 (modified-bcp195-rfc8996-9325)."
+    )
+
+
+class Hl7Intake(_Section):
+    """How orders, patients' data and reports come in over HL7."""
+
+    port: Port = Field(2575, description="MLLP port to listen on.")
+    plain: bool = Field(
+        True, description="Listen on that port, without encryption; false: only [intake.hl7.tls] listens."
+    )
+    maximum_connections: int = Field(32, ge=1, le=1000, description="More are closed at once.")
+    maximum_connections_per_address: int = Field(16, ge=1, le=1000, description="So many of them from one address.")
+    maximum_message_bytes: int = Field(
+        1 << 20, ge=1024, le=64 << 20, description="A longer message is refused and its connection closed."
+    )
+    message_seconds: float = Field(
+        30.0, gt=0, le=600, description="From the first byte of a message to its last, or its connection is closed."
+    )
+    idle_seconds: float = Field(
+        0.0, ge=0, description="A connection without a message for so long is closed; 0: never."
+    )
+    accepted_addresses: list[IPvAnyNetwork] = Field(
+        default_factory=list, description="Networks that may connect, such as 10.1.0.0/16; empty: every one."
+    )
+    processing_ids: list[Literal["P", "T", "D"]] = Field(
+        default_factory=lambda: ["P"],  # type: ignore[arg-type]
+        min_length=1,
+        description="MSH-11 of what is taken: production, training, debugging.",
+    )
+    urgent_priorities: list[str] = Field(
+        default_factory=lambda: ["S", "STAT"],
+        description="Priorities of an order (TQ1-9, or ORC-7.6, OBR-27.6, OBR-5) whose study goes before all others.",
+    )
+    authority: str = Field(
+        "",
+        description="Who assigns patient IDs where a message or an image does not say (CX-4.1, IssuerOfPatientID).",
+    )
+    onset_codes: list[str] = Field(
+        default_factory=lambda: ["11368-8"],
+        description="Codes (OBX-3.1) of an order's observation that tells when it began, as a time or in hours ago; "
+        "by default LOINC's Illness or injury onset date and time.",
+    )
+    keep_days: float = Field(
+        30.0, gt=0, description="The text of a message goes after so many days; what it said of an order stays."
+    )
+    tls: Hl7Tls | None = Field(None, description="Listen with TLS, too.")
+
+    @model_validator(mode="after")
+    def _something_listens(self) -> Hl7Intake:
+        if not self.plain and self.tls is None:
+            raise ValueError("plain is false and there is no [intake.hl7.tls]: nothing would listen")
+        return self
+
+
 class Intake(_Section):
     """How instances come in."""
 
@@ -117,6 +185,7 @@ class Intake(_Section):
         "127.0.0.1", description="Address that it listens on: no password and no encryption guards it."
     )
     tls: Tls | None = Field(None, description="Listen with TLS, too.")
+    hl7: Hl7Intake | None = Field(None, description="Listen for HL7 messages, too.")
 
     @field_validator("storage_classes")
     @classmethod
@@ -489,6 +558,9 @@ class Settings(BaseSettings):
         ports = {"intake.port": self.intake.port} if self.intake.plain else {}
         if self.intake.tls is not None:
             ports["intake.tls.port"] = self.intake.tls.port
+        if self.intake.hl7 is not None:
+            ports |= {"intake.hl7.port": self.intake.hl7.port} if self.intake.hl7.plain else {}
+            ports |= {"intake.hl7.tls.port": self.intake.hl7.tls.port} if self.intake.hl7.tls else {}
         if self.intake.metrics_port is not None:
             ports["intake.metrics_port"] = self.intake.metrics_port
         if self.triton.managed:
@@ -638,7 +710,9 @@ def section_of(kind: Any) -> type[BaseModel] | None:
 
 def _sentence(error: Any) -> str:
     """One validation error as "key: what is wrong with it"."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("dicom", "hl7", "mail", "webhook")) or "settings"
+    # Of a destination the name of its kind is in it, which nobody wrote.
+    kinds = ("dicom", "hl7", "mail", "webhook") if error["loc"][:1] == ("destination",) else ()
+    key = ".".join(str(part) for part in error["loc"] if part not in kinds) or "settings"
     if error["type"] == "extra_forbidden":
         return f"{key}: there is no such key"
     message = error["msg"].removeprefix("Value error, ")

@@ -114,6 +114,8 @@ def study_view(report: dict[str, Any]) -> RenderableType:
     for one in overdue:
         subject = f" ({escape(one['subject'])})" if one["subject"] else ""
         head.add_row("[bold red]deadline missed[/]", f"{one['stage']}{subject}, begun at {one['since'][:19]} UTC")
+    for label, value in _said(report.get("said", {})):
+        head.add_row(label, escape(value))
     parts: list[RenderableType] = [head, "", timeline_table(report)]
     for analysis in report["analyses"]:
         parts += ["", _analysis(analysis, [v for v in report["verdicts"] if v["analysis_id"] == analysis["id"]])]
@@ -128,6 +130,24 @@ def study_view(report: dict[str, Any]) -> RenderableType:
             )  # fmt: skip
         parts += ["", table]
     return Group(*parts)
+
+
+def _said(said: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """What the hospital says of the study over HL7, in lines."""
+    lines = []
+    for one in said.get("orders", []):
+        urgent = ", goes first" if one["urgent"] else ""
+        facts = (
+            f"priority {one['priority']}{urgent}" if one["priority"] else "", one["reason"],
+            f"onset {one['onset']}" if one["onset"] else "",
+        )  # fmt: skip
+        lines.append((f"order {one['id']}", ", ".join((one["accession"], *filter(None, facts)))))
+    for one in said.get("others", []):
+        lines.append((f"[bold red]order {one['id']}[/]", f"{one['accession']}, of another patient"))
+    for one in said.get("reports", []):
+        words = " ".join(one["text"].split())
+        lines.append((f"report {escape(one['status'])}", words if len(words) <= 200 else f"{words[:200]}…"))
+    return lines
 
 
 def timeline_table(report: dict[str, Any]) -> Table:

@@ -96,6 +96,9 @@ class Header:
     # Headers that were stored before these were read lack them.
     station_name: str = ""
     anatomic_region: str = ""
+    accession_number: str = ""
+    patient_id: str = ""
+    issuer_of_patient_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal header."""
@@ -142,7 +145,7 @@ _WANTED = wanted((
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameAnatomySequence",
     "CTAcquisitionDetailsSequence", "CTXRayDetailsSequence", "CTReconstructionSequence", *_CONVERTED, "CodeMeaning",
-    "StationName", "CodeValue", "CodingSchemeDesignator",
+    "StationName", "CodeValue", "CodingSchemeDesignator", "AccessionNumber",
 ))  # fmt: skip
 
 
@@ -231,6 +234,9 @@ def _header(parsed: Parsed) -> Header:
         images_in_acquisition=elements.integer("ImagesInAcquisition"),
         station_name=elements.text("StationName"),
         anatomic_region=_code(region),
+        accession_number=elements.text("AccessionNumber"),
+        patient_id=elements.text("PatientID"),
+        issuer_of_patient_id=elements.text("IssuerOfPatientID"),
         problems=tuple(elements.problems),
     )
 

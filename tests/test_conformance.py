@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,9 @@ from types import ModuleType
 import pytest
 
 from appliance.conformance import STATUSES, TABLES, fill
-from appliance.intake import receiver
+from appliance.conformance_hl7 import READ, WHEN
+from appliance.intake import hl7_answer, hl7_message, hl7_receiver, receiver
+from appliance.intake.hl7_message import CODES, KINDS
 from dicom_io import _association, commitment, performed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +53,11 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_message_that_is_taken_and_every_error_is_told() -> None:
+    assert set(READ) == set(KINDS)
+    source = inspect.getsource(hl7_message) + inspect.getsource(hl7_answer) + inspect.getsource(hl7_receiver)
+    used = set(re.findall(r'"(1\d\d|20\d)"', source.split("REJECTED =")[1])) | set(hl7_message.REJECTED)
+    assert set(WHEN) == used
+    assert set(WHEN) <= set(CODES)

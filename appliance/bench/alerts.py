@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from pydicom.dataset import Dataset
 
-from appliance.delivery.hl7 import Deframer, MllpClient, frame, outcome
+from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.outbox import Result, Worker
 from appliance.events import Event
 from appliance.findings.alert import message_control_id, render_alert
@@ -28,6 +28,7 @@ from appliance.ledger.database import Row, now
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Ledger, NewFinding, NewInstance
 from appliance.ledger.views import event_counts, studies
+from appliance.mllp import Deframer, frame
 from dicom_io.errors import ScansideError
 from dicom_io.header import Header
 

@@ -1,6 +1,5 @@
-"""HL7 v2 messages over MLLP: the framing, the acknowledgement, and a client with one connection.
+"""HL7 v2 messages over MLLP: the acknowledgement, and a client with one connection.
 
-Framing is MLLP (HL7 Transport Specification: MLLP, Release 1): ``VT message FS CR``.
 Acknowledgements are HL7 v2.5.1 chapter 2, section 2.9.2 (original mode) and 2.9.3 (enhanced mode). Which of them a
 message is sent in stands in the message itself: MSH-15 and MSH-16 empty is original mode; MSH-15 AL with MSH-16 NE asks
 for the accept acknowledgement alone (CA, CE, CR); MSH-15 AL with MSH-16 AL also for the application's (AA, AE, AR),
@@ -22,11 +21,11 @@ import time
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
+from appliance.mllp import Deframer, FramingError, frame
 from dicom_io.errors import PeerError
 
 log = logging.getLogger(__name__)
 
-VT, FS, CR = b"\x0b", b"\x1c", b"\r"
 MAXIMUM_ACKNOWLEDGEMENT = 256 * 1024
 """Bytes; an acknowledgement is some hundred bytes, so a larger block is a peer that speaks something else."""
 
@@ -60,10 +59,6 @@ refusal goes to the dead letters at once, where a person sees it, while an error
 """
 
 
-class FramingError(ValueError):
-    """What cannot be an MLLP block."""
-
-
 class CodeError(ValueError):
     """An acknowledgement whose code is not in table 0008.
 
@@ -74,66 +69,6 @@ class CodeError(ValueError):
     def __init__(self, code: str, control_id: str) -> None:
         super().__init__(f"acknowledgement code {code[:20]!r} is not one of {', '.join(get_args(Code))}")
         self.control_id = control_id
-
-
-def frame(message: str) -> bytes:
-    """The message as one MLLP block in UTF-8.
-
-    Raises:
-        FramingError: it holds VT or FS, which would end the block early, or cannot be written in UTF-8.
-    """
-    try:
-        content = message.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise FramingError(f"the message cannot be written in UTF-8: {error.reason}") from error
-    if VT in content or FS in content:
-        raise FramingError("the message holds a VT or FS character, which MLLP uses to mark its blocks")
-    return VT + content + FS + CR
-
-
-class Deframer:
-    """Takes bytes as they arrive, in any pieces, and gives back the content of whole MLLP blocks.
-
-    It is lenient where real peers are careless: a block ends at FS even if the CR after it is missing, bytes between
-    blocks are skipped, and a VT inside a block starts it anew (its sender began again).
-
-    Args:
-        maximum: bytes of content that one block may have.
-    """
-
-    def __init__(self, maximum: int = MAXIMUM_ACKNOWLEDGEMENT) -> None:
-        self._maximum = maximum
-        self._block: bytearray | None = None
-        self.skipped = 0
-        """Bytes outside any block, other than CR and LF, and bytes of blocks begun anew."""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The blocks that ``data`` completes, without their marks.
-
-        Raises:
-            FramingError: a block is longer than ``maximum``; the stream cannot be used any more.
-        """
-        blocks: list[bytes] = []
-        while data:
-            if self._block is None:
-                outside, begin, data = data.partition(VT)
-                self.skipped += len(outside.translate(None, b"\r\n"))
-                if begin:
-                    self._block = bytearray()
-                continue
-            inside, end, rest = data.partition(FS)
-            before, again, after = inside.rpartition(VT)
-            if again:
-                self.skipped += len(self._block) + len(before.replace(VT, b""))
-                self._block.clear()
-            self._block += after
-            if len(self._block) > self._maximum:
-                raise FramingError(f"a block of more than {self._maximum} bytes")
-            if end:
-                blocks.append(bytes(self._block))
-                self._block = None
-            data = rest
-        return blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +189,7 @@ class MllpClient:
         self.application_timeout = application_timeout
         self.context = context
         self._socket: socket.socket | None = None
-        self._deframer = Deframer()
+        self._deframer = Deframer(MAXIMUM_ACKNOWLEDGEMENT)
         self._waiting: list[bytes] = []
         """Blocks that came with the last answer, behind it."""
         self._lock = threading.Lock()
@@ -351,7 +286,7 @@ class MllpClient:
         if self.context is not None:
             connection = self._secured(connection, self.context)
         self._socket = connection
-        self._deframer, self._waiting = Deframer(), []
+        self._deframer, self._waiting = Deframer(MAXIMUM_ACKNOWLEDGEMENT), []
         return connection
 
     def _secured(self, connection: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:

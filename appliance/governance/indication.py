@@ -13,6 +13,7 @@ from typing import Any, Literal
 from unicodedata import normalize
 
 from appliance.governance.label import Age, Indication, kernel_matches, scanner_matches
+from appliance.governance.ordered import NOTHING_ORDERED, Ordered, onset_said
 from appliance.governance.package import Package
 from dicom_io.header import Header
 from dicom_io.volume import UNIFORM_MM, Volume
@@ -293,17 +294,21 @@ def _agent_in(text: str) -> tuple[bool, bool]:
     return without, bool(both or _WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", words)))
 
 
-def age_said(label: Indication, header: Header) -> tuple[str, bool | None]:
+def age_said(label: Indication, header: Header, births: Sequence[tuple[str, str]] = ()) -> tuple[str, bool | None]:
     """What the header says of the patient's age at the study, and whether the label lets that in.
 
     It may say so twice: as PatientAge, and by PatientBirthDate and StudyDate. Who is outside the label by either is
     outside it. Who is inside by both, which differ by more than 13 months, is of unknown age: one is somebody else's.
-    So it is where one of them is there and cannot be read, or gives an age that nobody reaches.
+    So it is where one of them is there and cannot be read, or gives an age that nobody reaches. An order may say it,
+    too: then all of this holds of its birth date as well, and where the images have one, that must be the same.
+
+    Args:
+        births: birth dates of orders (YYYYMMDD), each with where it stands.
     """
     youngest, oldest = Age.of(label.minimum_age), Age.of(label.maximum_age) if label.maximum_age else None
     told: list[str] = []
     answers: list[bool | None] = []
-    stated = None
+    stated, disagree = None, False
     if text := header.patient_age.strip():
         try:
             stated = Age.of(text)
@@ -324,8 +329,21 @@ def age_said(label: Indication, header: Header) -> tuple[str, bool | None]:
             told.append(f"{_completed(born, studied)} by the dates")
             answers.append(_on(youngest, born) <= studied and not (oldest and _on(oldest.next, born) <= studied))
             answers.append(None if _on(_OLDEST, born) <= studied else True)
-            if stated and False not in answers and _differ(stated, (studied - born).days):
-                return " but ".join(told), None
+            disagree = stated is not None and _differ(stated, (studied - born).days)
+    for ordered, source in births:
+        born, studied = _day(ordered), _day(header.study_date)
+        if born is None or studied is None or studied < born:
+            told.append(f"a birth date that cannot be used in {source}")
+            answers.append(None)
+            continue
+        told.append(f"{_completed(born, studied)} by {source}")
+        answers.append(_on(youngest, born) <= studied and not (oldest and _on(oldest.next, born) <= studied))
+        answers.append(None if _on(_OLDEST, born) <= studied else True)
+        images = header.patient_birth_date.strip()
+        disagree |= bool(images) and _day(images) != born
+        disagree |= stated is not None and _differ(stated, (studied - born).days)
+    if disagree and False not in answers:
+        return " but ".join(told), None
     return ", ".join(told), _all(answers)
 
 
@@ -370,6 +388,7 @@ def admit(
     slabs: int,
     exceptions: Sequence[BoardException] = (),
     today: date | None = None,
+    ordered: Ordered = NOTHING_ORDERED,
 ) -> Admission:
     """Apply a package's indication to the selected series of a study.
 
@@ -381,6 +400,7 @@ def admit(
         slabs: how many slabs of the model's thickness it yields.
         exceptions: of the board; each lets one unknown criterion of one package pass until its day.
         today: the day on which exceptions must hold; today if omitted.
+        ordered: what the hospital's orders say of the study.
     """
     label = package.indication
     asked = rules(package)
@@ -406,7 +426,9 @@ def admit(
     every("sop_class", "SOPClassUID", lambda h: (h.sop_class_uid, h.sop_class_uid in label.sop_classes))
     every("body_part", "SeriesDescription, ProtocolName, AnatomicRegionSequence, BodyPartExamined, StudyDescription",
           _body_part)  # fmt: skip
-    every("age", "PatientAge, PatientBirthDate, StudyDate", lambda h: age_said(label, h))
+    births = ordered.births
+    every("age", ", ".join(["PatientAge, PatientBirthDate, StudyDate", *(source for _, source in births)]),
+          lambda h: age_said(label, h, births))  # fmt: skip
     every("contrast", "ContrastBolusAgent, ContrastBolusAgentSequence, SeriesDescription, ImageType, ProtocolName",
           lambda h: _contrast(label, h))  # fmt: skip
     every("kvp", "KVP", lambda h: ("", None) if h.kvp is None else (f"{h.kvp:g} kV", _in(h.kvp, label.kvp)))
@@ -422,8 +444,12 @@ def admit(
     judge("tilt", "ImageOrientationPatient, GantryDetectorTilt", f"{max(leans):.1f}°",
           max(leans) <= (label.maximum_tilt_degrees or 0))  # fmt: skip
     patients = len({header.patient for header in headers})
-    judge("patient", "PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
-          "the same in every image" if patients == 1 else f"{patients} different", patients == 1)  # fmt: skip
+    said = "the same in every image" if patients == 1 else f"{patients} different"
+    said += "".join(f", but another one in PID-3 of order {one.id}, which has this study's number"
+                    for one in ordered.others)  # fmt: skip
+    judge("patient", ", ".join(["PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
+                                *(f"PID-3 of order {one.id}" for one in ordered.others)]),
+          said, patients == 1 and not ordered.others)  # fmt: skip
     placed = sum(bool(header.frames) for header in headers)
     judge("geometry", "ImagePositionPatient, ImageOrientationPatient, PixelSpacing",
           f"readable in {placed} of {len(headers)} images", True if placed == len(headers) else None)  # fmt: skip
@@ -436,7 +462,8 @@ def admit(
     twice = len(volume.duplicates)
     judge("duplicates", "ImagePositionPatient", f"{twice} slices sent twice" if twice else "none", not twice)
     judge("order", "InstanceNumber, ImagePositionPatient", *_order(volume))
-    judge("onset", "time since onset in the order", "", None)  # no source of orders tells it yet
+    if label.maximum_hours_since_onset is not None:
+        judge("onset", "time since onset in the order", *onset_said(ordered, label.maximum_hours_since_onset))
     return Admission(tuple(_except(package, c, exceptions, today or date.today()) for c in criteria))
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -181,6 +182,82 @@ performed = Table(
     Column("instances", Integer, nullable=False),  # how many those are
     Column("created_at", String, nullable=False),
     Column("changed_at", String, nullable=False),
+)
+
+hl7_message = Table(
+    "hl7_message",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("received_at", String, nullable=False, index=True),
+    Column("peer", String, nullable=False),
+    Column("sender", String, nullable=False),  # MSH-3 and MSH-4
+    Column("control_id", String, nullable=False),  # MSH-10
+    Column("kind", String, nullable=False),
+    Column("digest", String, nullable=False),  # SHA-256 of what follows MSH
+    Column("code", String, nullable=False),  # AA, AE or AR
+    Column("reason", String, nullable=False),
+    Column("content", LargeBinary),  # null once it was removed
+    Index(None, "control_id", "sender"),
+)
+
+imaging_order = Table(
+    "imaging_order",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("message_id", ForeignKey("hl7_message.id"), nullable=False),  # the newest that said something of it
+    Column("facts_message_id", Integer, nullable=False, index=True),  # that changed what the gate or the queue heeds
+    Column("birth_message_id", Integer, nullable=False),  # that gave the birth date
+    Column("accession", String, nullable=False, index=True),
+    Column("study_instance_uid", String, nullable=False, index=True),
+    Column("placer", String, nullable=False),
+    Column("cancelled", Boolean, nullable=False),
+    Column("patient", JSON, nullable=False),  # [{value, namespace, universal}, …]
+    Column("birth_date", String, nullable=False),
+    Column("priority", String, nullable=False),
+    Column("urgent", Boolean, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("onset", String, nullable=False),
+    Column("onset_earliest", String, nullable=False),
+    Column("onset_latest", String, nullable=False),
+    Column("changed_at", String, nullable=False),
+)
+
+patient_merge = Table(
+    "patient_merge",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("message_id", ForeignKey("hl7_message.id"), nullable=False),
+    Column("prior_value", String, nullable=False, index=True),
+    Column("prior_namespace", String, nullable=False),
+    Column("prior_universal", String, nullable=False),
+    Column("value", String, nullable=False),
+    Column("namespace", String, nullable=False),
+    Column("universal", String, nullable=False),
+    Column("merged_at", String, nullable=False),
+)
+
+radiology_report = Table(
+    "radiology_report",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("message_id", ForeignKey("hl7_message.id"), nullable=False),
+    Column("accession", String, nullable=False, index=True),
+    Column("study_instance_uid", String, nullable=False, index=True),
+    Column("patient", JSON, nullable=False),
+    Column("status", String, nullable=False),  # OBR-25
+    Column("reported_at", String, nullable=False),  # OBR-22 as it was sent
+    Column("text", String, nullable=False),
+    Column("received_at", String, nullable=False),
+)
+
+# By which accession numbers an order finds a study that was decided on.
+study_accession = Table(
+    "study_accession",
+    metadata,
+    Column("study_id", ForeignKey("study.id"), primary_key=True),
+    Column("accession", String, primary_key=True, index=True),  # "" where the images have none
+    Column("heard", Integer, nullable=False),  # the newest message when the gate decided
+    Column("orders", JSON, nullable=False),  # the orders that it heeded
 )
 
 event = Table(

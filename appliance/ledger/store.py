@@ -18,6 +18,7 @@ from appliance.ledger.commitments import Commitments
 from appliance.ledger.database import Row, Statement, later, now
 from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.keeping import Keeping
+from appliance.ledger.orders import Orders
 from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
@@ -155,7 +156,7 @@ _UPDATE_STUDY = Statement(
 )
 
 
-class Ledger(Keeping, Commitments, Performed, Retention, Deadlines):
+class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -755,6 +756,13 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines):
         """When the newest instance of a study was stored."""
         with self.read() as connection:
             return str(connection.scalars(sa.select(t.study.c.last_instance_at).where(t.study.c.id == study_id)).one())
+
+    def begun(self, study_id: int) -> tuple[str, str]:
+        """The Study Instance UID of a study, and when its first instance was stored."""
+        query = sa.select(t.study.c.study_instance_uid, t.study.c.first_instance_at).where(t.study.c.id == study_id)
+        with self.read() as connection:
+            uid, first = connection.execute(query).one()
+            return str(uid), str(first)
 
     def issue_verdict(
         self,

@@ -42,6 +42,7 @@ from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
 from appliance.operations.health import Watchdog, notify
 from appliance.services.guard import Guard
+from appliance.services.heeding import Heeded
 from appliance.services.issuing import Issuer
 from appliance.services.process import service
 from appliance.settings import Settings
@@ -159,7 +160,9 @@ class Engine:
         self._issuer = issuer
         self._answering = ThreadPoolExecutor(ANALYSES + URGENT_ANALYSES, "answer")
         self._working: dict[int, tuple[int, Future[None]]] = {}
-        self._arrivals = Arrivals(ledger)
+        hl7 = settings.intake.hl7
+        self._arrivals = Arrivals(ledger, hl7.authority if hl7 else None)
+        self._heeded = Heeded(ledger, hl7 is not None)
         self._looked: dict[int, tuple[Arriving, float, float]] = {}
         self._ahead: dict[int, dict[_Name, Future[SlabAnswer]]] = {}
         # Work ahead costs no try. What was arriving when an engine ended may be what ended it: it waits for its
@@ -191,6 +194,8 @@ class Engine:
         versions = {package.name: package.version for package in self._packages.values()}
         versions |= dict.fromkeys(self._broken, "")
         busy = {study_id for study_id, _ in self._working.values()}
+        late = self._heeded.late()
+        self._undecided = None if self._undecided is None else self._undecided | late
         # Only what this engine completes can come to be undecided after its first look at all of them.
         undecided = self._ledger.undecided_studies(versions, self._undecided)
         self._undecided = {study_id for study_id, _ in undecided}
@@ -242,6 +247,7 @@ class Engine:
 
     def _watch(self, arriving: Arriving) -> float:
         arrival = self._arrivals.look(arriving.id)
+        self._heeded.note(arriving.id, arrival)
         decision = weigh(
             arriving,
             arrival.selection,
@@ -271,7 +277,8 @@ class Engine:
         return self._settings.study.quiet_seconds - silent if silent >= 0 else 0.0
 
     def _is_stat(self, study_id: int, calling_ae: str) -> bool:
-        return study_id in self._suspicious or calling_ae in self._settings.study.stat_calling_ae_titles
+        urgent = study_id in self._suspicious or study_id in self._heeded.urgent
+        return urgent or calling_ae in self._settings.study.stat_calling_ae_titles
 
     def _work_ahead(self, arriving: Arriving, arrival: Arrival, *, whole: bool) -> None:
         """Put through the model what most likely are slabs of the study, once what is known of it lets the package.
@@ -344,7 +351,7 @@ class Engine:
         """What the gate and the board say of what is there of a study's selected series."""
         series, volume = arrival.selection.series, arrival.selection.volume
         assert series is not None and volume is not None
-        return self._cleared(package, admit(package, series.headers, volume, slabs))[0]
+        return self._cleared(package, admit(package, series.headers, volume, slabs, ordered=arrival.ordered))[0]
 
     def _board_now(self) -> Board:
         """The board with its newest decision."""
@@ -411,6 +418,7 @@ class Engine:
     def _decide(self, study_id: int, package: Package) -> None:
         """Ask the gate about one complete study."""
         arrival = self._arrivals.look(study_id)
+        self._heeded.decide(study_id, arrival)
         selection = arrival.selection
         inputs: list[list[str]] = []
         gone = self._ledger.removed_instances(study_id)
@@ -499,7 +507,7 @@ class Engine:
             waits = self._ledger.retry_waits(ready, RETRY_PATIENCE_SECONDS)
             row = self._ledger.take_analysis(
                 ready,
-                tuple(self._suspicious.copy()),
+                tuple(self._suspicious | self._heeded.urgent),
                 self._settings.study.stat_calling_ae_titles,
                 only_urgent=len(self._working) >= ANALYSES or (waits and bool(self._working)),
                 tried=False if self._working else True if waits else None,
@@ -550,6 +558,7 @@ class Engine:
         else:
             if not early:
                 self._suspicious.discard(row["study_id"])
+                self._heeded.urgent.discard(row["study_id"])
 
     def _ready(self, package: Package) -> bool:
         said = self._client.problem(package)

@@ -16,6 +16,7 @@ from appliance.intake.spool import Spool
 from appliance.ledger.doorbell import ring
 from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
+from appliance.services.orders import hear_orders, hl7_ports
 from appliance.services.process import STOP_SECONDS, inherited_sockets, service
 from appliance.settings import Intake, Settings, SettingsError
 from dicom_io.errors import ScansideError
@@ -72,7 +73,9 @@ def run_intake(settings: Settings) -> None:
             stack.callback(exporter.stop)
         wake_engine = partial(ring, settings.run_directory, "engine")
         receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
-        listeners = _listeners(settings.intake, Watchdog(), inherited_sockets())
+        watchdog, inherited = Watchdog(), inherited_sockets()
+        listeners = _listeners(settings.intake, watchdog, inherited)
+        orders = hear_orders(settings, ledger, watchdog, inherited, wake_engine, shortage, stopping)
         server = start_server(_server_options(settings.intake), listeners, receiver)
         reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
         for reporter in reporters:
@@ -92,6 +95,8 @@ def run_intake(settings: Settings) -> None:
         for reporter in reporters:
             reporter.stop()
         server.stop(STOP_SECONDS / 2)
+        if orders is not None:
+            orders.stop(STOP_SECONDS / 4)
 
 
 def _server_options(intake: Intake) -> ServerOptions:
@@ -122,11 +127,12 @@ def _listeners(intake: Intake, watchdog: Watchdog, inherited: Mapping[int, socke
         tls = intake.tls
         certificates = ServerCertificates(tls.certificate, tls.key, tls.client_authorities, tls.profile)
         listeners.append(listener(tls.port, certificates))
-    if unheard := sorted(set(inherited) - {one.port for one in listeners}):
+    served = {one.port for one in listeners} | set(hl7_ports(intake))
+    if unheard := sorted(set(inherited) - served):
         # A scanner would be connected there and never answered.
         raise SettingsError(
             f"systemd listens on port {', '.join(map(str, unheard))}, which intake does not serve",
-            "intake.port and intake.tls.port",
+            "intake.port, intake.tls.port, intake.hl7.port and intake.hl7.tls.port",
             "give the socket units (ListenStream=) the ports of the settings, and disable the one that is not needed",
         )
     return listeners

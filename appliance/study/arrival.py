@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from appliance.governance.ordered import NOTHING_ORDERED, Ordered, accessions, match_orders
 from appliance.ledger.store import Ledger, StoredInstance
 from appliance.study.grouping import Series, group
 from appliance.study.selection import Selection, considered, select
@@ -23,19 +24,29 @@ class Arrival:
     Attributes:
         rows: their numbers in the ledger.
         instances: by SOP Instance UID.
+        accessions: the accession numbers that they carry.
+        ordered: what orders say of the study; heard: the newest message when that was read.
     """
 
     rows: dict[int, StoredInstance] = field(default_factory=dict)
     instances: dict[str, StoredInstance] = field(default_factory=dict)
     series: tuple[Series, ...] = ()
     selection: Selection = field(default_factory=lambda: Selection(None, None, ()))
+    accessions: tuple[str, ...] = ()
+    ordered: Ordered = NOTHING_ORDERED
+    heard: int = 0
 
 
 class Arrivals:
-    """The studies that one thread watches."""
+    """The studies that one thread watches.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Args:
+        authority: who assigns patient IDs where an image does not say; None: no orders are heard.
+    """
+
+    def __init__(self, ledger: Ledger, authority: str | None = None) -> None:
         self._ledger = ledger
+        self._authority = authority
         self._studies: OrderedDict[int, Arrival] = OrderedDict()
 
     def look(self, study_id: int) -> Arrival:
@@ -51,7 +62,17 @@ class Arrivals:
             arrival.instances = {one.sop_instance_uid: one for one in arrival.rows.values()}
             arrival.series = group(one.header for one in arrival.instances.values())
             arrival.selection = _select(study_id, arrival.series)
+            arrival.accessions = accessions(one.header for one in arrival.instances.values())
+        if self._authority is not None:
+            self._hear(study_id, arrival, self._authority)
         return arrival
+
+    def _hear(self, study_id: int, arrival: Arrival, authority: str) -> None:
+        uid, first = self._ledger.begun(study_id)
+        candidates, heard = self._ledger.orders_for(arrival.accessions, uid)
+        headers = (one.header for one in arrival.instances.values())
+        arrival.ordered = match_orders(headers, candidates, self._ledger.names, authority, first)
+        arrival.heard = heard
 
     def forget(self, study_id: int) -> None:
         """Nothing more of it is expected for now."""

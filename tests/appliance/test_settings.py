@@ -73,11 +73,16 @@ def test_tls_is_optional_and_may_be_all_that_listens(tmp_path: Path) -> None:
 
 def test_init_writes_tls_behind_a_hash_and_in_full_where_it_is_wanted(tmp_path: Path) -> None:
     path = init.write(tmp_path / "a", {})
-    assert "#[intake.tls]\n" in path.read_text(encoding="utf-8")
-    uncommented = path.read_text(encoding="utf-8").replace("#[intake.tls]", "[intake.tls]").replace("#port", "port")
-    for key in ("certificate", "key"):
-        uncommented = uncommented.replace(f"#{key} =", f'{key} = "x.pem"')
-    assert load_settings(written(tmp_path / "a", uncommented)).intake.tls is not None
+    for name in ("intake.tls", "intake.hl7", "intake.hl7.tls"):
+        before, heading, rest = path.read_text(encoding="utf-8").partition(f"#[{name}]\n")
+        section, following, rest = rest.partition("\n\n") if heading else ("", "", "")
+        assert "#port = " in section
+        section = section.replace("#port", "port")
+        for key in ("certificate", "key"):
+            section = section.replace(f"#{key} =", f'{key} = "x.pem"')
+        path.write_text(f"{before}[{name}]\n{section}{following}{rest}", encoding="utf-8")
+    intake = load_settings(path).intake
+    assert intake.tls is not None and intake.hl7 is not None and intake.hl7.tls is not None
     wanted = {"certificate": "c.pem", "key": "k.pem", "port": 2763}
     section = load_settings(init.write(tmp_path / "b", {"intake": {"tls": wanted}})).intake.tls
     assert section is not None

@@ -12,7 +12,7 @@ import typer.main
 
 from appliance.cli import app
 from appliance.services.process import STOP_SECONDS
-from appliance.settings import Settings
+from appliance.settings import Hl7Intake, Hl7Tls, Settings
 from dicom_io.tls import DEFAULT_PORT
 from tests.peers import program
 from tests.systemd.machine import UNITS, install
@@ -127,7 +127,13 @@ def test_the_commands_exist() -> None:
 
 
 def test_the_ports_are_those_of_the_settings() -> None:
-    for name, port in (("scanside-intake", Settings().intake.port), ("scanside-intake-tls", DEFAULT_PORT)):
+    ports = {
+        "scanside-intake": Settings().intake.port,
+        "scanside-intake-tls": DEFAULT_PORT,
+        "scanside-hl7": Hl7Intake().port,
+        "scanside-hl7-tls": Hl7Tls.model_fields["port"].default,
+    }
+    for name, port in ports.items():
         assert read(UNITS / f"{name}.socket")["Socket"]["ListenStream"] == [str(port)]
 
 

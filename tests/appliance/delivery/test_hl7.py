@@ -21,15 +21,13 @@ from appliance.delivery.hl7 import (
     OUTCOMES,
     Acknowledgement,
     CodeError,
-    Deframer,
-    FramingError,
     MllpClient,
     control_id_of,
-    frame,
     outcome,
     parse_acknowledgement,
 )
 from appliance.delivery.tls import client_context
+from appliance.mllp import Deframer, FramingError, frame
 from dicom_io.errors import PeerError, ScansideError
 from tests.dicom_io.certificates import Authority, Pair
 
@@ -61,7 +59,7 @@ def test_deframer_finds_every_block_however_the_bytes_arrive(
     blocks: list[bytes], junk: list[bytes], cuts: list[int]
 ) -> None:
     stream = b"".join(j + b"\x0b" + b + b"\x1c\r" for j, b in zip(junk, blocks, strict=False)) + junk[-1]
-    deframer = Deframer()
+    deframer = Deframer(10**6)
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     found = [b for start, end in itertools.pairwise(edges) for b in deframer.feed(stream[start:end])]
     assert found == blocks
@@ -98,8 +96,8 @@ def test_deframer_holds_no_more_than_its_maximum_and_never_crashes(data: bytes, 
     ],
 )
 def test_deframer_is_lenient_with_careless_peers(stream: bytes, blocks: list[bytes]) -> None:
-    assert Deframer().feed(stream) == blocks
-    one_at_a_time = Deframer()
+    assert Deframer(10**6).feed(stream) == blocks
+    one_at_a_time = Deframer(10**6)
     assert [b for byte in stream for b in one_at_a_time.feed(bytes([byte]))] == blocks
 
 
@@ -135,7 +133,7 @@ def test_a_message_without_control_id_is_refused(text: str) -> None:
     ],
 )
 def test_the_words_of_an_acknowledgement_are_found(rest: str, text: str) -> None:
-    [block] = Deframer().feed(answer("AE", "MSG1", rest))
+    [block] = Deframer(10**6).feed(answer("AE", "MSG1", rest))
     read = parse_acknowledgement(block)
     assert read == Acknowledgement("AE", text, "MSG1", block.decode())
 
@@ -548,7 +546,7 @@ def test_a_committed_message_without_the_applications_answer_is_not_acknowledged
 
 def test_an_application_acknowledgement_that_asks_for_one_is_acknowledged() -> None:
     def script(connection: socket.socket, peer: Peer) -> None:
-        deframer = Deframer()
+        deframer = Deframer(10**6)
         while len(peer.received) < 4:  # our acknowledgement and the next message may come in one packet
             for block in deframer.feed(connection.recv(65536)):
                 peer.received.append(block)
