@@ -16,10 +16,11 @@ from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
-from appliance.services.delivery import dicom_peer, mail_server, mllp_client, webhook
+from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, webhook
 from appliance.settings import (
     Destination,
     DicomDestination,
+    DicomwebDestination,
     Hl7Destination,
     Hl7Tls,
     MailDestination,
@@ -30,6 +31,7 @@ from appliance.settings import (
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer, echo
 from dicom_io.tls import ServerCertificates
+from dicom_io.web import reach
 
 SOON_DAYS = 30
 """An approval or exception that ends within so many days is told."""
@@ -124,6 +126,10 @@ def _reach(destination: Destination, title: str) -> str:
             peer = dicom_peer(destination)
             echo(peer, title)
             return f"{peer} answers"
+        case DicomwebDestination():
+            there = archive(destination)
+            reach(there)
+            return f"{there} answers"
         case Hl7Destination():
             with mllp_client(destination) as client:
                 client.connect()

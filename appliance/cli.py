@@ -117,17 +117,21 @@ def _options(
 def init_(
     directory: Annotated[Path, typer.Argument(help="Folder for the configuration and all data.")],
     pacs: Annotated[str | None, typer.Option(help="PACS that receives findings, as AE@host:port.")] = None,
+    orthanc: Annotated[str | None, typer.Option(help="Orthanc that receives findings, as AE@host:port.")] = None,
+    dicomweb: Annotated[str | None, typer.Option(help="DICOMweb archive that receives findings, as a URL.")] = None,
     hl7: Annotated[str | None, typer.Option(help="Interface engine that receives alerts, as host:port.")] = None,
     port: Annotated[int, typer.Option(help="DICOM port to listen on.")] = 11112,
     ae_title: Annotated[str, typer.Option(help="Our application entity title.")] = "SCANSIDE",
 ) -> None:
     """Write a working configuration and make its folders."""
     destinations: list[dict[str, Any]] = []
-    if pacs:
-        peer = _peer(pacs)
-        destinations.append(
-            {"kind": "dicom", "name": "pacs", "ae_title": peer.ae_title, "host": peer.host, "port": peer.port}
-        )
+    for name, asked in (("pacs", pacs), ("orthanc", orthanc)):
+        if asked:
+            peer = _peer(asked)
+            address = {"ae_title": peer.ae_title, "host": peer.host, "port": peer.port}
+            destinations.append({"name": name, **init.PRESETS[name], **address})
+    if dicomweb:
+        destinations.append({"name": "dicomweb", **init.PRESETS["dicomweb"], "url": dicomweb})
     if hl7:
         host, _, number = hl7.rpartition(":")
         if not host or not number.isdecimal():

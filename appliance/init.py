@@ -11,8 +11,10 @@ from pydantic import BaseModel
 
 from appliance.settings import (
     DicomDestination,
+    DicomwebDestination,
     Hl7Destination,
     MailDestination,
+    ObjectKind,
     Settings,
     SettingsError,
     WebhookDestination,
@@ -24,6 +26,15 @@ _HEAD = """\
 # Configuration of scanside. A key behind "#" has the default that it shows; remove the "#" to change it.
 # Environment variables override this file: SCANSIDE_INTAKE__PORT=104. Try it with `scanside check`.
 """
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pacs": {"kind": "dicom", "objects": ["report", "capture"], "commitment": "if_offered"},
+    # Shows or at least keeps everything, and reports to the modality of our AE title in its DicomModalities.
+    "orthanc": {"kind": "dicom", "objects": list(get_args(ObjectKind)), "commitment": "required"},
+    "dicomweb": {"kind": "dicomweb", "objects": list(get_args(ObjectKind))},
+}
+"""What a destination of a kind is set up with."""
 
 
 def write(
@@ -51,6 +62,7 @@ def write(
             parts += _optionals(name, kind, wanted.get(name, {}))
     kinds: dict[str, type[BaseModel]] = {
         "dicom": DicomDestination,
+        "dicomweb": DicomwebDestination,
         "hl7": Hl7Destination,
         "mail": MailDestination,
         "webhook": WebhookDestination,

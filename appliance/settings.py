@@ -332,6 +332,16 @@ class ClientTls(_Section):
         return self
 
 
+ObjectKind = Literal["report", "capture", "segmentation", "presentation", "selection"]
+_PLAIN: tuple[ObjectKind, ...] = ("report", "capture")
+_EVERYTHING: tuple[ObjectKind, ...] = get_args(ObjectKind)
+_OBJECTS = (
+    "Which objects it receives, the first first: report (SR), capture (pictures: a summary and each key slab), "
+    "segmentation (SEG), presentation (GSPS of each key slab), selection (key object selection). Where it takes no "
+    "report, the summary goes there instead."
+)
+
+
 class DicomDestination(_Section):
     """A PACS or archive that findings are stored to."""
 
@@ -340,11 +350,7 @@ class DicomDestination(_Section):
     ae_title: AeTitle = Field(description="Its application entity title.")
     host: str = Field(description="Its address.")
     port: Port = Field(description="Its DICOM port.")
-    objects: list[Literal["report", "capture", "segmentation", "presentation", "selection"]] = Field(
-        default_factory=lambda: ["report", "capture"],  # type: ignore[arg-type]
-        description="Which objects it receives: report (SR), capture (a picture of each key slab), segmentation (SEG), "
-        "presentation (GSPS of each key slab), selection (key object selection). Order has no meaning.",
-    )
+    objects: list[ObjectKind] = Field(default_factory=lambda: list(_PLAIN), description=_OBJECTS)
     commitment: Literal["if_offered", "required", "no"] = Field(
         "if_offered",
         description="Storage commitment: a delivery is done once the peer has committed itself to keep it; if_offered: "
@@ -354,6 +360,31 @@ class DicomDestination(_Section):
         600.0, gt=0, le=86400, description="A report that takes longer is asked for anew."
     )
     tls: ClientTls | None = Field(None, description="Speak DICOM over TLS (PS3.15 B.12).")
+
+
+class DicomwebDestination(_Section):
+    """An archive that findings are stored to by STOW-RS."""
+
+    kind: Literal["dicomweb"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    url: str = Field(
+        pattern=r"^(https://[^\s/]+(/\S*)?|http://(127\.0\.0\.1|localhost)(:\d+)?(/\S*)?)$",
+        description="Its DICOMweb service, such as https://archive/dicom-web: https, or http to this machine.",
+    )
+    objects: list[ObjectKind] = Field(default_factory=lambda: list(_EVERYTHING), description=_OBJECTS)
+    username: str = Field("", description="Name to log in with (Basic); empty: no such login.")
+    password_file: Path | None = Field(None, description="File that holds the password, and nothing else.")
+    token_file: Path | None = Field(None, description="File that holds a bearer token, and nothing else.")
+    answer_seconds: float = Field(30.0, gt=0, le=300, description="Longest wait for each piece of the answer.")
+    tls: ClientTls | None = Field(None, description="Whom we trust, and our own certificate.")
+
+    @model_validator(mode="after")
+    def _one_login(self) -> DicomwebDestination:
+        if self.token_file is not None and (self.username or self.password_file is not None):
+            raise ValueError("token_file and username do not go together")
+        if bool(self.username) != (self.password_file is not None):
+            raise ValueError("username and password_file go together")
+        return self
 
 
 _AFTER = Field(
@@ -440,8 +471,11 @@ class WebhookDestination(_Section):
 
 AlertDestination = Hl7Destination | MailDestination | WebhookDestination
 """What tells people or systems of an alert."""
+ImageDestination = DicomDestination | DicomwebDestination
+"""What stores objects."""
 Destination = Annotated[
-    DicomDestination | Hl7Destination | MailDestination | WebhookDestination, Field(discriminator="kind")
+    DicomDestination | DicomwebDestination | Hl7Destination | MailDestination | WebhookDestination,
+    Field(discriminator="kind"),
 ]
 
 
@@ -574,7 +608,7 @@ class Settings(BaseSettings):
     @property
     def alert_destinations(self) -> tuple[AlertDestination, ...]:
         """Who is told of alerts: those told at once first, then the steps of the escalation in their order."""
-        told = [one for one in self.destination if not isinstance(one, DicomDestination)]
+        told = [one for one in self.destination if not isinstance(one, ImageDestination)]
         return tuple(sorted(told, key=lambda one: one.after_seconds))
 
     @property
@@ -711,7 +745,7 @@ def section_of(kind: Any) -> type[BaseModel] | None:
 def _sentence(error: Any) -> str:
     """One validation error as "key: what is wrong with it"."""
     # Of a destination the name of its kind is in it, which nobody wrote.
-    kinds = ("dicom", "hl7", "mail", "webhook") if error["loc"][:1] == ("destination",) else ()
+    kinds = ("dicom", "dicomweb", "hl7", "mail", "webhook") if error["loc"][:1] == ("destination",) else ()
     key = ".".join(str(part) for part in error["loc"] if part not in kinds) or "settings"
     if error["type"] == "extra_forbidden":
         return f"{key}: there is no such key"
@@ -736,6 +770,7 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
 __all__ = [
     "AlertDestination",
     "DicomDestination",
+    "DicomwebDestination",
     "Hl7Destination",
     "InitSettingsSource",
     "MailDestination",

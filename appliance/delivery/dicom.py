@@ -33,7 +33,7 @@ def store(path: Path, peer: Peer, calling_ae: str, *, commitment: bool = False) 
     try:
         (result,) = send([path], peer, calling_ae)
     except NotAccepted as refusal:
-        return "reject", str(refusal)
+        return "decline", str(refusal)
     if not result.error:
         return stored, "" if result.status == 0 else f"warning 0x{result.status:04X}"
     if result.status == DUPLICATE:

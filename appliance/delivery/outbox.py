@@ -23,10 +23,12 @@ _SAID = {
     "store": "stored, storage commitment is asked for",
     "retry": "try again in {wait:g} s",
     "reject": "rejected",
+    "decline": "not taken there",
 }
 
-Result = tuple[Literal["acknowledge", "store", "retry", "reject"], str]
-"""What became of one try, and what the peer said. "store": it has it, and is still to be asked to keep it."""
+Result = tuple[Literal["acknowledge", "store", "retry", "reject", "decline"], str]
+"""What became of one try, and what the peer said. "store": it has it, and is still to be asked to keep it; "decline":
+it takes no objects of this kind."""
 
 
 class Worker(threading.Thread):
@@ -130,7 +132,7 @@ class Worker(threading.Thread):
     def _settle(
         self,
         row: Row,
-        outcome: Literal["acknowledge", "store", "retry", "reject", "give_up"],
+        outcome: Literal["acknowledge", "store", "retry", "reject", "decline", "give_up"],
         reason: str,
         *,
         wait_seconds: float = 0.0,

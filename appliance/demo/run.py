@@ -29,6 +29,7 @@ from rich.table import Table
 from appliance import init
 from appliance.demo.hospital import SCANNER_AE, Hospital, start_hospital
 from appliance.demo.orthanc import LOOPBACK, free_ports
+from appliance.findings.render import SUMMARY
 from appliance.governance.board import make_exception
 from appliance.governance.package import load_configured
 from appliance.inference.triton import TritonClient
@@ -418,10 +419,10 @@ def _results(
 
 
 def _pictures(scan: Scan, report: dict[str, Any], settings: Settings, directory: Path) -> list[Path]:
-    """The captures as the PACS got them, as PNG files."""
+    """The captures of key slabs as the PACS got them, as PNG files."""
     paths = []
     for finding in report["findings"]:
-        if finding["object"].startswith("capture.") and finding["path"]:
+        if finding["object"].startswith("capture.") and finding["object"] != SUMMARY and finding["path"]:
             pixels = pydicom.dcmread(settings.findings_directory / finding["path"]).pixel_array
             name = f"{scan.label}-{report['id']}-{finding['object'].replace('.', '-')}.png"
             path = directory / "pictures" / name

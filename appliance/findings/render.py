@@ -32,6 +32,8 @@ REPORT, CAPTURE, SEGMENTATION, PRESENTATION, SELECTION = KINDS = (
     "selection",
 )
 """The kinds of objects, in order of urgency. Captures and presentations are numbered as the key slabs are."""
+SUMMARY = f"{CAPTURE}.summary"
+"""The first picture of the captures, and the only one of a negative verdict."""
 _NUMBERED = re.compile(rf"({CAPTURE}|{PRESENTATION})\.([1-9][0-9]*)")
 _TITLES = {
     REPORT: "report",
@@ -60,6 +62,7 @@ def objects_for(verdict: Verdict) -> tuple[str, ...]:
     numbers = range(1, len(verdict.key_slabs) + 1)
     return (
         REPORT,
+        SUMMARY,
         *(f"{CAPTURE}.{number}" for number in numbers),
         *((SEGMENTATION,) if any(slab.outlines for slab in verdict.slabs) else ()),
         *(f"{PRESENTATION}.{number}" for number in numbers),
@@ -129,7 +132,8 @@ def render(
     place = Place(
         *_uids(uid_root, verdict, revision, object_name),
         series_number=_SERIES_NUMBER + 10 * revision + 1 + KINDS.index(kind),
-        instance_number=number,
+        # Of the captures the summary is the first.
+        instance_number=number + (kind == CAPTURE and object_name != SUMMARY),
         series_description=f"{verdict.package} {_TITLES[kind]}{revised} (unverified)",
         created=issued_at.astimezone(),
     )
@@ -152,6 +156,21 @@ def render(
         )
     if kind == SEGMENTATION:
         return _segmentation(verdict, revision, sources, analysed, uid_root, algorithm, device, place)
+    if object_name == SUMMARY:
+        slabs = [verdict.slabs[index] for index in verdict.key_slabs]
+        header = _header(sources(slabs[0].sop_instance_uid if slabs else analysed[0]))
+        return capture.build_capture(
+            capture.summary(
+                [capture.key_image(hu_of(one.sop_instance_uid, one.frame), one.outlines, ()) for one in slabs],
+                wording.summary(verdict),
+            ),
+            header,
+            [_reference(_header(sources(one.sop_instance_uid)), one.frame) for one in slabs],
+            description=f"Summary of {wording.judged_by(verdict)}",
+            comment=f"{wording.TRIAGE_ONLY} {verdict.notice}",
+            device=device,
+            place=place,
+        )
     slab = verdict.slabs[verdict.key_slabs[number - 1]]
     path = sources(slab.sop_instance_uid)
     header = _header(path)
@@ -182,7 +201,7 @@ def render(
     return capture.build_capture(
         _picture(verdict, slab, hu_of),
         header,
-        image,
+        [image],
         description=f"Key slab {slab.index + 1}, window 40/80, outline by {wording.judged_by(verdict)}",
         comment=f"{wording.TRIAGE_ONLY} {verdict.notice}",
         device=device,

@@ -58,6 +58,21 @@ def banner(verdict: Verdict, slab: SlabResult) -> tuple[str, ...]:
     )
 
 
+def summary(verdict: Verdict) -> tuple[str, ...]:
+    """What stands in the picture that sums up a verdict; no word of it identifies the patient."""
+    found = f"Haemorrhage suspected: {kinds(verdict.subtypes)}" if verdict.positive else "No haemorrhage found"
+    slabs = ", ".join(str(verdict.slabs[index].index + 1) for index in verdict.key_slabs)
+    return (
+        found,
+        impression(verdict),
+        *(f"{name}: {probability:.3f}" for name, probability in sorted(verdict.subtypes.items())),
+        *((f"Key slabs of {len(verdict.slabs)}: {slabs}",) if slabs else ()),
+        *(f"Limitation: {one}" for one in verdict.limitations),
+        TRIAGE_ONLY,
+        verdict.notice,
+    )
+
+
 def label(verdict: Verdict, slab: SlabResult) -> tuple[str, ...]:
     """What stands beside one key slab in a viewer, in short lines."""
     sentences = (

@@ -14,6 +14,9 @@ from appliance.ledger.database import LedgerError, Row, later, now, seconds_betw
 from appliance.ledger.escalation import Escalation
 from appliance.ledger.states import DELIVERY, step
 
+INSTEAD = {"report": "capture.summary"}
+"""What a destination gets that takes no object of the kind of the first: a picture that says the same."""
+
 
 class Outbox(Escalation):
     """The part of the ledger that findings and delivery work with."""
@@ -171,7 +174,7 @@ class Outbox(Escalation):
     def settle_delivery(
         self,
         row: Row,
-        outcome: Literal["acknowledge", "store", "retry", "reject", "give_up"],
+        outcome: Literal["acknowledge", "store", "retry", "reject", "decline", "give_up"],
         reason: str = "",
         *,
         wait_seconds: float = 0.0,
@@ -180,8 +183,8 @@ class Outbox(Escalation):
     ) -> bool:
         """Record what became of a taken delivery; a retry is due after ``wait_seconds``.
 
-        With ``budget_seconds``, an acknowledgement later than that after the study's last instance marks
-        the verdict late.
+        "decline" is a rejection because the destination takes no such objects; see `INSTEAD`. With ``budget_seconds``,
+        an acknowledgement later than that after the study's last instance marks the verdict late.
 
         Args:
             steps: names of the destinations that are steps of the escalation.
@@ -194,13 +197,15 @@ class Outbox(Escalation):
             "store": Event.DELIVERY_STORED,
             "retry": Event.DELIVERY_RETRIED,
             "reject": Event.DELIVERY_REJECTED,
+            "decline": Event.DELIVERY_REJECTED,
             "give_up": Event.DELIVERY_DEAD,
         }
         values: dict[str, Any] = {"reason": reason, "due_at": later(wait_seconds)}
         if outcome == "acknowledge":
             values["acknowledged_at"] = now()
         with self._write() as connection:
-            self._move_delivery(connection, row["id"], outcome, **values)
+            declined = outcome == "decline"
+            self._move_delivery(connection, row["id"], "reject" if declined else outcome, **values)
             self._append(
                 connection,
                 names[outcome],
@@ -214,7 +219,28 @@ class Outbox(Escalation):
                 self._mark_late(connection, row, budget_seconds)
             if outcome == "acknowledge":
                 self._spare_steps(connection, row, steps)
+            if declined and row["object"] in INSTEAD:
+                self._instead(connection, row, INSTEAD[row["object"]])
             return outcome in ("reject", "give_up") and self._failed_all(connection, row["finding_id"])
+
+    def _instead(self, connection: sa.Connection, row: Row, name: str) -> None:
+        """Deliver another object of the same verdict to the destination that takes none of this kind, once."""
+        d, f = t.delivery.c, t.finding.c
+        verdict_id = sa.select(f.verdict_id).where(f.id == row["finding_id"]).scalar_subquery()
+        key = connection.scalar(sa.select(f.id).where(f.verdict_id == verdict_id, f.object == name))
+        there = sa.select(d.id).where(d.finding_id == key, d.destination == row["destination"])
+        if key is None or connection.execute(there).first() is not None:
+            return
+        connection.execute(
+            t.delivery.insert().values(
+                finding_id=key,
+                destination=row["destination"],
+                urgency=row["urgency"],
+                state=step(DELIVERY, "", "create"),
+                due_at=now(),
+                reason=f"in place of the {row['object']}",
+            )
+        )
 
     def _mark_late(self, connection: sa.Connection, row: Row, budget_seconds: float) -> None:
         last = connection.scalar(sa.select(t.study.c.last_instance_at).where(t.study.c.id == row["study_id"]))

@@ -6,7 +6,7 @@ import itertools
 import json
 import sqlite3
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -77,6 +77,7 @@ class NewFinding:
         path: file below the findings folder, if it is already rendered.
         destinations: names of destinations.
         urgency: 0 is delivered first.
+        urgencies: of a destination that has an order of its own.
         held_seconds: so long after the verdict it is a step of the escalation; 0: it is delivered at once.
         failed: why it can never be delivered; it is then a dead letter as soon as deliveries are looked at.
     """
@@ -88,6 +89,7 @@ class NewFinding:
     urgency: int
     held_seconds: float = 0.0
     failed: str = ""
+    urgencies: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -867,7 +869,7 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders):
                     {"finding": key, "analysis": analysis["id"], "study": study_id},
                     new.object,
                     destination,
-                    new.urgency,
+                    new.urgencies.get(destination, new.urgency),
                     issued_at,
                     held_seconds=new.held_seconds,
                     positive=verdict.positive,

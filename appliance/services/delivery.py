@@ -10,6 +10,7 @@ from pathlib import Path
 
 from appliance.delivery.commitment import Asker
 from appliance.delivery.dicom import store
+from appliance.delivery.dicomweb import authorization, store_web
 from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
@@ -24,6 +25,7 @@ from appliance.settings import (
     ClientTls,
     Destination,
     DicomDestination,
+    DicomwebDestination,
     Hl7Destination,
     MailDestination,
     Settings,
@@ -31,6 +33,7 @@ from appliance.settings import (
 )
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer
+from dicom_io.web import Archive
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +148,17 @@ def dicom_peer(destination: DicomDestination) -> Peer:
     return Peer(destination.ae_title, destination.host, destination.port, context)
 
 
+def archive(destination: DicomwebDestination) -> Archive:
+    """The archive of a DICOMweb destination; its files are read anew.
+
+    Raises:
+        ScansideError: one of them cannot be used.
+    """
+    context = context_of(destination.tls) if destination.url.startswith("https:") else None
+    login = authorization(destination.username, destination.password_file, destination.token_file)
+    return Archive(destination.url.rstrip("/"), context, login, destination.answer_seconds)
+
+
 def _asker(settings: Settings, ledger: Ledger, destination: Destination) -> Callable[[], bool]:
     """What asks a destination for storage commitment; of another kind than DICOM there is nothing to ask."""
     if not isinstance(destination, DicomDestination):
@@ -222,6 +236,8 @@ def _deliverer(settings: Settings, destination: Destination, stack: ExitStack) -
             return lambda row: store(
                 folder / row["path"], dicom_peer(destination), settings.intake.ae_title, commitment=promised
             )
+        case DicomwebDestination():
+            return lambda row: store_web(folder / row["path"], row["uid"], archive(destination))
         case Hl7Destination():
             return _hl7_sender(folder, destination, stack)
         case MailDestination():

@@ -13,7 +13,17 @@ from pathlib import Path
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from appliance.findings.render import CAPTURE, KINDS, REPORT, kind_of, object_uid, objects_for, package_device, render
+from appliance.findings.render import (
+    CAPTURE,
+    KINDS,
+    REPORT,
+    SUMMARY,
+    kind_of,
+    object_uid,
+    objects_for,
+    package_device,
+    render,
+)
 from appliance.governance.board import APPROVAL, INTEGRITY
 from appliance.governance.indication import Admission
 from appliance.governance.package import Package
@@ -25,7 +35,7 @@ from appliance.ledger.doorbell import ring
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.telling import Message, message, messages
-from appliance.settings import DicomDestination, Hl7Destination, Settings
+from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
 
@@ -88,14 +98,18 @@ class Issuer:
         findings = self._alerts(row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source))
         for name in objects_for(verdict):
             kind = kind_of(name)
-            takers = tuple(
-                one.name
+            takers = {
+                one.name: 10 * (1 + one.objects.index(kind))
                 for one in self._settings.destination
-                if isinstance(one, DicomDestination) and kind in one.objects
-            )
+                if isinstance(one, ImageDestination)
+                and kind in one.objects
+                # Of a negative study there is nothing to show: its picture only stands in for a report.
+                and (verdict.positive or name != SUMMARY or REPORT not in one.objects)
+            }
             if takers or kind in _ALWAYS:
                 uid = object_uid(self._settings.box.uid_root, *key, revision, name)
-                findings.append(NewFinding(name, uid, None, () if shadow else takers, URGENCY[kind]))
+                names = () if shadow else tuple(takers)
+                findings.append(NewFinding(name, uid, None, names, URGENCY[kind], urgencies=takers))
         last = self._ledger.last_instance_at(row["study_id"])
         nobody = verdict.positive and not shadow and not self._settings.alert_destinations
         untold = "no destination of alerts is configured" if nobody else ""

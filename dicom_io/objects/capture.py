@@ -40,7 +40,8 @@ def key_image(
     Args:
         hu: Hounsfield units, (rows, columns).
         outlines: closed polygons of (column, row) in pixels of `hu`, pixel centres at integers.
-        banner: lines of text; a line too long for the picture is broken between words. The first stands out.
+        banner: lines of text, none for no strip; a line too long for the picture is broken between words. The first
+            stands out.
 
     Returns: RGB, (rows × zoom + banner, columns × zoom, 3), zoom = `zoom(columns)`.
     """
@@ -57,7 +58,30 @@ def key_image(
         fixed = np.rint(points * 2**bits).astype(np.int32)[:, None, :]
         cv2.polylines(picture, [fixed], True, (0, 0, 0), _OUTLINE + 4, cv2.LINE_AA, bits)
         cv2.polylines(picture, [fixed], True, OUTLINE_COLOR, _OUTLINE, cv2.LINE_AA, bits)
-    return np.vstack([picture, _strip(banner, size[0])])
+    return np.vstack([picture, _strip(banner, size[0])]) if banner else picture
+
+
+def summary(pictures: Sequence[NDArray[np.uint8]], lines: Sequence[str]) -> NDArray[np.uint8]:
+    """What was found, in words below small pictures of where.
+
+    Args:
+        pictures: from `key_image`, of the same size; none, or up to three.
+        lines: as the banner of `key_image`.
+
+    Returns: RGB, (rows, 1024, 3).
+    """
+    strip = _strip(lines, _WANTED_COLUMNS)
+    if not pictures:
+        return strip
+    width = _WANTED_COLUMNS // max(3, len(pictures))
+    small = [
+        cv2.resize(one, (width, round(width * one.shape[0] / one.shape[1])), interpolation=cv2.INTER_AREA)
+        for one in pictures
+    ]
+    row = np.full((max(len(one) for one in small), _WANTED_COLUMNS, 3), _STRIP_COLOR, np.uint8)
+    for place, one in enumerate(small):
+        row[: len(one), place * width : (place + 1) * width] = one
+    return np.vstack([row, strip])
 
 
 def png(picture: NDArray[np.uint8]) -> bytes:
@@ -70,7 +94,7 @@ def png(picture: NDArray[np.uint8]) -> bytes:
 def build_capture(
     picture: NDArray[np.uint8],
     source: Dataset,
-    image: ImageReference,
+    images: Sequence[ImageReference],
     *,
     description: str,
     comment: str,
@@ -83,7 +107,8 @@ def build_capture(
 
     Args:
         picture: from `key_image`, (rows, columns, 3).
-        source: header of the image that was drawn on; `image` refers to it.
+        source: header of an image of the series that was drawn on.
+        images: what was drawn on.
         description: how the picture was derived.
         comment: the notice, repeated where a viewer shows Image Comments.
 
@@ -100,10 +125,11 @@ def build_capture(
     made.BurnedInAnnotation = "NO"
     made.DerivationDescription = fit(made, description, 1024)
     made.ImageComments = fit(made, comment, 10240)
-    made.PatientOrientation = _orientation(source)
+    made.PatientOrientation = _orientation(source) if len(images) == 1 else ""
     keep_body_part(source, made)
     keep_lossy(source, made)
-    made.SourceImageSequence = DicomSequence([source_item(image)])
+    if images:
+        made.SourceImageSequence = DicomSequence([source_item(image) for image in images])
 
     made.SamplesPerPixel = 3
     made.PhotometricInterpretation = "RGB"

@@ -85,6 +85,22 @@ IDENTITY = (
 )
 """What an object takes from its source, value by value."""
 
+_DOCUMENTS = ("SR", "KO")
+"""Modalities of documents: they name a request in Referenced Request Sequence (PS3.3 C.17.2, C.17.6.2), others in
+Request Attributes Sequence (C.7.3.1)."""
+_REQUEST = (
+    "StudyInstanceUID",
+    "ReferencedStudySequence",
+    "AccessionNumber",
+    "IssuerOfAccessionNumberSequence",
+    "PlacerOrderNumberImagingServiceRequest",
+    "FillerOrderNumberImagingServiceRequest",
+    "RequestedProcedureID",
+    "RequestedProcedureDescription",
+    "RequestedProcedureCodeSequence",
+)
+_REQUEST_TYPE_2 = frozenset(_REQUEST) - {"StudyInstanceUID", "IssuerOfAccessionNumberSequence"}
+
 # The values of these are characters, so their bytes mean the same under every transfer syntax.
 _CHARACTERS = frozenset(
     ("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
@@ -176,6 +192,12 @@ def begin(sop_class_uid: str, modality: str, source: Dataset, device: Device, pl
     ):
         made.DeidentificationMethod = "not stated by the source"  # type 1C, and the source left it out
 
+    if modality in _DOCUMENTS:
+        if requests := _requests(source):
+            made.ReferencedRequestSequence = requests
+    else:
+        _carry(source, made, tag_for_keyword("RequestAttributesSequence"))
+
     made.SOPClassUID = sop_class_uid
     made.SOPInstanceUID = place.sop_instance_uid
     made.Modality = modality
@@ -263,6 +285,22 @@ def _carry(source: Dataset, made: Dataset, tag: int | None) -> None:
             made[tag] = RawDataElement(BaseTag(tag), vr, len(value), value, 0, False, True)
     elif not source[tag].is_empty or _keyword_is_type_2(tag):
         made.add(source[tag])
+
+
+def _requests(source: Dataset) -> Sequence:
+    """The requests that the source was acquired for, as a document refers to them; what it does not know is empty."""
+    found = []
+    for request in source.get("RequestAttributesSequence") or ():
+        made = Dataset()
+        for keyword in _REQUEST:
+            tag = tag_for_keyword(keyword)
+            # What an image says once for all requests stands outside of them.
+            of_study = keyword not in request and keyword in ("StudyInstanceUID", "AccessionNumber", _REQUEST[3])
+            _carry(source if of_study else request, made, tag)
+            if keyword not in made and keyword in _REQUEST_TYPE_2:
+                setattr(made, keyword, Sequence() if dictionary_VR(str(keyword)) == "SQ" else "")
+        found.append(made)
+    return Sequence(found)
 
 
 def _carry_item(source: Dataset) -> Dataset:

@@ -20,7 +20,7 @@ from tests.appliance.intake.test_retention import Box
 from tests.findings_support import Series, ct_series, verdict_on
 
 EVERYTHING = ["selection", "presentation", "segmentation", "capture", "report"]
-TWICE = ["capture.1", "capture.2"]
+PICTURES = ["capture.summary", "capture.1", "capture.2"]
 
 
 class Issued:
@@ -91,19 +91,50 @@ def seen(issued: Issued, **changes: object) -> Verdict:
     return replace(verdict, slabs=slabs, **changes)  # type: ignore[arg-type]
 
 
-def test_each_archive_gets_what_it_takes_in_order_of_urgency(issued: Issued) -> None:
+def test_each_archive_gets_what_it_takes_in_its_own_order(issued: Issued) -> None:
     issued.issue(seen(issued))
-    assert issued.delivered("plain") == ["report", *TWICE]
+    assert issued.delivered("plain") == ["report", *PICTURES]
     assert issued.delivered("all") == [
-        "report", *TWICE, "segmentation", "presentation.1", "presentation.2", "selection",
+        "selection", "presentation.1", "presentation.2", "segmentation", *PICTURES, "report",
     ]  # fmt: skip
+
+
+def test_of_a_negative_study_the_picture_stands_in_for_a_report(tmp_path: Path) -> None:
+    issued = Issued(tmp_path, plain=["report", "capture"], pictures=["capture"], marks=["segmentation"])
+    issued.issue(replace(verdict_on(issued.series, positive=False), slabs=()))
+    row = issued.box.ledger.take_delivery("plain")
+    assert row is not None and row["object"] == "report"
+    issued.box.ledger.settle_delivery(row, "decline", "it accepts none of what was proposed")
+    assert issued.delivered("plain") == issued.delivered("pictures") == ["capture.summary"]
+    assert issued.delivered("marks") == []
+    (report, *_) = [one for one in study_report(issued.box.ledger, 1)["deliveries"] if one["object"] == "report"]
+    assert (report["state"], report["reason"]) == ("rejected", "it accepts none of what was proposed")
+    issued.box.ledger.close()
+
+
+def test_a_picture_stands_in_once(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    row = issued.box.ledger.take_delivery("plain")
+    assert row is not None and row["object"] == "report"
+    issued.box.ledger.settle_delivery(row, "decline", "no")
+    assert issued.delivered("plain") == PICTURES
+
+
+def test_what_is_refused_for_itself_is_not_replaced(tmp_path: Path) -> None:
+    issued = Issued(tmp_path, plain=["report"])
+    issued.issue(seen(issued))
+    row = issued.box.ledger.take_delivery("plain")
+    assert row is not None
+    issued.box.ledger.settle_delivery(row, "reject", "0xC000")
+    assert issued.delivered("plain") == []
+    issued.box.ledger.close()
 
 
 def test_what_nobody_takes_is_not_made_but_for_report_and_pictures(tmp_path: Path) -> None:
     issued = Issued(tmp_path, plain=["selection"])
     issued.issue(seen(issued))
     made = {path.stem for path in issued.box.settings.findings_directory.rglob("*.dcm")}
-    assert made == {"report", *TWICE, "selection"}
+    assert made == {"report", *PICTURES, "selection"}
     assert issued.delivered("plain") == ["selection"]
     issued.box.ledger.close()
 

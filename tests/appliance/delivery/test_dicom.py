@@ -108,5 +108,5 @@ def test_a_class_that_the_peer_does_not_take_is_final_and_says_so(tmp_path: Path
     path = save(ct(head(12, False), 12, SOPClassUID=SegmentationStorage), tmp_path / "finding.dcm")
     with serving(Recorder()) as server:
         outcome, said = store(path, Peer("SCANSIDE", "127.0.0.1", server.port), "SCANSIDE")
-    assert outcome == "reject"
+    assert outcome == "decline"
     assert "accepts none of what was proposed (Segmentation Storage)" in said

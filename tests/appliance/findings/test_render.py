@@ -37,12 +37,12 @@ def zone() -> Iterator[None]:
     time.tzset()
 
 
-def test_a_positive_verdict_has_every_object_and_a_negative_one_a_report(series: Series) -> None:
+def test_a_positive_verdict_has_every_object_and_a_negative_one_report_and_summary(series: Series) -> None:
     assert objects_for(verdict_on(series)) == (
-        *("report", "capture.1", "capture.2"),
+        *("report", "capture.summary", "capture.1", "capture.2"),
         *("segmentation", "presentation.1", "presentation.2", "selection"),
     )
-    assert objects_for(verdict_on(series, positive=False)) == ("report",)
+    assert objects_for(verdict_on(series, positive=False)) == ("report", "capture.summary")
 
 
 def test_where_nothing_is_outlined_there_is_no_segmentation(series: Series) -> None:
@@ -87,7 +87,9 @@ def test_a_slabs_slices_are_those_that_it_was_averaged_from(
     assert slices_of(verdict, volume) == [[volume.planes[m] for m in plan.members] for plan in plans]
 
 
-@pytest.mark.parametrize("name", ["report", "capture.1", "capture.2", "segmentation", "presentation.1", "selection"])
+@pytest.mark.parametrize(
+    "name", ["report", "capture.summary", "capture.2", "segmentation", "presentation.1", "selection"]
+)
 def test_rendering_twice_gives_the_same_bytes(name: str, series: Series) -> None:
     verdict = verdict_on(series)
     first = part10(rendered(series, verdict, name))
@@ -98,7 +100,7 @@ def test_rendering_twice_gives_the_same_bytes(name: str, series: Series) -> None
 def test_each_object_is_its_own_instance_and_each_revision_another(series: Series) -> None:
     verdict = verdict_on(series)
     made = [rendered(series, verdict, name, revision=revision) for name in objects_for(verdict) for revision in (1, 2)]
-    assert len({ds.SOPInstanceUID for ds in made}) == 14
+    assert len({ds.SOPInstanceUID for ds in made}) == 16
     assert len({ds.SeriesInstanceUID for ds in made}) == 10  # the kinds of objects, of either revision
     assert len({ds.SeriesNumber for ds in made}) == 10
     assert {ds.StudyInstanceUID for ds in made} == {series.study_uid}
@@ -111,7 +113,8 @@ def test_the_instance_uid_is_the_one_that_the_ledger_can_compute(series: Series)
     assert made.SOPInstanceUID == object_uid(
         "1.2.826.0.1.3680043.8.498", series.study_uid, "ich_reference", "0.1.0", 3, "capture.2"
     )
-    assert made.InstanceNumber == 2
+    assert made.InstanceNumber == 3  # the summary is the first
+    assert rendered(series, verdict, "capture.summary").InstanceNumber == 1
 
 
 @pytest.mark.parametrize(

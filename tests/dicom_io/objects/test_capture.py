@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import Dataset
 
+from appliance.findings.wording import TRIAGE_ONLY, summary
 from dicom_io.objects.capture import OUTLINE_COLOR, key_image, png, zoom
 from dicom_io.objects.common import part10
 from tests.findings_support import SIZE, SQUARE, ct_series, dciodvfy_errors, rendered, verdict_on
@@ -97,7 +98,7 @@ def test_it_says_what_it_is(captured: tuple[Dataset, Dataset, Path]) -> None:
     assert reference.ReferencedSOPClassUID == source.SOPClassUID
     assert (made.SeriesNumber, made.InstanceNumber, made.SeriesDescription) == (
         9012,
-        1,
+        2,
         "ich_reference key images (unverified)",
     )
 
@@ -132,3 +133,26 @@ def test_no_patient_identity_is_burned_in(tmp_path: Path) -> None:
     other = ct_series(tmp_path / "other", name="Roe^Richard", count=3, change=lambda ds: setattr(ds, "PatientID", "X"))
     pictures = [rendered(series, verdict_on(series), "capture.1").PixelData for series in (one, other)]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_the_summary_is_a_valid_picture_that_names_nobody(positive: bool, tmp_path: Path) -> None:
+    series = ct_series(tmp_path)
+    verdict = verdict_on(series, positive=positive)
+    made = rendered(series, verdict, "capture.summary")
+    path = tmp_path / "summary.object"
+    path.write_bytes(part10(made))
+    assert dciodvfy_errors(path) == []
+    slabs = [verdict.slabs[index].sop_instance_uid for index in verdict.key_slabs]
+    assert [one.ReferencedSOPInstanceUID for one in made.get("SourceImageSequence", [])] == slabs
+    picture = made.pixel_array
+    assert picture.shape[1] == 1024
+    yellow = (picture[..., 0] > 200) & (picture[..., 1] > 150) & (picture[..., 2] < 60)
+    assert yellow[60 : 1024 // 3].any() == positive  # outlines, where else are lines in white
+    assert made.PatientOrientation in ("", None)
+    said = " ".join(summary(verdict))
+    for part in (verdict.notice, TRIAGE_ONLY, *verdict.limitations):
+        assert part in said
+    assert ("No haemorrhage found" in said) != positive
+    for part in (series.header().PatientID, str(series.header().PatientName), series.header().AccessionNumber):
+        assert part not in said

@@ -93,7 +93,7 @@ def test_the_viewer_lists_every_object_and_meets_no_error(seen: Seen) -> None:
     assert all(one["shown"] for one in listed.values())
     # What OHIF lists and does not open: presentation states and key objects.
     assert {name for name, one in listed.items() if one["unsupported"]} == {"PR", "KO"}
-    assert listed["OT"]["images"] == len(seen.verdict["key_slabs"])
+    assert listed["OT"]["images"] == 1 + len(seen.verdict["key_slabs"])
     assert "key images" in listed["OT"]["description"]
 
 
@@ -136,6 +136,6 @@ def test_the_report_opens_on_its_slice_with_its_region(seen: Seen) -> None:
     assert labels["Probability of intracranial hemorrhage"].startswith(f"{seen.verdict['probability']:.2f}")
 
 
-def test_the_capture_opens(seen: Seen) -> None:
+def test_the_captures_open_with_their_summary(seen: Seen) -> None:
     assert seen.page["capture"]["index"] == 0
     assert seen.page["capture"]["instance"] not in seen.place

@@ -1,0 +1,204 @@
+"""STOW-RS: what an archive answers and what becomes of the delivery; a real Orthanc; logins, TLS, and who hangs up."""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+
+from appliance.delivery.dicomweb import authorization, store_web
+from appliance.delivery.tls import client_context
+from appliance.demo.orthanc import DICOMWEB, find_orthanc, free_port, start_orthanc
+from dicom_io.errors import PeerError, ScansideError
+from dicom_io.objects.common import part10
+from dicom_io.web import Archive, reach
+from tests.dicom_io.certificates import Authority
+from tests.findings_support import ct_series, rendered, verdict_on
+
+UID = "2.25.1"
+
+
+class Service(ThreadingHTTPServer):
+    """An archive of ours that answers as told, and keeps what it was sent."""
+
+    def __init__(self, status: int, content: bytes, context: ssl.SSLContext | None) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.content = status, content
+        self.heard: list[tuple[str, str, dict[str, str], bytes]] = []
+        if context is not None:
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def archive(self, **options: Any) -> Archive:
+        scheme = "https" if options.get("context") else "http"
+        return Archive(f"{scheme}://127.0.0.1:{self.server_address[1]}/dicom-web", **options)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers every request as its service is told; 0 hangs up."""
+
+    server: Service
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.heard.append((self.command, self.path, dict(self.headers), body))
+        if self.server.status == 0:
+            return
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(self.server.content)))
+        if 300 <= self.server.status < 400:
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def service(status: int = 200, content: Any = b"", context: ssl.SSLContext | None = None) -> Iterator[Service]:
+    one = Service(status, content if isinstance(content, bytes) else json.dumps(content).encode(), context)
+    try:
+        yield one
+    finally:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture
+def finding(tmp_path: Path) -> Path:
+    path = tmp_path / "finding.dcm"
+    path.write_bytes(bytes(range(256)) * 40)
+    return path
+
+
+def sequence(tag: str, uid: str = UID, **reasons: int) -> dict[str, Any]:
+    item: dict[str, Any] = {"00081155": {"vr": "UI", "Value": [uid]}}
+    item |= {name.removeprefix("t"): {"vr": "US", "Value": [value]} for name, value in reasons.items()}
+    return {tag: {"vr": "SQ", "Value": [item]}}
+
+
+KEPT, FAILED = "00081199", "00081198"
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "outcome"),
+    [
+        (200, sequence(KEPT), "acknowledge"),
+        (200, [sequence(KEPT)], "acknowledge"),
+        (200, b"", "acknowledge"),
+        (200, b"<NativeDicomModel/>", "acknowledge"),
+        (200, sequence(FAILED, t00081197=0xA700), "retry"),
+        (202, sequence(KEPT, t00081196=0xB000), "acknowledge"),
+        (202, sequence(FAILED, t00081197=0xA700), "retry"),
+        (202, sequence(FAILED, t00081197=0x0110), "retry"),
+        (202, sequence(FAILED), "retry"),
+        (202, sequence(FAILED, t00081197=0x0122), "decline"),
+        (202, sequence(FAILED, t00081197=0xC000), "reject"),
+        (409, sequence(FAILED, t00081197=0xA900), "reject"),
+        (409, sequence(FAILED, t00081197=0x0111), "acknowledge"),
+        (202, sequence(KEPT, uid="2.25.2"), "retry"),
+        (202, b"", "retry"),
+        (202, {"00081199": {"Value": [None, 7, {"00081155": 3}]}}, "retry"),
+        (202, b"[" * 100_000, "retry"),
+        (409, b"", "reject"),
+        (400, b"", "reject"),
+        (401, b"", "retry"),
+        (413, b"", "reject"),
+        (415, b"", "decline"),
+        (429, b"", "retry"),
+        (500, b"", "retry"),
+        (503, b"", "retry"),
+        (302, b"", "reject"),
+    ],
+)
+def test_each_answer_has_its_outcome(status: int, content: Any, outcome: str, finding: Path) -> None:
+    with service(status, content) as there:
+        found, said = store_web(finding, UID, there.archive())
+    assert found == outcome
+    assert said or outcome == "acknowledge"
+    assert len(there.heard) == 1  # no redirection is followed
+
+
+def test_the_request_is_one_part_that_holds_the_file(finding: Path) -> None:
+    with service() as there:
+        store_web(finding, UID, there.archive(authorization="Bearer abc"))
+    ((method, path, headers, body),) = there.heard
+    assert (method, path) == ("POST", "/dicom-web/studies")
+    assert (headers["Accept"], headers["Authorization"]) == ("application/dicom+json", "Bearer abc")
+    message = BytesParser().parsebytes(f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + body)
+    assert message.get_content_type() == "multipart/related" and message.get_param("type") == "application/dicom"
+    (part,) = message.get_payload()
+    assert part.get_content_type() == "application/dicom"  # type: ignore[union-attr]
+    assert body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0] == finding.read_bytes()
+
+
+def test_nobody_there_and_one_who_hangs_up_are_worth_another_try(finding: Path) -> None:
+    with pytest.raises(PeerError, match="cannot be reached"):
+        store_web(finding, UID, Archive(f"http://127.0.0.1:{free_port()}/x"))
+    with service(0) as there, pytest.raises(PeerError, match="did not answer"):
+        store_web(finding, UID, there.archive())
+
+
+def test_over_tls_only_to_whom_the_authority_vouches_for(tmp_path: Path, finding: Path) -> None:
+    authority, other = Authority(tmp_path), Authority(tmp_path, "other")
+    pair = authority.issue("archive")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate, pair.key)
+    with service(context=context) as there:
+        assert store_web(finding, UID, there.archive(context=client_context(authority.certificate)))[0] == "acknowledge"
+        with pytest.raises(PeerError, match="cannot be reached"):
+            store_web(finding, UID, there.archive(context=client_context(other.certificate)))
+    assert len(there.heard) == 1
+
+
+def test_logins_are_read_from_files(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("pässword\n", encoding="utf-8")
+    basic = authorization("box", secret, None)
+    assert base64.b64decode(basic.removeprefix("Basic ")).decode() == "box:pässword"
+    assert authorization("", None, secret) == "Bearer pässword"
+    assert authorization("", None, None) == ""
+    with pytest.raises(ScansideError, match="login cannot be read"):
+        authorization("", None, tmp_path / "absent")
+
+
+@pytest.mark.interop
+def test_orthanc_keeps_what_it_is_sent_and_says_so_twice(tmp_path: Path) -> None:
+    program = find_orthanc()
+    if program is None or not any(path.is_file() for path in DICOMWEB):
+        pytest.skip("Orthanc or its DICOMweb is not installed")
+    series = ct_series(tmp_path)
+    verdict = verdict_on(series)
+    orthanc = start_orthanc(program, tmp_path / "orthanc", {})
+    try:
+        archive = Archive(f"{orthanc.url}/dicom-web")
+        reach(archive)
+        sent = {}
+        for name in ("report", "capture.summary", "segmentation", "presentation.1", "selection"):
+            path = tmp_path / f"{name}.object"
+            path.write_bytes(part10(rendered(series, verdict, name)))
+            sent[str(dcmread(path).SOPInstanceUID)] = path
+        for uid, path in [*sent.items(), *sent.items()]:
+            assert store_web(path, uid, archive)[0] == "acknowledge"
+        assert orthanc.instance_uids() == set(sent)
+        kept = {one.sop_instance_uid: orthanc.file(one.orthanc_id) for one in orthanc.instances(series.study_uid)}
+        for uid, path in sent.items():
+            assert kept[uid] == path.read_bytes()
+        broken = tmp_path / "broken.object"
+        broken.write_bytes(b"no DICOM")
+        assert store_web(broken, "2.25.9", archive)[0] in ("reject", "retry")
+    finally:
+        orthanc.stop()
