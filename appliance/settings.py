@@ -359,6 +359,9 @@ class DicomDestination(_Section):
     commitment_seconds: float = Field(
         600.0, gt=0, le=86400, description="A report that takes longer is asked for anew."
     )
+    refusals: bool = Field(
+        False, description="Also store, once, a report of a study that was not analysed: that, and why."
+    )
     tls: ClientTls | None = Field(None, description="Speak DICOM over TLS (PS3.15 B.12).")
 
 
@@ -376,6 +379,9 @@ class DicomwebDestination(_Section):
     password_file: Path | None = Field(None, description="File that holds the password, and nothing else.")
     token_file: Path | None = Field(None, description="File that holds a bearer token, and nothing else.")
     answer_seconds: float = Field(30.0, gt=0, le=300, description="Longest wait for each piece of the answer.")
+    refusals: bool = Field(
+        False, description="Also store, once, a report of a study that was not analysed: that, and why."
+    )
     tls: ClientTls | None = Field(None, description="Whom we trust, and our own certificate.")
 
     @model_validator(mode="after")

@@ -209,6 +209,45 @@ def render(
     )
 
 
+def render_refusal(verdict: Verdict, source: Dataset, *, issued_at: datetime, uid_root: str, device: Device) -> Dataset:
+    """The report of a study that was not analysed: that, and why.
+
+    Args:
+        verdict: one that is withdrawn, of the reason, and has no slabs.
+        source: header of any image of the study.
+        issued_at, uid_root, device: as for `render`.
+
+    Returns: a data set with file meta, Explicit VR Little Endian.
+    """
+    uids = _uids(uid_root, verdict, 1, REPORT)
+    return build_report(
+        Report(
+            label="intracranial haemorrhage",
+            uid=derived_uid(uid_root, "tracking", *uids),
+            finding=None,
+            result=codes.NOT_ANALYSED,
+            impression=wording.not_analysed(verdict),
+            quantities=(),
+            findings=(),
+            comments=(wording.TRIAGE_ONLY, verdict.notice),
+            limitations=(verdict.withdrawn,),
+            images=(),
+            complete=False,
+        ),
+        source,
+        procedure=codes.CT_HEAD,
+        algorithm=Algorithm(verdict.package, verdict.package_version, device.manufacturer),
+        device=device,
+        place=Place(
+            *uids,
+            series_number=_SERIES_NUMBER + 11,
+            instance_number=1,
+            series_description=f"{verdict.package} report (not analysed)",
+            created=issued_at.astimezone(),
+        ),
+    )
+
+
 def slices_of(verdict: Verdict, volume: Volume) -> list[list[Plane]]:
     """The planes of the volume that each slab was averaged from, foot to head, in the order of the slabs.
 

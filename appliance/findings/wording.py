@@ -47,6 +47,12 @@ def impression(verdict: Verdict) -> str:
     return f"No haemorrhage found ({judged_by(verdict)}). Triage only: this does not exclude haemorrhage."
 
 
+def not_analysed(verdict: Verdict) -> str:
+    """That a package says nothing of a study that it refused."""
+    who = f"{verdict.package} {verdict.package_version}"
+    return f"Not analysed by {who}: {verdict.withdrawn}. Nothing is said of haemorrhage."
+
+
 def banner(verdict: Verdict, slab: SlabResult) -> tuple[str, ...]:
     """What stands below the picture of one key slab; no word of it identifies the patient."""
     return (

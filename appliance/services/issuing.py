@@ -23,6 +23,7 @@ from appliance.findings.render import (
     objects_for,
     package_device,
     render,
+    render_refusal,
 )
 from appliance.governance.board import APPROVAL, INTEGRITY
 from appliance.governance.indication import Admission
@@ -168,7 +169,8 @@ class Issuer:
     def refusal(
         self, study_id: int, package: Package, mode: str, admission: Admission, source: StoredInstance
     ) -> Notice | None:
-        """Write the message to each HL7 destination that wants to hear of what was not analysed; None if none does.
+        """Write the message to each HL7 destination that wants to hear of what was not analysed, and the report for the
+        archives that do; None if none does.
 
         Nothing is told in shadow, nor where the box itself, not the study, is why, nor a second time.
 
@@ -176,8 +178,11 @@ class Issuer:
             source: an instance of the study; patient and order are its.
         """
         wanted = [one for one in self._settings.destination if isinstance(one, Hl7Destination) and one.refusals]
+        archives = tuple(
+            one.name for one in self._settings.destination if isinstance(one, ImageDestination) and one.refusals
+        )
         ours = any(not one.met and one.criterion in _OUR_FAULT for one in admission.criteria)
-        if mode == SHADOW or ours or not wanted or self._ledger.has_spoken(study_id, package.name):
+        if mode == SHADOW or ours or not (wanted or archives) or self._ledger.has_spoken(study_id, package.name):
             return None
         verdict = Verdict(
             source.header.study_instance_uid, "", package.name, package.version,
@@ -193,7 +198,35 @@ class Issuer:
             return None
         made = [message(self._settings, one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
         findings = [self._kept(study_id, verdict, 1, one) for one in made]
+        if archives:
+            findings.append(self._refused(study_id, package, verdict, issued_at, header, archives))
         return Notice(verdict, issued_at, findings)
+
+    def _refused(
+        self,
+        study_id: int,
+        package: Package,
+        verdict: Verdict,
+        issued_at: str,
+        header: pydicom.Dataset,
+        archives: tuple[str, ...],
+    ) -> NewFinding:
+        """Write the report of a study that was not analysed; what to deliver, or why it never will be."""
+        box = self._settings.box
+        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
+        uid = object_uid(box.uid_root, *key, 1, REPORT)
+        try:
+            device = package_device(verdict, uid_root=box.uid_root, station=box.name, manufacturer=package.manufacturer)
+            at = datetime.fromisoformat(issued_at)
+            made = render_refusal(verdict, header, issued_at=at, uid_root=box.uid_root, device=device)
+            path = _folder(study_id, verdict.package, 1) / f"{REPORT}.dcm"
+            _write_durably(self._settings.findings_directory / path, part10(made))
+        except OSError:
+            raise
+        except Exception as error:  # a header that no report can be made of must not keep others from being told
+            log.exception("study %d: the report that it was not analysed could not be made", study_id)
+            return NewFinding(REPORT, uid, None, archives, OTHER_URGENCY, failed=f"{type(error).__name__}: {error}")
+        return NewFinding(REPORT, uid, str(path), archives, OTHER_URGENCY)
 
     def _kept(self, study_id: int, verdict: Verdict, revision: int, told: Message) -> NewFinding:
         """Write one message's file; what to deliver, or why it never will be."""

@@ -63,6 +63,7 @@ PROCEDURE_FINDINGS = Concept("59776-5", "LN", "Procedure Findings", "PS3.16 CID 
 TRIAGE_RESULT = Concept("TRIAGE-RESULT", PRIVATE_SCHEME, "Triage result", OWN)
 SUSPECTED = Concept("TRIAGE-SUSPECTED", PRIVATE_SCHEME, "Hemorrhage suspected, unverified", OWN)
 NONE_FOUND = Concept("TRIAGE-NONEFOUND", PRIVATE_SCHEME, "No hemorrhage found, triage only", OWN)
+NOT_ANALYSED = Concept("TRIAGE-NOTANALYSED", PRIVATE_SCHEME, "Study not analysed", OWN)
 LIMITATION = Concept("LIMITATION", PRIVATE_SCHEME, "Limitation of the analysis", OWN)
 REVISION = Concept("REVISION", PRIVATE_SCHEME, "Revision of the verdict", OWN)
 MESSAGE_KIND = Concept(

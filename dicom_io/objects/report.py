@@ -69,7 +69,7 @@ class Report:
         findings: where it is seen, most important first.
         comments: the regulatory notice and the like.
         limitations: what was not analysed or is doubtful.
-        images: every analysed image, all of one series, in order; not empty.
+        images: every analysed image, all of one series, in order; empty only of a study that was not analysed.
         complete: whether the images are all of that series, as far as can be seen.
         outlines: all that the volume was measured in, first what the first finding outlines: closed polygons, each in
             one plane, of (x, y, z) in mm of the frame of reference. (OHIF draws the first of them on that image.)
@@ -108,25 +108,29 @@ def build_report(
     its whole image, since OHIF 3.13 shows nothing at all of a report that has a group without coordinates.
 
     Args:
-        source: header of an analysed image; the report takes patient and study from it.
+        source: header of an analysed image, or of any image of a study that was not analysed; the report takes patient
+            and study from it.
         procedure: the imaging procedure that is reported on.
         predecessor: SOP Instance UID and Series Instance UID of the report in this study that this one supersedes.
 
     Returns: a data set with file meta, ready to be written; the same for the same arguments.
-    Raises: ValueError if `report.images` is empty.
+    Raises: ValueError if `report.images` is empty and the result is another than that nothing was analysed.
     """
-    if not report.images:
+    if not report.images and report.result != codes.NOT_ANALYSED:
         raise ValueError("a report needs at least one analysed image")
     made = begin(Comprehensive3DSRStorage, "SR", source, device, place)
     made.CompletionFlag = "COMPLETE" if report.complete else "PARTIAL"
-    if not report.complete:
+    if not report.images:
+        made.CompletionFlagDescription = "The study was not analysed"
+    elif not report.complete:
         made.CompletionFlagDescription = "Images of the analysed series are missing, see its limitations"
     made.VerificationFlag = "UNVERIFIED"
     made.PreliminaryFlag = "PRELIMINARY"
     made.ReferencedPerformedProcedureStepSequence = DicomSequence()
     made.PerformedProcedureCodeSequence = DicomSequence()
     study, series = source.StudyInstanceUID, source.SeriesInstanceUID
-    made.CurrentRequestedProcedureEvidenceSequence = in_study(study, series, report.images)
+    if report.images:
+        made.CurrentRequestedProcedureEvidenceSequence = in_study(study, series, report.images)
     if predecessor is not None:
         instance_uid, series_uid = predecessor
         earlier = ImageReference(Comprehensive3DSRStorage, instance_uid)
@@ -146,7 +150,8 @@ def build_report(
         procedure_reported=coded(procedure),
         imaging_measurements=groups,
     )[0]
-    tree.ContentSequence.insert(len(tree.ContentSequence) - 1, _image_library(source, report.images))
+    if report.images:
+        tree.ContentSequence.insert(len(tree.ContentSequence) - 1, _image_library(source, report.images))
     for element in tree:
         made[element.tag] = element
     return made

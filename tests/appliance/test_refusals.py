@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from highdicom.sr import srread
+from pydicom import dcmread
 
 from appliance.accounting import account
 from appliance.governance.board import make_exception, revoke
 from appliance.ledger.views import event_counts, study_report
-from appliance.settings import Hl7Destination, Limit, Provisional
+from appliance.settings import DicomDestination, Hl7Destination, Limit, Provisional
 from appliance.settings import Study as StudySettings
 from appliance.show import study_view, summary
 from tests.appliance.intake.test_retention import Box
@@ -22,6 +25,8 @@ from tests.appliance.test_clearance import LATER, NOBODY_KNOWS, Site, criterion,
 from tests.appliance.test_services import engine_beside, states, wait_until
 from tests.builders import header
 from tests.dicom_io.support import ct, head
+from tests.findings_support import dciodvfy_errors
+from tests.peers import program
 
 PIXELS = head(12, False)
 
@@ -93,6 +98,33 @@ def test_who_wants_to_hear_of_it_is_told_once_and_without_an_alert(tmp_path: Pat
     wait_until(engine, lambda: event_counts(box.ledger)["study.refused"] == 2)
     assert messages(box) == [message]
     assert len(study_report(box.ledger, 1)["deliveries"]) == 1
+    box.ledger.close()
+
+
+def test_an_archive_that_wants_it_gets_one_report_that_finds_nothing_out(tmp_path: Path) -> None:
+    box = box_of_a_child(tmp_path, refusals=False)
+    archives = [
+        DicomDestination(kind="dicom", name=name, ae_title="PACS", host="h", port=104, refusals=wanted)
+        for name, wanted in (("pacs", True), ("other pacs", False))
+    ]
+    box.settings = box.settings.model_copy(update={"destination": [*box.settings.destination, *archives]})
+    let_decide(box)
+    assert messages(box) == []
+    (delivery,) = study_report(box.ledger, 1)["deliveries"]
+    assert (delivery["object"], delivery["destination"], delivery["state"]) == ("report", "pacs", "pending")
+    (path,) = box.settings.findings_directory.rglob("*.dcm")
+    made = dcmread(path)
+    assert made.SOPInstanceUID == delivery["uid"]
+    assert (made.CompletionFlag, made.VerificationFlag) == ("PARTIAL", "UNVERIFIED")
+    assert dciodvfy_errors(path) == []
+    (group,) = srread(path).content.get_image_measurement_groups()
+    assert group.finding_type is None and group.get_measurements() == []
+    (result,) = group.get_qualitative_evaluations()
+    assert result.value.value == "TRIAGE-NOTANALYSED"
+    done = subprocess.run([program("dsrdump"), "+Pl", str(path)], capture_output=True, text=True, check=True)
+    assert "paediatric (age 009Y; label: 18 years or older)" in done.stdout
+    assert "Nothing is said of haemorrhage" in done.stdout
+    assert "No hemorrhage" not in done.stdout and "Probability" not in done.stdout
     box.ledger.close()
 
 
