@@ -82,6 +82,8 @@ class Event(StrEnum):
     BOARD_REVOKED = "board.revoked"
     PACKAGE_DRIFTED = "package.drifted"
     PACKAGE_RESTORED = "package.restored"
+    TRITON_LOST = "triton.lost"
+    TRITON_RESTORED = "triton.restored"
     AUDIT_BEGUN = "audit.begun"
     AUDIT_BROKEN = "audit.broken"
     AUDIT_RESTORED = "audit.restored"

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,13 @@ STOP_SECONDS = 10.0
 LONGEST_PAUSE = 30.0
 PROBE_PAUSE = 1.0
 PROBE_SECONDS = 10.0
+PROVE_SECONDS = 5.0
+"""So often Triton has to run a slab of zeros, because it calls itself ready also where the process that runs a model
+hangs."""
+SILENT_SECONDS = 15.0
+"""A Triton that was well and for so long is not is killed, and started again: a third of what the analysis may take."""
+START_SECONDS = 120.0
+"""The same for one that was not well yet."""
 STEADY_SECONDS = 60.0
 """A child that ran for this long was well; its next end counts as the first again."""
 
@@ -57,6 +65,8 @@ def run_all(settings: Settings, config: Path, *, json_log: bool = False) -> None
     command += ["--json-log"] if json_log else []
     children = [_Child(name, [*command, name]) for name in names]
     with only_one(settings, "run"), stop_signal() as stopping:
+        if settings.triton.managed:
+            threading.Thread(target=_heed, args=(settings, children[0], stopping), name="heed", daemon=True).start()
         try:
             while not stopping.is_set():
                 for child in children:
@@ -96,14 +106,53 @@ def run_triton(settings: Settings) -> None:
         os.execve(launch.command[0], launch.command, launch.env)
 
 
+class _Pulse:
+    """Whether Triton can run the packages: a look each time, and a slab of zeros through each model now and then."""
+
+    def __init__(self, client: TritonClient, packages: Sequence[Package]) -> None:
+        self._client = client
+        self._packages = packages
+        self._proven = -PROVE_SECONDS
+
+    def problem(self) -> str:
+        """Why it cannot; "" if it can."""
+        prove = time.monotonic() - self._proven >= PROVE_SECONDS
+        said = next(filter(None, (self._client.problem(package, prove=prove) for package in self._packages)), "")
+        if prove and not said:
+            self._proven = time.monotonic()
+        return said
+
+
+def _heed(settings: Settings, child: _Child, stopping: threading.Event) -> None:
+    """Kill a Triton that runs and does not work, so that it is started again; systemd does the same by its watchdog."""
+    packages, _ = load_sound(settings)
+    url = f"{settings.triton.host}:{settings.triton.grpc_port}"
+    with TritonClient(url, shared_memory=False, timeout=PROBE_SECONDS) as client:
+        pulse, process, well, patience = _Pulse(client, packages), None, 0.0, START_SECONDS
+        while not stopping.wait(PROBE_PAUSE):
+            if child.process is not process:
+                process, well, patience = child.process, time.monotonic(), START_SECONDS
+            if process is None:
+                continue
+            said = pulse.problem()
+            if not said:
+                well, patience = time.monotonic(), SILENT_SECONDS
+            elif time.monotonic() - well > patience and process is child.process:
+                log.error("Triton is killed and started again, because for %g s: %s", patience, said)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # also the processes that run its models
+                well = time.monotonic()
+
+
 def _watch(settings: Settings, launch: Launch, packages: Sequence[Package]) -> None:
     """Run the server until told to stop; systemd hears when it can run every package, and then as long as it can."""
     url = f"127.0.0.1:{settings.triton.grpc_port}"
     with stop_signal() as stopping, TritonClient(url, shared_memory=False, timeout=PROBE_SECONDS) as client:
         server = subprocess.Popen(launch.command, env=launch.env)
+        pulse = _Pulse(client, packages)
         turn = None
         while server.poll() is None and not stopping.is_set():
-            if not any(client.problem(package) for package in packages):
+            if not pulse.problem():
                 if turn is None:
                     notify("READY=1", f"STATUS=serves {', '.join(one.name for one in packages)}")
                     turn = Watchdog().loop("triton", PROBE_SECONDS)

@@ -113,19 +113,22 @@ class TritonClient:
             self._unregister()
         self._grpc.close()
 
-    def problem(self, package: Package) -> str:
+    def problem(self, package: Package, *, prove: bool = False) -> str:
         """Why the server cannot run this package now, in a sentence without its full stop; '' if it can.
 
         Unless the last request went well, it runs one slab of zeros: for some seconds after the process that runs a
-        model has died, the server still calls the model ready.
+        model has died, and for as long as that process hangs, the server still calls the model ready.
+
+        Args:
+            prove: run that slab whatever the last request did.
         """
         try:
             if not self._grpc.is_server_ready(client_timeout=_HEALTH_SECONDS):
                 return "the server is not ready"
             if not self._grpc.is_model_ready(package.model.triton_name, VERSION, client_timeout=_HEALTH_SECONDS):
                 return f"the server does not serve {package.model.triton_name}"
-            if package.name not in self._proven:
-                self.infer(package, np.zeros((1, *package.model.input.shape), np.float32))
+            if prove or package.name not in self._proven:
+                self.infer(package, np.zeros((1, *package.model.input.shape), np.float32), urgent=True)
         except InferenceServerException as error:
             return f"the server does not answer: {_said(error)}"
         except TritonError as error:

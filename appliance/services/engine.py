@@ -34,13 +34,14 @@ from appliance.inference.stream import (
     read_volume,
     verdict_on,
 )
-from appliance.inference.triton import TritonClient
+from appliance.inference.triton import TritonClient, TritonError
 from appliance.intake.spool import Spool
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
 from appliance.operations.health import Watchdog, notify
+from appliance.services.breaker import Breaker
 from appliance.services.guard import Guard
 from appliance.services.heeding import Heeded
 from appliance.services.issuing import Issuer
@@ -101,6 +102,7 @@ def run_engine(settings: Settings) -> None:
             if not package.signed_by:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
         threading.Thread(target=engine.guard.run, args=(stopping,), name="guard", daemon=True).start()
+        threading.Thread(target=engine.breaker.run, args=(stopping,), name="breaker", daemon=True).start()
         threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
         turn = Watchdog().loop("engine", STEP_SECONDS)
         notify("READY=1", f"STATUS=runs {', '.join(one.name for one in packages)}")
@@ -137,6 +139,7 @@ class Engine:
 
     Attributes:
         guard: knows whether packages and records are what they must be; somebody has to have it step.
+        breaker: knows whether Triton answers; somebody has to have it step.
     """
 
     def __init__(
@@ -154,8 +157,8 @@ class Engine:
         self._packages = {package.name: package for package in packages}
         self._broken = dict(broken or {})
         self.guard = Guard(settings, ledger, packages, client, self._broken)
+        self.breaker = Breaker(ledger, packages, client, partial(ring, settings.run_directory, "engine"))
         self._board = read_board(ledger)
-        self._client = client
         self._pipeline = pipeline
         self._issuer = issuer
         self._answering = ThreadPoolExecutor(ANALYSES + URGENT_ANALYSES, "answer")
@@ -172,7 +175,6 @@ class Engine:
         self._begun: dict[int, set[str]] = {}
         self._undecided: set[int] | None = None
         self._alone = 0
-        self._problems: dict[str, str] = {}
         self._complaints: dict[int, str] = {}
 
     def close(self) -> None:
@@ -293,6 +295,8 @@ class Engine:
         asked = self._ahead.setdefault(arriving.id, {})
         covered: set[int] | None = None
         for package in self._packages.values():
+            if self.breaker.problem(package.name):
+                continue  # it would fail, and nothing more would be done ahead for this study
             slab_mm = package.preprocessing.slab_mm
             if whole:
                 foreseen = [plan.members for plan in plan_slabs(selection.volume, slab_mm)]
@@ -501,7 +505,7 @@ class Engine:
         """
         while len(self._working) < ANALYSES + URGENT_ANALYSES and self._alone not in self._working:
             waiting = self._ledger.waiting_packages()
-            ready = [name for name in sorted(waiting & set(self._packages)) if self._ready(self._packages[name])]
+            ready = [name for name in sorted(waiting & set(self._packages)) if not self.breaker.problem(name)]
             if not ready:
                 return
             waits = self._ledger.retry_waits(ready, RETRY_PATIENCE_SECONDS)
@@ -551,6 +555,8 @@ class Engine:
             self._ledger.quarantine(row["id"], str(error))
             log.error("study %d: set aside, its images cannot be what was scanned: %s", row["study_id"], error)
         except ScansideError as error:
+            if isinstance(error, TritonError):
+                self.breaker.failed(package.name, error.what)
             self._failed(row, str(error), attempt)
         except Exception as error:
             log.exception("study %d: the analysis failed in a way nobody foresaw", row["study_id"])
@@ -559,14 +565,6 @@ class Engine:
             if not early:
                 self._suspicious.discard(row["study_id"])
                 self._heeded.urgent.discard(row["study_id"])
-
-    def _ready(self, package: Package) -> bool:
-        said = self._client.problem(package)
-        if said != self._problems.get(package.name):
-            self._problems[package.name] = said
-            level = logging.WARNING if said else logging.INFO
-            log.log(level, "Triton, for %s: %s", package.name, said or "ready")
-        return not said
 
     def _failed(self, row: Row, reason: str, attempt: int) -> None:
         final = self._ledger.fail_analysis(row["id"], reason, self._settings.models.attempts, _pause(attempt))

@@ -125,6 +125,7 @@ class Site:
         self.engine = Engine(
             self.settings, self.box.ledger, self.packages, cast(Any, self.client), cast(Any, self.asked), issuer, broken
         )
+        self.engine.breaker.step()
 
     def restart(self) -> None:
         self.engine.close()

@@ -164,7 +164,7 @@ def test_an_exception_that_ends_lets_pass_nothing_that_waits(
     site.client.ready = when == "running"
     study = site.scan(**NOBODY_KNOWS)
     assert criterion(site.wait(study, when), "age")["outcome"] == "excepted"
-    site.asked.futures.pop(study) if when == "admitted" else None
+    assert when == "running" or study not in site.asked.futures, "nothing is done ahead while Triton is away"
     if how == "revoked":
         site.decide(revoke, record)
     else:

@@ -77,7 +77,7 @@ def engine_beside(box: Box) -> Engine:
     package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
     settings = box.settings.model_copy(update={"study": StudySettings(settle_seconds=0, quiet_seconds=0.001)})
     return Engine(
-        settings, box.ledger, [package], cast(Any, None), cast(Any, None), Issuer(settings, box.ledger, [package])
+        settings, box.ledger, [package], cast(Any, Ready()), cast(Any, None), Issuer(settings, box.ledger, [package])
     )
 
 
@@ -156,12 +156,12 @@ class Ready:
         return ""
 
 
-def busy_engine(box: Box) -> tuple[Engine, Asked]:
+def busy_engine(box: Box, server: Any = None) -> tuple[Engine, Asked]:
     package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
     settings = box.settings.model_copy(update={"study": StudySettings(settle_seconds=0, quiet_seconds=0.001)})
     asked = Asked()
     issuer = Issuer(settings, box.ledger, [package])
-    return Engine(settings, box.ledger, [package], cast(Any, Ready()), cast(Any, asked), issuer), asked
+    return Engine(settings, box.ledger, [package], server or cast(Any, Ready()), cast(Any, asked), issuer), asked
 
 
 def bring(box: Box, study: int, slices: int = 30) -> None:
@@ -181,6 +181,7 @@ def wait_until(engine: Engine, done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not done():
         assert time.monotonic() < deadline
+        engine.breaker.step()
         engine.step()
         time.sleep(0.01)
 
@@ -193,6 +194,7 @@ def test_what_was_arriving_when_an_engine_ended_waits_for_its_analysis(tmp_path:
     engine, asked = busy_engine(box)
     bring(box, 2)
     engine._settings = engine._settings.model_copy(update={"study": StudySettings(quiet_seconds=60)})
+    engine.breaker.step()
     engine.step()
     assert set(asked.futures) == {2}
     engine.close()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from appliance.demo.hospital import SCANNER_AE
-from appliance.ledger.views import verify_events
+from appliance.ledger.views import event_counts, verify_events
 from dicom_io.errors import PeerError
 from dicom_io.scu import send
 from tests.interop.box import Box, running_box, study, wait_for
@@ -48,6 +50,27 @@ def test_killed_in_the_middle_of_a_study(box: Box, tmp_path: Path, service: str)
     assert len(box.messages(uid)) == 1
     held = {instance for _, instance in box.hospital.pacs.holds(uid)}
     assert {one["uid"] for one in report["deliveries"] if not one["object"].startswith("alert.")} <= held
+
+
+def test_a_triton_that_hangs_is_started_again_and_work_resumes(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, "intraparenchymal", "HANGS")
+    before = event_counts(box.ledger)
+    hangs = box.pid("triton")
+    box.send(files[: len(files) // 2])
+    os.kill(hangs, signal.SIGSTOP)
+    box.send(files[len(files) // 2 :])
+    report = box.settled(uid, 90.0)
+    assert box.pid("triton") != hangs
+    assert not Path(f"/proc/{hangs}").exists()
+    assert [one["positive"] for one in report["verdicts"]] == [True]
+    assert len(box.messages(uid)) == 1
+    # Whether the first try fell into it is a matter of milliseconds; what hung cost at most that one.
+    assert report["analyses"][0]["attempts"] <= 2
+    after = event_counts(box.ledger)
+    for name in ("triton.lost", "triton.restored"):
+        assert after[name] - before.get(name, 0) == 1
+    # Nothing is shown of a server that is well again.
+    assert box.command("check").returncode == 0
 
 
 def test_killed_at_random_moments_after_the_last_slice(box: Box, tmp_path: Path) -> None:

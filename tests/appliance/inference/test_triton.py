@@ -202,6 +202,17 @@ def test_a_server_whose_model_process_died_ends_and_is_not_called_ready(own_serv
     own_server.running.wait(10)
 
 
+def test_a_server_whose_model_process_hangs_is_found_out_only_by_a_slab(own_server: Server, reference: Package) -> None:
+    with TritonClient(own_server.url, timeout=2.0, shared_memory=False) as client:
+        assert client.problem(reference, prove=True) == ""
+        (stub,) = children(own_server.running.pid)
+        os.kill(stub, signal.SIGSTOP)
+        assert client.problem(reference) == ""
+        assert "no answer within 2 s" in client.problem(reference, prove=True)
+        os.kill(stub, signal.SIGCONT)
+        client.wait_ready(30.0, [reference])
+
+
 def test_a_stop_is_quick_and_clean(own_server: Server) -> None:
     family = descendants(own_server.running.pid)
     start = time.monotonic()
