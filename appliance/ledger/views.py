@@ -31,6 +31,31 @@ def find_study(ledger: Ledger, uid_or_number: str) -> int | None:
         return key
 
 
+def unconfirmed(ledger: Ledger) -> list[tuple[int, str, dict[str, Any]]]:
+    """Provisional alerts of which nothing more will become by itself: the analysis of the whole study failed, or was
+    refused.
+
+    Returns:
+        Of each the study, why, and its verdict's row.
+    """
+    a, v = t.analysis.c, t.verdict.c
+    newer = t.verdict.alias()
+    query = (
+        sa.select(a.study_id, a.reason, t.verdict)
+        .join(t.analysis)
+        .where(
+            a.state.in_(("failed", "refused")),
+            v.positive,
+            v.result["provisional"].as_boolean(),
+            ~sa.exists().where(newer.c.analysis_id == v.analysis_id, newer.c.revision > v.revision),
+        )
+        .order_by(v.id)
+    )
+    with ledger.read() as connection:
+        rows = connection.execute(query).mappings().all()
+    return [(row["study_id"], row["reason"], dict(row)) for row in rows]
+
+
 def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:
     """All that the ledger knows of one study, JSON-ready: study, analyses, verdicts, deliveries, timeline."""
     a, v, f = t.analysis.c, t.verdict.c, t.finding.c

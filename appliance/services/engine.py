@@ -40,6 +40,7 @@ from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
+from appliance.ledger.views import unconfirmed
 from appliance.operations.health import Watchdog, notify
 from appliance.services.breaker import Breaker
 from appliance.services.guard import Guard
@@ -176,6 +177,9 @@ class Engine:
         self._undecided: set[int] | None = None
         self._alone = 0
         self._complaints: dict[int, str] = {}
+        # One that was set aside may have a provisional alert, also when an engine ended in between.
+        self._unconfirmed = threading.Event()
+        self._unconfirmed.set()
 
     def close(self) -> None:
         """End what is under way; it is taken up at the next start."""
@@ -185,6 +189,9 @@ class Engine:
     def step(self) -> float:
         """Do what there is to do; returns the seconds until there may be more."""
         self._settle()
+        if self._unconfirmed.is_set():
+            self._unconfirmed.clear()
+            self._take_back_unconfirmed()
         self._decide_all()
         self._answer()
         wait = self._watch_studies()
@@ -537,6 +544,7 @@ class Engine:
                 log.error("study %d: its outcome could not be written down: %s", study_id, error)
                 others = [one for one in self._working if one != key]
                 self._ledger.park_analyses(self._settings.models.attempts, others)
+                self._unconfirmed.set()
             del self._working[key]
 
     def _answer_one(self, row: Row, early: bool) -> None:
@@ -553,6 +561,7 @@ class Engine:
         except ImplausibleImage as error:
             # It would be the same the next time.
             self._ledger.quarantine(row["id"], str(error))
+            self._unconfirmed.set()
             log.error("study %d: set aside, its images cannot be what was scanned: %s", row["study_id"], error)
         except ScansideError as error:
             if isinstance(error, TritonError):
@@ -569,6 +578,20 @@ class Engine:
     def _failed(self, row: Row, reason: str, attempt: int) -> None:
         final = self._ledger.fail_analysis(row["id"], reason, self._settings.models.attempts, _pause(attempt))
         log.error("study %d: %s (%s)", row["study_id"], "set aside" if final else "will be tried again", reason)
+        if final:
+            self._unconfirmed.set()
+
+    def _take_back_unconfirmed(self) -> None:
+        """Withdraw provisional alerts on studies that were set aside: nobody must wait for the word on the whole study.
+
+        The withdrawal says why, and that nothing is said of haemorrhage; so somebody looks without waiting for us.
+        """
+        for study_id, reason, standing in unconfirmed(self._ledger):
+            with self._isolated(study_id):
+                instances = {one.sop_instance_uid: one for one in self._ledger.instances(study_id)}
+                self._issuer.take_back(
+                    standing, instances, f"{reason}; what the provisional alert said is not disproved"
+                )
 
     def _analyse(self, row: Row, package: Package, early: bool) -> None:
         """Run a package on exactly what the gate admitted, whatever arrived since."""

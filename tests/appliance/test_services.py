@@ -25,10 +25,11 @@ from appliance.ledger.views import event_counts, study_report
 from appliance.services.engine import ANALYSES, Engine, longest_run
 from appliance.services.issuing import Issuer
 from appliance.services.telling import alert_kind
-from appliance.settings import Hl7Destination, Settings
+from appliance.settings import Hl7Destination, Models, Settings
 from appliance.settings import Study as StudySettings
 from dicom_io.errors import DecodeError
 from dicom_io.header import Header
+from dicom_io.plausible import ImplausibleImage
 from tests.appliance.intake.test_retention import Box
 from tests.builders import header
 from tests.dicom_io.support import ct, head
@@ -274,16 +275,18 @@ def test_a_study_that_cannot_wait_finds_a_place_when_all_are_taken(tmp_path: Pat
     box.ledger.close()
 
 
-def test_a_provisional_alert_is_withdrawn_once_although_the_engine_dies_between(tmp_path: Path) -> None:
-    box = Box(tmp_path)
+def alerted_early(folder: Path, slices: int = 1) -> tuple[Box, int]:
+    """A box that sent a provisional alert on a study of so many slices; the number of its analysis."""
+    box = Box(folder)
     box.settings.run_directory.mkdir(exist_ok=True)
     hl7 = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575)
     box.settings = box.settings.model_copy(update={"destination": [hl7]})
     file = BytesIO()
     image = ct(head(12, False), 12, position=(0.0, 0.0, 5.0), instance_number=1)
     image.save_as(file, enforce_file_format=True)
-    one = header(1, study="1.1", series="1.1.1")
-    assert box.store(one, file.getvalue()) == "stored"
+    for number in range(1, slices + 1):
+        one = header(number, study="1.1", series="1.1.1", z=5.0 * number)
+        assert box.store(one, file.getvalue() + number.to_bytes(2, "big")) == "stored"
     verdict = Verdict(
         study_instance_uid="1.1", series_instance_uid="1.1.1", package="pkg", package_version="1", notice="",
         positive=True, probability=0.99, threshold=0.5, subtypes={}, volume_ml=1.0, slabs=(), key_slabs=(),
@@ -293,21 +296,64 @@ def test_a_provisional_alert_is_withdrawn_once_although_the_engine_dies_between(
     assert row is not None
     alert = NewFinding("alert.er", "CONTROL1", "a.hl7", ("er",), 0)
     box.ledger.issue_verdict(row["id"], 1, verdict, later(0), [alert], admission=[], late=False)
+    return box, row["id"]
+
+
+def assert_withdrawn_once(box: Box, analysis: int, *said: str) -> None:
+    assert box.ledger.told(analysis)["er"] == [Told(True, True), Told(False)]
+    (message,) = box.settings.findings_directory.rglob("*.hl7")
+    text = message.read_text(encoding="utf-8")
+    assert all(words in text for words in ("WITHDRAWAL", "Nothing is said of haemorrhage", *said))
+    assert event_counts(box.ledger)["verdict.withdrawn"] == 1
+
+
+@pytest.mark.parametrize("how", ["fails", "cannot be a CT", "ends the engine"])
+def test_a_provisional_alert_is_withdrawn_when_the_whole_study_is_set_aside(tmp_path: Path, how: str) -> None:
+    """It promised a word on the whole study; nobody may wait for one that does not come."""
+    box, analysis = alerted_early(tmp_path, 30)
+    box.ledger.close_association(box.association, "released")
+    box.settings = box.settings.model_copy(update={"models": Models(attempts=1)})
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"] and 1 in asked.futures)
+    assert len(box.ledger.verdicts(analysis)) == 1
+    said = "it is broken"
+    if how == "ends the engine":
+        box.ledger.park_analyses(1)  # as at the next start
+        (before, engine), asked = (engine, busy_engine(box)[0]), asked
+        said = "the engine ended or stumbled 1 times"
+        engine.step()
+        before.step()
+        engine.close()
+        engine = before
+    elif how == "fails":
+        asked.fail(1)
+    else:
+        said = "it is all zeros"
+        for future in asked.futures[1]:
+            future.set_exception(ImplausibleImage(said, "here", "none"))
+    wait_until(engine, lambda: len(box.ledger.verdicts(analysis)) == 2)
+    for _ in range(3):
+        engine.step()
+    assert states(box, 1) == ["failed"]
+    assert_withdrawn_once(box, analysis, said, "is not disproved")
+    asked.close()
+    engine.close()
+    box.ledger.close()
+
+
+def test_a_provisional_alert_is_withdrawn_once_although_the_engine_dies_between(tmp_path: Path) -> None:
+    box, analysis = alerted_early(tmp_path)
     box.ledger.close_association(box.association, "released")
     dying, _ = busy_engine(box)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(box.ledger, "decide", _die)
-        wait_until(dying, lambda: len(box.ledger.verdicts(row["id"])) == 2)
+        wait_until(dying, lambda: len(box.ledger.verdicts(analysis)) == 2)
         dying.step()
     dying.close()
     engine, _ = busy_engine(box)
     wait_until(engine, lambda: states(box, 1) == ["refused"])
     engine.close()
-    told = box.ledger.told(row["id"])["er"]
-    assert told == [Told(True, True), Told(False)]
-    (message,) = box.settings.findings_directory.rglob("*.hl7")
-    assert "WITHDRAWAL" in message.read_text(encoding="utf-8")
-    assert event_counts(box.ledger)["verdict.withdrawn"] == 1
+    assert_withdrawn_once(box, analysis)
     box.ledger.close()
 
 
