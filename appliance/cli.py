@@ -198,7 +198,7 @@ def intake() -> None:
 @guard
 def engine() -> None:
     """Run the engine: completeness, admission, inference, findings."""
-    from appliance.services.engine import run_engine
+    from appliance.services.running import run_engine
 
     _serve(run_engine)
 

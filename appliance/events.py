@@ -20,6 +20,7 @@ class Event(StrEnum):
     STUDY_ADMITTED = "study.admitted"
     STUDY_REFUSED = "study.refused"
     STUDY_LATE = "study.late"
+    STAGE_DEGRADED = "stage.degraded"
     STAGE_OVERDUE = "stage.overdue"
     ANALYSIS_STARTED = "analysis.started"
     ANALYSIS_ATTEMPT_FAILED = "analysis.attempt_failed"

@@ -279,6 +279,11 @@ class Triton(_Section):
     http_port: Port = Field(8000, description="Triton's HTTP port.")
     metrics_port: Port = Field(8002, description="Triton's metrics port.")
     request_seconds: float = Field(30.0, gt=0, le=600, description="Longest wait for one inference request.")
+    cuda_memory: bool = Field(
+        True,
+        description="On a GPU, hand slabs to Triton in the GPU's memory; false: in the host's, for a Triton that "
+        "cannot open memory of another process (a container needs --ipc=host).",
+    )
 
 
 class Models(_Section):

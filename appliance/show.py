@@ -114,6 +114,8 @@ def study_view(report: dict[str, Any]) -> RenderableType:
     for one in overdue:
         subject = f" ({escape(one['subject'])})" if one["subject"] else ""
         head.add_row("[bold red]deadline missed[/]", f"{one['stage']}{subject}, begun at {one['since'][:19]} UTC")
+    for one in (one["detail"] for one in report["events"] if one["name"] == Event.STAGE_DEGRADED):
+        head.add_row("[yellow]deadline near[/]", f"{one['stage']} ({escape(one['subject'])}): {one['plan']}")
     for label, value in _said(report.get("said", {})):
         head.add_row(label, escape(value))
     parts: list[RenderableType] = [head, "", timeline_table(report)]

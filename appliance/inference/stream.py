@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,9 +119,12 @@ _Key = tuple[str, str, tuple[_SlabKey, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A slab's pixels as the model wants them, (channels, size, size), and what else was seen in them."""
+    """A slab's pixels as the model wants them, (channels, size, size), and what else was seen in them.
 
-    channels: NDArray[np.float32]
+    The pixels may lie in a GPU's memory.
+    """
+
+    channels: Any
     brain_mm2: float
     shape: tuple[int, int]
     codecs: tuple[str, ...]
@@ -161,6 +165,7 @@ class Pipeline:
 
     Args:
         decode: files, each with its SHA-256 → their frames in HU.
+        prepare: a slab in HU → the model's input, as `model_input` does it.
         workers: decoding threads; every core if omitted.
     """
 
@@ -169,10 +174,12 @@ class Pipeline:
         client: TritonClient,
         *,
         decode: Callable[[Sequence[tuple[Path, str]]], Sequence[Decoded]] = decode_each,
+        prepare: Callable[..., Any] = model_input,
         workers: int | None = None,
     ) -> None:
         self._client = client
         self._decode = decode
+        self._prepare = prepare
         self._order = itertools.count()
         self._lock = threading.Condition()
         self._known: OrderedDict[_Key, _Job] = OrderedDict()
@@ -259,6 +266,19 @@ class Pipeline:
                 heapq.heappush(self._waiting, (urgency, next(self._order), one))
             while len(self._slices) > PREPARED:
                 self._slices.popitem(last=False)[1].taken = True
+            self._lock.notify_all()
+
+    def urge(self, owner: int) -> None:
+        """What is asked for of a study goes first from now on."""
+        with self._lock:
+            for job in self._known.values():
+                if job.owner != owner or job.future.done() or job.urgency == STAT:
+                    continue
+                job.urgency = STAT
+                if job.taken:
+                    self._promote(job)
+                else:
+                    heapq.heappush(self._waiting, (STAT, next(self._order), job))
             self._lock.notify_all()
 
     def _promote(self, job: _Job) -> None:
@@ -348,7 +368,7 @@ class Pipeline:
                 )
             planes.append(one.hu[frame.number])
         hu = slab_hu(planes, where)
-        channels = model_input(
+        channels = self._prepare(
             hu,
             slab.spacing_mm,
             windows=[(window.center, window.width) for window in preprocessing.windows],
@@ -435,10 +455,8 @@ class Pipeline:
             return
         urgent = any(job.urgency == STAT for job, _ in there)
         package = batch[0].package
-        tensor = np.empty((len(there), *package.model.input.shape), np.float32)
-        for place, (_, seen) in zip(tensor, there, strict=True):
-            np.concatenate([one.channels for one in seen], out=place)
-        output = self._client.infer(package, tensor, urgent=urgent)
+        slabs = [[one.channels for one in seen] for _, seen in there]
+        output = self._client.infer(package, slabs, urgent=urgent)
         for (job, seen), probabilities, lesion_map in zip(there, output.probabilities, output.lesion_map, strict=True):
             own = seen[len(seen) // 2]
             answer = SlabAnswer(probabilities, lesion_map, own.brain_mm2, own.shape, own.codecs, own.looks)

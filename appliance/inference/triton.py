@@ -1,4 +1,4 @@
-"""The client of the inference server: slabs in, probabilities and lesion maps out, through system shared memory.
+"""The client of the inference server: slabs in, probabilities and lesion maps out, through shared memory.
 
 Every answer is checked, and one that cannot be right is an error: wrong shapes, values that are not numbers or lie
 outside 0..1, another model than the package's. Regions of shared memory are reused between calls; one that an
@@ -13,12 +13,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import tritonclient.grpc as grpcclient
@@ -71,24 +71,80 @@ class Output:
     lesion_map: NDArray[np.float32]
 
 
+class Region(Protocol):
+    """A piece of memory that the server reads and writes, too.
+
+    Attributes:
+        name: unique among all processes and times.
+        size: in bytes.
+        floats: the same as a flat array of float32, NumPy's or CuPy's.
+    """
+
+    name: str
+    size: int
+    floats: Any
+
+    def register(self, grpc: Any, timeout: float) -> None:
+        """Make it known to the server."""
+
+    def write(self, place: Any, part: Any) -> None:
+        """Copy an array of the host's or the device's memory to a place in ``floats``."""
+
+    def finish(self) -> None:
+        """Return when the server would read what was written."""
+
+    def isfinite(self, values: Any) -> bool:
+        """Whether all values of an array of this memory are finite."""
+
+    def host(self, values: Any) -> NDArray[np.float32]:
+        """A copy of an array of this memory in the host's."""
+
+    def unlink(self) -> None:
+        """Leave it to those who have it open; nobody else can open it from now on."""
+
+    def free(self) -> None:
+        """Give it back; the server has let go of it."""
+
+
+class Memory(Protocol):
+    """A kind of memory that is shared with the server."""
+
+    def region(self, size: int) -> Region:
+        """Make a region of so many bytes.
+
+        Raises:
+            TritonError: there is no room.
+        """
+
+    def unregister(self, grpc: Any, name: str, timeout: float) -> None:
+        """Have the server let go of a region, or of one that it does not know."""
+
+    def sweep(self, grpc: Any, timeout: float) -> list[str]:
+        """Remove what clients that were killed left; returns the regions of theirs that the server still has open."""
+
+
 class TritonClient:
     """A connection to one inference server. Threads may share it.
 
     Args:
         url: "host:port" of the server's gRPC service.
         shared_memory: false where the server is another machine or another user: tensors go through gRPC then.
+        memory: which memory is shared; the host's unless told otherwise.
         timeout: longest wait for the answer to one batch, in seconds.
     """
 
-    def __init__(self, url: str, *, shared_memory: bool = True, timeout: float = 30.0) -> None:
+    def __init__(
+        self, url: str, *, shared_memory: bool = True, memory: Memory | None = None, timeout: float = 30.0
+    ) -> None:
         self.url = url
         self._shared_memory = shared_memory
+        self._memory: Memory = memory or SystemMemory()
         self._timeout = timeout
         self._grpc = grpcclient.InferenceServerClient(url, channel_args=_CHANNEL)
         self._lock = threading.Lock()
-        self._free: list[_Region] = []
+        self._free: list[Region] = []
         self._swept = self._closed = False
-        self._given_up: list[str] = []
+        self._given_up: list[tuple[str, Region | None]] = []
         self._proven: set[str] = set()
 
     def __enter__(self) -> TritonClient:
@@ -168,27 +224,24 @@ class TritonClient:
                     raise TritonError(problem, self.url, "see the server's log; `scanside check` tries again")
                 time.sleep(0.05)
 
-    def infer(self, package: Package, slabs: NDArray[np.float32], *, urgent: bool = False) -> Output:
+    def infer(
+        self, package: Package, slabs: NDArray[np.float32] | Sequence[Sequence[Any]], *, urgent: bool = False
+    ) -> Output:
         """Run the package's model.
 
         A server that was restarted since the last call is no error.
 
         Args:
-            slabs: (n, channels, size, size) float32, finite; more than the model's maximum batch goes in several
-                requests, one after the other.
+            slabs: (n, channels, size, size) float32, finite; or of each slab the parts, each (some channels, size,
+                size), in the memory of the host or in that which is shared, so that they are copied only once. More
+                than the model's maximum batch goes in several requests, one after the other.
             urgent: goes ahead of what waits in the server, also of other clients, and is not.
 
         Raises:
             ValueError: the slabs have another shape or type than the package's input, or are not all finite.
             TritonError: no answer in time, a refusal, or an answer that cannot be right.
         """
-        tensor = package.model.input
-        if slabs.dtype != np.float32 or slabs.shape[1:] != tensor.shape:
-            raise ValueError(
-                f"slabs must be float32 (n, {', '.join(map(str, tensor.shape))}), not {slabs.dtype} {slabs.shape}"
-            )
-        if not np.isfinite(slabs).all():
-            raise ValueError("slabs hold values that are not finite")
+        _check_slabs(package, slabs)
         labels, (_, *field) = package.model.output("probabilities").shape, package.model.output("lesion_map").shape
         probabilities = np.empty((len(slabs), *labels), np.float32)
         lesion_map = np.empty((len(slabs), *field), np.float32)
@@ -199,7 +252,7 @@ class TritonClient:
             lesion_map[start : start + step] = answers["lesion_map"][:, 0]
         return Output(probabilities, lesion_map)
 
-    def _batch(self, package: Package, slabs: NDArray[np.float32], urgent: bool) -> dict[str, NDArray[np.float32]]:
+    def _batch(self, package: Package, slabs: _Slabs, urgent: bool) -> dict[str, NDArray[np.float32]]:
         """One batch; a failure that a restart of the server explains is tried once more on fresh ground."""
         for last in (False, True):
             try:
@@ -223,22 +276,29 @@ class TritonClient:
                 return answers
         raise AssertionError("the second try returns or raises")
 
-    def _by_message(self, package: Package, slabs: NDArray[np.float32], urgent: bool) -> dict[str, NDArray[np.float32]]:
-        tensor = grpcclient.InferInput(package.model.input.name, slabs.shape, package.model.input.datatype)
-        tensor.set_data_from_numpy(np.ascontiguousarray(slabs))
+    def _by_message(self, package: Package, slabs: _Slabs, urgent: bool) -> dict[str, NDArray[np.float32]]:
+        shape = (len(slabs), *package.model.input.shape)
+        values = np.empty(shape, np.float32)
+        _fill(values, slabs, _to_host)
+        _check_finite(bool(np.isfinite(values).all()))
+        tensor = grpcclient.InferInput(package.model.input.name, shape, package.model.input.datatype)
+        tensor.set_data_from_numpy(values)
         outputs = [grpcclient.InferRequestedOutput(output.name) for output in package.model.outputs]
         result = self._infer(package, [tensor], outputs, len(slabs), urgent)
         return {output.name: result.as_numpy(output.name) for output in package.model.outputs}
 
     def _by_region(
-        self, package: Package, slabs: NDArray[np.float32], region: _Region, urgent: bool
+        self, package: Package, slabs: _Slabs, region: Region, urgent: bool
     ) -> dict[str, NDArray[np.float32]]:
         model = package.model
-        tensor = grpcclient.InferInput(model.input.name, slabs.shape, model.input.datatype)
-        region.floats[: slabs.size] = slabs.reshape(-1)
-        tensor.set_shared_memory(region.name, slabs.nbytes, 0)
+        given = (len(slabs), *model.input.shape)
+        tensor = grpcclient.InferInput(model.input.name, given, model.input.datatype)
+        at = int(np.prod(given))
+        values = region.floats[:at].reshape(given)
+        _fill(values, slabs, region.write)
+        _check_finite(region.isfinite(values))
+        tensor.set_shared_memory(region.name, 4 * at, 0)
         outputs, places = [], {}
-        at = slabs.size
         for output in model.outputs:
             shape = (len(slabs), *output.shape)
             place = region.floats[at : at + int(np.prod(shape))].reshape(shape)
@@ -248,8 +308,9 @@ class TritonClient:
             outputs.append(requested)
             places[output.name] = place
             at += place.size
+        region.finish()
         self._infer(package, [tensor], outputs, len(slabs), urgent)
-        return {name: place.copy() for name, place in places.items()}
+        return {name: region.host(place) for name, place in places.items()}
 
     def _infer(self, package: Package, inputs: list[Any], outputs: list[Any], count: int, urgent: bool) -> Any:
         """One request; checks what its answer says of itself."""
@@ -297,7 +358,7 @@ class TritonClient:
         raise TritonError(what, f"{self.url}, model {package.model.triton_name}", remedy) from error
 
     @contextmanager
-    def _region(self, package: Package, *, fresh: bool) -> Iterator[_Region]:
+    def _region(self, package: Package, *, fresh: bool) -> Iterator[Region]:
         """A registered region that holds one batch and its outputs; back to the pool only after a good answer."""
         model = package.model
         one = sum(int(np.prod(tensor.shape)) for tensor in (model.input, *model.outputs))
@@ -318,15 +379,16 @@ class TritonClient:
                 return
         self._give_up(region)
 
-    def _register(self, size: int) -> _Region:
+    def _register(self, size: int) -> Region:
         with self._lock:
             if not self._swept:
-                self._sweep()
+                left = self._memory.sweep(self._grpc, _HEALTH_SECONDS)
+                self._given_up += [(name, None) for name in left]
                 self._swept = True
         self._unregister()
-        region = _Region(size)
+        region = self._memory.region(size)
         try:
-            self._grpc.register_system_shared_memory(region.name, f"/{region.name}", size, client_timeout=self._timeout)
+            region.register(self._grpc, self._timeout)
         except InferenceServerException as error:
             self._give_up(region)
             if error.status() in (_TOO_LATE, _UNREACHABLE):
@@ -338,34 +400,46 @@ class TritonClient:
             ) from error
         return region
 
-    def _give_up(self, region: _Region) -> None:
+    def _give_up(self, region: Region) -> None:
         region.unlink()
         with self._lock:
-            self._given_up.append(region.name)
+            self._given_up.append((region.name, region))
 
     def _unregister(self) -> None:
         """Have the server forget given-up regions. One that it still uses stays on the list for the next time."""
         with self._lock:
-            names, self._given_up = self._given_up, []
-        for name in names:
+            left, self._given_up = self._given_up, []
+        for name, region in left:
             try:
-                self._grpc.unregister_system_shared_memory(name, client_timeout=_HEALTH_SECONDS)
+                self._memory.unregister(self._grpc, name, _HEALTH_SECONDS)
             except InferenceServerException:
                 with self._lock:
-                    self._given_up.append(name)
+                    self._given_up.append((name, region))
+                continue
+            if region is not None:
+                region.free()
 
-    def _sweep(self) -> None:
-        """Remove what clients that were killed left: their files, and the server's mappings of files now gone."""
+
+class SystemMemory:
+    """The host's shared memory (POSIX)."""
+
+    def region(self, size: int) -> Region:
+        return _SystemRegion(size)
+
+    def unregister(self, grpc: Any, name: str, timeout: float) -> None:
+        grpc.unregister_system_shared_memory(name, client_timeout=timeout)
+
+    def sweep(self, grpc: Any, timeout: float) -> list[str]:
+        """The files of killed clients go; the server may still map them."""
         for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
             with suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("rb") as left:
                 fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
                 path.unlink()
-        for name in self._grpc.get_system_shared_memory_status(client_timeout=_HEALTH_SECONDS).regions:
-            if name.startswith(_PREFIX) and not (SHARED_MEMORY / name).exists():
-                self._given_up.append(name)
+        mapped = grpc.get_system_shared_memory_status(client_timeout=timeout).regions
+        return [name for name in mapped if name.startswith(_PREFIX) and not (SHARED_MEMORY / name).exists()]
 
 
-class _Region:
+class _SystemRegion:
     """A piece of system shared memory. Its file is locked while this process lives: so others see that it is in use."""
 
     def __init__(self, size: int) -> None:
@@ -389,10 +463,59 @@ class _Region:
                 f"there is no shared memory: {error.strerror}", str(SHARED_MEMORY), "make room there, or turn it off"
             ) from error
 
+    def register(self, grpc: Any, timeout: float) -> None:
+        grpc.register_system_shared_memory(self.name, f"/{self.name}", self.size, client_timeout=timeout)
+
+    def write(self, place: Any, part: Any) -> None:
+        _to_host(place, part)
+
+    def finish(self) -> None:
+        """What is written is there."""
+
+    def isfinite(self, values: Any) -> bool:
+        return bool(np.isfinite(values).all())
+
+    def host(self, values: Any) -> NDArray[np.float32]:
+        return np.array(values, np.float32)
+
     def unlink(self) -> None:
         """Remove its name. The memory itself goes when the server has let go of it too."""
         (SHARED_MEMORY / self.name).unlink(missing_ok=True)
         os.close(self._file)
+
+    def free(self) -> None:
+        """It went with the last who had it open."""
+
+
+_Slabs = NDArray[np.float32] | Sequence[Sequence[Any]]
+
+
+def _check_slabs(package: Package, slabs: _Slabs) -> None:
+    channels, *field = package.model.input.shape
+    for parts in slabs:
+        each = [parts] if isinstance(parts, np.ndarray) else parts
+        right = all(part.dtype == np.float32 and [*part.shape[1:]] == field for part in each)
+        if not right or sum(len(part) for part in each) != channels:
+            found = " + ".join(f"{part.dtype} {part.shape}" for part in each)
+            raise ValueError(f"each slab must be float32 ({channels}, {field[0]}, {field[1]}), not {found}")
+
+
+def _fill(values: Any, slabs: _Slabs, write: Callable[[Any, Any], None]) -> None:
+    """Write slabs, or the parts of each, into an array of the model's input."""
+    for place, parts in zip(values, slabs, strict=True):
+        at = 0
+        for part in [parts] if isinstance(parts, np.ndarray) else parts:
+            write(place[at : at + len(part)], part)
+            at += len(part)
+
+
+def _to_host(place: NDArray[np.float32], part: Any) -> None:
+    place[...] = part if isinstance(part, np.ndarray) else part.get()  # CuPy never copies to the host unasked
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise ValueError("slabs hold values that are not finite")
 
 
 def _check(answers: dict[str, NDArray[np.float32]], where: str) -> None:

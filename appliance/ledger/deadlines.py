@@ -65,10 +65,33 @@ class Deadlines(Database):
                 )
         return new
 
+    def mark_degraded(self, seconds: float, plan: str) -> tuple[list[Overdue], list[Overdue]]:
+        """Append an event for each analysis that has been due for so long, so that something is left out for it.
+
+        Args:
+            plan: what is left out.
+
+        Returns:
+            All of them, and those that had no such event yet.
+        """
+        at = now()
+        with self.read() as connection:
+            rows = [Overdue(*row) for row in connection.execute(_ANALYSED)]
+        found = [one for one in rows if seconds_between(one.since, at) > seconds]
+        if not found:
+            return [], []
+        with self._write() as connection:
+            known = self._marked(connection, {one.study_id for one in found}, Event.STAGE_DEGRADED)
+            new = [one for one in found if one not in known]
+            for one in new:
+                detail = {"stage": one.stage, "subject": one.subject, "since": one.since, "plan": plan}
+                self._append(connection, Event.STAGE_DEGRADED, one.study_id, **detail)
+        return found, new
+
     @staticmethod
-    def _marked(connection: sa.Connection, studies: set[int]) -> set[Overdue]:
+    def _marked(connection: sa.Connection, studies: set[int], event: Event = Event.STAGE_OVERDUE) -> set[Overdue]:
         c = t.event.c
-        query = sa.select(c.study_id, c.detail).where(c.name == Event.STAGE_OVERDUE, c.study_id.in_(studies))
+        query = sa.select(c.study_id, c.detail).where(c.name == event, c.study_id.in_(studies))
         return {
             Overdue(row.study_id, row.detail["stage"], row.detail["subject"], row.detail["since"])
             for row in connection.execute(query)

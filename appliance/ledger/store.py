@@ -15,7 +15,7 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
-from appliance.ledger.database import Row, Statement, later, now
+from appliance.ledger.database import Row, Statement, later, now, seconds_between
 from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.keeping import Keeping
 from appliance.ledger.orders import Orders
@@ -624,16 +624,17 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders):
             self._append(connection, Event.ANALYSIS_STARTED, row["study_id"], package=row["package"], attempt=attempt)
             return row
 
-    def retry_waits(self, packages: Collection[str], seconds: float) -> bool:
-        """Whether an analysis of one of these packages that failed before is due since so many seconds."""
+    def retry_waited(self, packages: Collection[str]) -> float:
+        """For how many seconds an analysis of one of these packages that failed before has been due; 0 if none is."""
         c = t.analysis.c
         query = (
-            sa.select(c.id)
-            .join(t.study)
-            .where(self._waiting(), c.package.in_(packages), c.attempts > 0, c.due_at <= later(-seconds))
+            sa.select(sa.func.min(c.due_at))
+            .select_from(t.analysis.join(t.study))
+            .where(self._waiting(), c.package.in_(packages), c.attempts > 0)
         )
         with self.read() as connection:
-            return connection.execute(query.limit(1)).first() is not None
+            since = connection.scalar(query)
+        return max(0.0, seconds_between(since, now())) if since else 0.0
 
     def _move_analysis(self, connection: sa.Connection, key: int, event: str, **values: Any) -> Row:
         c = t.analysis.c

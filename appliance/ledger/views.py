@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.chain import walk_all
-from appliance.ledger.database import now, seconds_between
+from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.escalation import unreached
 from appliance.ledger.store import Ledger
 
@@ -31,7 +31,7 @@ def find_study(ledger: Ledger, uid_or_number: str) -> int | None:
         return key
 
 
-def unconfirmed(ledger: Ledger) -> list[tuple[int, str, dict[str, Any]]]:
+def unconfirmed(ledger: Ledger) -> list[tuple[int, str, Row]]:
     """Provisional alerts of which nothing more will become by itself: the analysis of the whole study failed, or was
     refused.
 
@@ -53,7 +53,7 @@ def unconfirmed(ledger: Ledger) -> list[tuple[int, str, dict[str, Any]]]:
     )
     with ledger.read() as connection:
         rows = connection.execute(query).mappings().all()
-    return [(row["study_id"], row["reason"], dict(row)) for row in rows]
+    return [(row["study_id"], row["reason"], row) for row in rows]
 
 
 def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:

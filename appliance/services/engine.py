@@ -1,4 +1,4 @@
-"""`scanside engine`: watch what arrives, decide, answer; what comes of an answer is in `issuing`."""
+"""The engine: watch what arrives, decide, answer. `running` has its threads, `issuing` what comes of an answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,7 @@ from sqlalchemy.exc import OperationalError
 from appliance.delivery.outbox import POLL_SECONDS
 from appliance.governance.board import APPROVAL, INTEGRITY, Board, Mode, integrity, read_board
 from appliance.governance.indication import Admission, Criterion, admit, admit_pixels, still_excepted
-from appliance.governance.integrity import load_sound
 from appliance.governance.package import ANY, Package
-from appliance.inference.decode import decode_each, decode_verified_many
 from appliance.inference.slabs import Context, foreseen_slabs, in_context, plan_slabs
 from appliance.inference.stream import (
     ARRIVING,
@@ -35,24 +33,21 @@ from appliance.inference.stream import (
     verdict_on,
 )
 from appliance.inference.triton import TritonClient, TritonError
-from appliance.intake.spool import Spool
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
-from appliance.ledger.doorbell import Doorbell, ring
+from appliance.ledger.doorbell import ring
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
 from appliance.ledger.views import unconfirmed
-from appliance.operations.health import Watchdog, notify
 from appliance.services.breaker import Breaker
 from appliance.services.guard import Guard
 from appliance.services.heeding import Heeded
 from appliance.services.issuing import Issuer
-from appliance.services.process import service
 from appliance.settings import Settings
 from appliance.study.arrival import Arrival, Arrivals
 from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
 from appliance.study.selection import unselected
 from dicom_io.errors import ScansideError
-from dicom_io.pixels import NATIVE_SYNTAXES, decoder_for
+from dicom_io.pixels import NATIVE_SYNTAXES
 from dicom_io.plausible import ImplausibleImage
 from dicom_io.volume import Volume, assemble, planes_of
 
@@ -64,69 +59,21 @@ ANALYSES = 4
 URGENT_ANALYSES = 2
 """So many more at a time if they are urgent."""
 
-RETRY_PATIENCE_SECONDS = 5.0
-"""So long a study that failed lets others go first. Then only what is urgent is still begun until it had its turn."""
+RETRY_PATIENCE_SECONDS, RETRY_LIMIT_SECONDS, RETRY_ANYWAY_SECONDS = 5.0, 15.0, 45.0
+"""So long a study that failed lets others go first. Then only what is urgent is still begun until it had its turn, then
+nothing; and in the end, as what is under way may hang, it no longer waits to be alone."""
 
-STEP_SECONDS = 60.0
-"""Longest that the engine may take to look at all that there is, or systemd starts it again."""
+HURRY_SHARE = 0.4
+"""When this part of its time has passed, an analysis is about to miss its deadline."""
+
+HURRY = "it goes before others; no work ahead for studies that are not urgent; no pictures drawn"
+"""What is done then. Two things are left out always: pictures until after the alert, and the thin series where a thick
+one came."""
+
+HURRY_LOOK_SECONDS = 0.5
 
 LOOK_SECONDS = 0.1
 """While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
-
-
-def run_engine(settings: Settings) -> None:
-    """Complete, admit, analyse and render studies until told to stop.
-
-    Raises:
-        ScansideError: the model packages cannot run together, or the ledger cannot be used.
-    """
-    packages, broken = load_sound(settings)
-    with service(settings, "engine") as (ledger, stopping), ExitStack() as stack:
-        settings.findings_directory.mkdir(parents=True, exist_ok=True)
-        Spool(settings.spool_directory).recover(ledger.digests())  # intake does so as well, but may start later
-        bell = Doorbell(settings.run_directory, "engine")
-        stack.callback(bell.close)
-        client = TritonClient(
-            f"{settings.triton.host}:{settings.triton.grpc_port}", timeout=settings.triton.request_seconds
-        )
-        stack.callback(client.close)
-        # Fails here if there is no GPU, or its decoder is not to be trusted.
-        decoder = decoder_for(settings.box.device)
-        decode = partial(decode_verified_many, decoder=decoder) if decoder else decode_each
-        issuer = Issuer(settings, ledger, packages)
-        engine = Engine(settings, ledger, packages, client, Pipeline(client, decode=decode), issuer, broken)
-        stack.callback(engine.close)
-        engine.guard.step()
-        parked = ledger.park_analyses(settings.models.attempts)
-        log.info("engine: runs %s (%d analyses taken up again)", ", ".join(one.name for one in packages), parked)
-        for package in packages:
-            if not package.signed_by:
-                log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
-        threading.Thread(target=engine.guard.run, args=(stopping,), name="guard", daemon=True).start()
-        threading.Thread(target=engine.breaker.run, args=(stopping,), name="breaker", daemon=True).start()
-        threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
-        turn = Watchdog().loop("engine", STEP_SECONDS)
-        notify("READY=1", f"STATUS=runs {', '.join(one.name for one in packages)}")
-        while not stopping.is_set():
-            turn()
-            try:
-                wait = engine.step()
-            except Exception:
-                log.exception("the engine stumbled; it goes on")
-                wait = POLL_SECONDS
-            if wait > 0:
-                bell.wait(min(wait, POLL_SECONDS))
-
-
-def _render(issuer: Issuer, stopping: threading.Event) -> None:
-    """Make the files of findings beside the analyses: no alert waits for a picture of another study."""
-    while not stopping.is_set():
-        try:
-            issuer.render()
-        except Exception:
-            log.exception("rendering stumbled; it goes on")
-        issuer.issued.wait(POLL_SECONDS)
-        issuer.issued.clear()
 
 
 class Engine:
@@ -177,6 +124,8 @@ class Engine:
         self._undecided: set[int] | None = None
         self._alone = 0
         self._complaints: dict[int, str] = {}
+        self._hurried: set[int] = set()
+        self._hurry_at = 0.0
         # One that was set aside may have a provisional alert, also when an engine ended in between.
         self._unconfirmed = threading.Event()
         self._unconfirmed.set()
@@ -192,6 +141,7 @@ class Engine:
         if self._unconfirmed.is_set():
             self._unconfirmed.clear()
             self._take_back_unconfirmed()
+        self._hurry()
         self._decide_all()
         self._answer()
         wait = self._watch_studies()
@@ -286,7 +236,7 @@ class Engine:
         return self._settings.study.quiet_seconds - silent if silent >= 0 else 0.0
 
     def _is_stat(self, study_id: int, calling_ae: str) -> bool:
-        urgent = study_id in self._suspicious or study_id in self._heeded.urgent
+        urgent = study_id in self._suspicious | self._hurried or study_id in self._heeded.urgent
         return urgent or calling_ae in self._settings.study.stat_calling_ae_titles
 
     def _work_ahead(self, arriving: Arriving, arrival: Arrival, *, whole: bool) -> None:
@@ -299,6 +249,8 @@ class Engine:
         if selection.series is None or selection.volume is None or arriving.id in self._not_ahead:
             return
         urgency = STAT if self._is_stat(arriving.id, arriving.calling_ae) else ARRIVING
+        if self._hurried and urgency != STAT:
+            return
         asked = self._ahead.setdefault(arriving.id, {})
         covered: set[int] | None = None
         for package in self._packages.values():
@@ -515,19 +467,35 @@ class Engine:
             ready = [name for name in sorted(waiting & set(self._packages)) if not self.breaker.problem(name)]
             if not ready:
                 return
-            waits = self._ledger.retry_waits(ready, RETRY_PATIENCE_SECONDS)
+            waited = self._ledger.retry_waited(ready)
+            anyway = waited >= RETRY_ANYWAY_SECONDS
+            if self._working and waited >= RETRY_LIMIT_SECONDS and not anyway:
+                return
+            waits = waited >= RETRY_PATIENCE_SECONDS
             row = self._ledger.take_analysis(
                 ready,
-                tuple(self._suspicious | self._heeded.urgent),
+                tuple(self._suspicious | self._hurried | self._heeded.urgent),
                 self._settings.study.stat_calling_ae_titles,
-                only_urgent=len(self._working) >= ANALYSES or (waits and bool(self._working)),
-                tried=False if self._working else True if waits else None,
+                only_urgent=not anyway and (len(self._working) >= ANALYSES or (waits and bool(self._working))),
+                tried=True if anyway else False if self._working else True if waits else None,
             )
             if row is None:
                 return
             self._arrivals.forget(row["study_id"])
             self._alone = row["id"] if row["attempts"] else 0
             self._begin(row)
+
+    def _hurry(self) -> None:
+        """Leave out what can wait while an analysis is about to miss its deadline."""
+        if time.monotonic() < self._hurry_at:
+            return
+        self._hurry_at = time.monotonic() + HURRY_LOOK_SECONDS
+        found, new = self._ledger.mark_degraded(self._settings.budget.analysis_seconds * HURRY_SHARE, HURRY)
+        self._hurried = {one.study_id for one in found}
+        self._issuer.hold(bool(found))
+        for one in new:
+            log.warning("study %d: %s (%s) may miss its deadline: %s", one.study_id, one.stage, one.subject, HURRY)
+            self._pipeline.urge(one.study_id)
 
     def _begin(self, row: Row, *, early: bool = False) -> None:
         future = self._answering.submit(self._answer_one, row, early)

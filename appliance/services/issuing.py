@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -65,6 +66,14 @@ class Issuer:
         self._ledger = ledger
         self._packages = {package.name: package for package in packages}
         self.issued = threading.Event()
+        self._held_until = 0.0
+
+    def hold(self, wanted: bool) -> None:
+        """Draw nothing while an analysis needs the processor more, but not for ever: people read the pictures."""
+        if not wanted:
+            self._held_until = 0.0
+        elif not self._held_until:
+            self._held_until = time.monotonic() + self._settings.budget.analysis_seconds
 
     def spooled(self, instance: StoredInstance) -> Path:
         """The file of an instance."""
@@ -253,6 +262,8 @@ class Issuer:
         """Make the file of every finding that has none yet, most urgent first."""
         attempts = self._settings.models.attempts
         for row in self._ledger.unrendered_findings(attempts):
+            if time.monotonic() < self._held_until:
+                return
             self._ledger.start_rendering(row["id"])
             try:
                 self._render_one(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,35 @@ def test_what_nobody_takes_is_not_made_but_for_report_and_pictures(tmp_path: Pat
     assert made == {"report", *PICTURES, "selection"}
     assert issued.delivered("plain") == ["selection"]
     issued.box.ledger.close()
+
+
+def test_pictures_wait_while_an_analysis_may_miss_its_deadline_but_not_for_ever(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn() -> int:
+        issued.issuer.render()
+        return len(list(issued.box.settings.findings_directory.rglob("*.dcm")))
+
+    later = 0.0
+    began = time.monotonic()
+    monkeypatch.setattr("appliance.services.issuing.time.monotonic", lambda: began + later)
+    issued.issuer.hold(True)
+    issued.issue(seen(issued))
+    assert drawn() == 0
+    later = issued.box.settings.budget.analysis_seconds - 1
+    issued.issuer.hold(True)
+    assert drawn() == 0
+    later += 2
+    issued.issuer.hold(True)
+    assert drawn() > 2
+    issued.issuer.hold(False)
+    issued.issuer.hold(True)
+    issued.arrive()
+    before = drawn()
+    issued.issue(seen(issued))
+    assert drawn() == before
+    issued.issuer.hold(False)
+    assert drawn() > before
 
 
 def test_in_shadow_the_same_is_made_and_nobody_gets_it(issued: Issued) -> None:

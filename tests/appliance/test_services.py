@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from appliance.governance.package import load_configured
 from appliance.inference.stream import Closed
@@ -22,11 +23,12 @@ from appliance.ledger.database import later
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import NewFinding, Told
 from appliance.ledger.views import event_counts, study_report
-from appliance.services.engine import ANALYSES, Engine, longest_run
+from appliance.services.engine import ANALYSES, HURRY_LOOK_SECONDS, Engine, longest_run
 from appliance.services.issuing import Issuer
 from appliance.services.telling import alert_kind
-from appliance.settings import Hl7Destination, Models, Settings
+from appliance.settings import Budget, Hl7Destination, Models, Settings
 from appliance.settings import Study as StudySettings
+from appliance.show import study_view
 from dicom_io.errors import DecodeError
 from dicom_io.header import Header
 from dicom_io.plausible import ImplausibleImage
@@ -128,6 +130,7 @@ class Asked:
 
     futures: dict[int, list[Future[Any]]] = dataclasses.field(default_factory=dict)
     closed: bool = False
+    urged: list[int] = dataclasses.field(default_factory=list)
 
     def ask(self, package: Any, admission: Any, slabs: Any, *, owner: int, urgency: int) -> Future[Any]:
         if self.closed:
@@ -135,6 +138,9 @@ class Asked:
         future: Future[Any] = Future()
         self.futures.setdefault(owner, []).append(future)
         return future
+
+    def urge(self, owner: int) -> None:
+        self.urged.append(owner)
 
     def prepare(self, files: Any, *, urgency: int) -> None:
         assert not files, "these are not compressed"
@@ -238,7 +244,7 @@ def test_what_failed_has_its_turn_although_others_keep_coming(tmp_path: Path) ->
     asked.fail(1)
     wait_until(engine, lambda: states(box, 2) == ["admitted", "running"])
     with box.ledger._write() as connection:  # its pause is over, and it waited
-        connection.execute(t.analysis.update().where(t.analysis.c.study_id == 1).values(due_at=later(-60)))
+        connection.execute(t.analysis.update().where(t.analysis.c.study_id == 1).values(due_at=later(-7)))
     box.association = box.ledger.open_association("S", "B", "127.0.0.1")
     bring(box, 3)
     box.ledger.close_association(box.association, "released")
@@ -251,6 +257,76 @@ def test_what_failed_has_its_turn_although_others_keep_coming(tmp_path: Path) ->
     assert states(box, 3)[2] == "admitted"
     engine.close()
     box.ledger.close()
+
+
+@pytest.mark.parametrize(("waited", "begun"), [(7, "2 urgent"), (20, "none"), (60, "1 itself")])
+def test_what_failed_is_not_starved_by_studies_that_go_first(tmp_path: Path, waited: int, begun: str) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    for study in (1, 2):
+        bring(box, study)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 2) == ["running"] * 2 and 1 in asked.futures)
+    asked.fail(1)
+    wait_until(engine, lambda: states(box, 2) == ["admitted", "running"])
+    with box.ledger._write() as connection:
+        connection.execute(t.analysis.update().where(t.analysis.c.study_id == 1).values(due_at=later(-waited)))
+    study_settings = StudySettings(settle_seconds=0, quiet_seconds=0.001, stat_calling_ae_titles=["ER"])
+    engine._settings = engine._settings.model_copy(update={"study": study_settings})
+    box.association = box.ledger.open_association("ER", "B", "127.0.0.1")
+    bring(box, 3)
+    box.ledger.close_association(box.association, "released")
+    expected = {
+        "2 urgent": ["admitted", "running", "running"],
+        "none": ["admitted", "running", "admitted"],
+        "1 itself": ["running", "running", "admitted"],
+    }[begun]
+    wait_until(engine, lambda: states(box, 3) == expected)
+    for _ in range(3):
+        engine.step()
+    assert states(box, 3) == expected
+    asked.close()
+    engine.close()
+    box.ledger.close()
+
+
+def test_what_may_miss_its_deadline_goes_first_and_the_rest_waits(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    box.settings = box.settings.model_copy(update={"budget": Budget(analysis_seconds=3600)})
+    bring(box, 1)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"])
+    assert (asked.urged, event_counts(box.ledger)["stage.degraded"]) == ([], 0)
+    with box.ledger._write() as connection:
+        connection.execute(t.study.update().values(completed_at=later(-3600 * 0.41)))
+    wait_until(engine, lambda: asked.urged == [1])
+    time.sleep(HURRY_LOOK_SECONDS)
+    engine.step()
+    assert (asked.urged, event_counts(box.ledger)["stage.degraded"]) == ([1], 1)
+    assert engine._is_stat(1, "S") and not engine._is_stat(2, "S")
+    # Nothing is done ahead for others, but for what goes first anyway.
+    engine._settings = engine._settings.model_copy(
+        update={"study": StudySettings(settle_seconds=60, quiet_seconds=60, stat_calling_ae_titles=["ER"])}
+    )
+    for study, sender in ((2, "CT1"), (3, "ER")):
+        box.association = box.ledger.open_association(sender, "B", "127.0.0.1")
+        bring(box, study)
+    wait_until(engine, lambda: 3 in asked.futures)
+    assert 2 not in asked.futures
+    assert "deadline near" in shown(box, 1)
+    asked.close()
+    wait_until(engine, lambda: states(box, 1) != ["running"])
+    engine.close()
+    box.ledger.close()
+
+
+def shown(box: Box, study: int) -> str:
+    console = Console(width=200, record=True)
+    console.print(study_view(study_report(box.ledger, study)))
+    return console.export_text()
 
 
 def test_a_study_that_cannot_wait_finds_a_place_when_all_are_taken(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ class Model:
     pause: float = 0.0
     gate: threading.Event = field(default_factory=threading.Event)
 
-    def infer(self, package: Package, slabs: NDArray[np.float32], *, urgent: bool = False) -> Output:
+    def infer(
+        self, package: Package, parts: Sequence[Sequence[NDArray[np.float32]]], *, urgent: bool = False
+    ) -> Output:
+        slabs = np.stack([np.concatenate(one) for one in parts])
         self.waiting += 1
         assert self.gate.wait(30)
         time.sleep(self.pause)
@@ -201,6 +204,26 @@ def test_what_lies_ready_goes_first_when_it_becomes_urgent(alone: Package) -> No
     assert sizes == [1, alone.model.maximum_batch, 30 - alone.model.maximum_batch]
     assert model.urgent == [False, True, False]
     assert max(model.batches[1]) == max(max(batch) for batch in model.batches)
+
+
+def test_a_study_that_is_urged_goes_first_with_all_that_it_asked_for(alone: Package) -> None:
+    model, files = Model(), Files()
+    with pipeline(model, files, workers=1, running=False) as made:
+        first = ask(made, alone, frame(10), urgency=COMPLETE)
+        while not model.waiting:
+            time.sleep(0.01)
+        others = [ask(made, alone, frame(value), urgency=COMPLETE) for value in range(100, 300)]
+        hurried = [ask(made, alone, frame(value), owner=2, urgency=COMPLETE) for value in range(20, 40)]
+        made.urge(2)
+        made.urge(3)
+        model.gate.set()
+        for future in hurried:
+            future.result(30)
+        unanswered = sum(not future.done() for future in others)
+        for future in (first, *others):
+            future.result(30)
+    assert unanswered >= 200 - 4 * alone.model.maximum_batch
+    assert model.slabs == len(files.decoded) == 221, "none is done twice"
 
 
 def test_another_spacing_or_another_model_is_another_answer(alone: Package) -> None:

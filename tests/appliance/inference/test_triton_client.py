@@ -156,6 +156,17 @@ def test_every_slab_gets_its_own_answer(client: TritonClient, server: Running, r
     assert server.fake.requests == [16] * (count // 16) + ([count % 16] if count % 16 else [])
 
 
+def test_a_slab_may_come_in_parts(client: TritonClient, reference: Package) -> None:
+    slabs = slabs_of(18, seed=3)
+    parts = [[one[:3], one[3:4], one[4:]] for one in slabs]
+    whole, joined = client.infer(reference, slabs), client.infer(reference, parts)
+    np.testing.assert_array_equal(joined.probabilities, whole.probabilities)
+    np.testing.assert_array_equal(joined.lesion_map, whole.lesion_map)
+    for wrong in ([slabs[0][:3], slabs[0][3:8]], [slabs[0], slabs[0][:1]], [slabs[0][:, 1:]], [slabs[0].astype(float)]):
+        with pytest.raises(ValueError, match="9, 256, 256"):
+            client.infer(reference, [parts[0], wrong])
+
+
 def test_no_slabs_need_no_server(reference: Package) -> None:
     with TritonClient("127.0.0.1:1") as client:
         output = client.infer(reference, slabs_of(0))
