@@ -33,6 +33,8 @@ WARM_UP = 5
 """Studies that a box must know of a sender before it trusts its habit."""
 WAITING = (5.0, 60.0)
 """The quiet times of systems that wait, in seconds."""
+WITH_BARE = "thin_300_fast"
+"""The scenario after each study of which the bare transfer and the bare inference are measured."""
 STAGES = ("complete", "inferred", "alert_sent", "alert_acknowledged")
 
 
@@ -99,7 +101,7 @@ def measure(
     Raises:
         PeerError: the box does not start, or a study gets no alert.
     """
-    on_total(len(scenarios) * (1 + len(waiting)) + 2)
+    on_total(len(scenarios) * (1 + len(waiting)) + 1)
     with TemporaryDirectory(dir=directory, prefix="scanside-bench-") as name:
         folder = Path(name)
         on_step("simulating heads")
@@ -115,7 +117,7 @@ def measure(
         warm_up = original(folder / "warm-up", 28)
         on_done()
         streamed: dict[str, list[Measured]] = {}
-        bare: dict[str, float] = {}
+        bare: list[dict[str, float]] = []
         with running_box(folder / "streaming", environment, {}) as box:
             on_step("five studies to get to know the sender")
             for number in range(WARM_UP):
@@ -131,11 +133,9 @@ def measure(
                     one = study(scenario, number)
                     _send(box, [one], EVERY if scenario.paced else 0.0, folder)
                     streamed[name].append(_alert(box, one))
+                    if name == WITH_BARE:  # in turns, as the machine is not always equally quick
+                        bare.append(_bare(box, folder / f"bare-{number}", originals[scenario.series[0]]))
                 on_done()
-            on_step("bare transfer and bare inference")
-            if "thin_300_fast" in scenarios:
-                bare = _bare(box, folder, originals[300, "explicit"])
-        on_done()
         waited: dict[float, dict[str, Measured]] = {}
         for quiet in waiting:
             settings = {"quiet_seconds": quiet, "wait_then_infer": True}
@@ -177,16 +177,15 @@ def _alert(box: Box, study: Study, seconds: float = 180.0) -> Measured:
 
 
 def _bare(box: Box, folder: Path, one: Study) -> dict[str, float]:
-    """The same study to an intake that nothing stands behind, and its slabs to the model, medians of three."""
+    """The same study to an intake that nothing stands behind and to a socket, and its slabs to the model: seconds."""
     package = load_configured(box.settings)[0]
     slabs = np.random.default_rng(1).random((32, *package.model.input.shape), np.float32)
-    inference = []
     with TritonClient(f"{box.settings.triton.host}:{box.settings.triton.grpc_port}") as client:
-        for _ in range(3):
-            began = time.perf_counter()
-            client.infer(package, slabs)
-            inference.append(time.perf_counter() - began)
-    return {"inference_s": statistics.median(inference), **_transfers(folder, one)}
+        client.infer(package, slabs[:1])  # its shared memory is there
+        began = time.perf_counter()
+        client.infer(package, slabs)
+        inference = time.perf_counter() - began
+    return {"inference_s": inference, **_transfers(folder, one)}
 
 
 def _transfers(folder: Path, one: Study) -> dict[str, float]:
@@ -196,28 +195,26 @@ def _transfers(folder: Path, one: Study) -> dict[str, float]:
     for contestant in CONTESTANTS:
         if contestant.name not in (OURS, "sink"):
             continue
-        seconds = []
-        for number in range(3):
-            place = folder / f"bare-{contestant.name}-{number}"
-            place.mkdir()
-            receiver = contestant.start(place)
-            try:
-                seconds.append(replay.send(receiver.peer, images, 1, place).seconds)
-            finally:
-                receiver.process.stop()
-        found[f"transfer_{contestant.name}_s"] = statistics.median(seconds)
+        place = folder / contestant.name
+        place.mkdir(parents=True)
+        receiver = contestant.start(place)
+        try:
+            found[f"transfer_{contestant.name}_s"] = replay.send(receiver.peer, images, 1, place).seconds
+        finally:
+            receiver.process.stop()
     return found
 
 
 def document(
-    streamed: dict[str, list[Measured]], waited: dict[float, dict[str, Measured]], bare: dict[str, float]
+    streamed: dict[str, list[Measured]], waited: dict[float, dict[str, Measured]], bare: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
     """The one JSON object of a run.
 
     Args:
         streamed: the studies of each scenario.
         waited: quiet time in seconds → the first study of each scenario again, in the mode that waits.
-        bare: seconds of the transfers and of the inference alone; empty if ``thin_300_fast`` is no scenario.
+        bare: seconds of the transfers and of the inference alone after each study of `WITH_BARE`; empty if that is no
+            scenario.
     """
     scenarios: dict[str, Any] = {}
     ratios: dict[str, float] = {}
@@ -236,11 +233,14 @@ def document(
         for quiet, one in slowest.items():
             mine = scenarios[name]["last_instance_to_ack_s"]["p50"]
             ratios[f"{name}_over_waiting_{quiet:g}_s"] = round(mine / one.stages["alert_acknowledged"], 4)
-    if bare:
-        whole = scenarios["thin_300_fast"]["first_instance_to_ack_s"]["p50"]
-        ratios["thin_300_fast_over_bare"] = round(whole / max(bare["transfer_scanside_s"], bare["inference_s"]), 3)
-        ratios["thin_300_fast_over_sink"] = round(whole / max(bare["transfer_sink_s"], bare["inference_s"]), 3)
-    return {"scenarios": scenarios, "bare": {name: round(one, 4) for name, one in bare.items()}, "ratios": ratios}
+    for said_of, transfer in (("bare", "transfer_scanside_s"), ("sink", "transfer_sink_s")) if bare else ():
+        each = [
+            study.whole / max(one[transfer], one["inference_s"])
+            for study, one in zip(streamed[WITH_BARE], bare, strict=True)
+        ]
+        ratios[f"{WITH_BARE}_over_{said_of}"] = round(statistics.median(each), 3)
+    medians = {name: round(statistics.median(one[name] for one in bare), 4) for name in (bare[0] if bare else ())}
+    return {"scenarios": scenarios, "bare": medians, "ratios": ratios}
 
 
 def said(answer: Any) -> Any:

@@ -29,6 +29,8 @@ from triton_models.training.phantom import Phantom, simulate, write_study
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 T = TypeVar("T")
+URGENT_AE = "EMERGENCY"
+"""A scanner whose studies go before all others."""
 SETTLED = ("acknowledged", "rejected", "dead")
 
 
@@ -64,9 +66,9 @@ class Box:
         self.peer = Peer(settings.intake.ae_title, LOOPBACK, settings.intake.port)
         self.ledger = Ledger(settings.ledger_path)
 
-    def send(self, files: list[Path]) -> list[SendResult]:
+    def send(self, files: list[Path], scanner: str = SCANNER_AE) -> list[SendResult]:
         """Play the scanner."""
-        return send(files, self.peer, SCANNER_AE)
+        return send(files, self.peer, scanner)
 
     def report(self, uid: str) -> dict[str, Any] | None:
         """What the ledger knows of a study; None if nothing."""
@@ -157,7 +159,7 @@ def running_box(
             folder / "box",
             {
                 "intake": {"host": LOOPBACK, "port": ports[0], "reserve_percent": 0.0, "reserve_bytes": 0},
-                "study": {"quiet_seconds": 5.0, "settle_seconds": 0.5},
+                "study": {"quiet_seconds": 5.0, "settle_seconds": 0.5, "stat_calling_ae_titles": [URGENT_AE]},
                 "triton": {
                     "environment": str(environment),
                     "grpc_port": ports[1],

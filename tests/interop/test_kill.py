@@ -14,7 +14,7 @@ from appliance.demo.hospital import SCANNER_AE
 from appliance.ledger.views import event_counts, verify_events
 from dicom_io.errors import PeerError
 from dicom_io.scu import send
-from tests.interop.box import Box, running_box, study, wait_for
+from tests.interop.box import URGENT_AE, Box, running_box, study, wait_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.xdist_group("box")]
 
@@ -71,6 +71,38 @@ def test_a_triton_that_hangs_is_started_again_and_work_resumes(box: Box, tmp_pat
         assert after[name] - before.get(name, 0) == 1
     # Nothing is shown of a server that is well again.
     assert box.command("check").returncode == 0
+
+
+def test_an_engine_that_fell_behind_begins_with_the_most_urgent(box: Box, tmp_path: Path) -> None:
+    """Meanwhile intake takes all that comes."""
+    engine = box.pid("engine")
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        routine = []
+        for number in range(2):
+            uid, files = study(tmp_path, "intraparenchymal", f"ROUTINE{number}")
+            assert not any(result.error for result in box.send(files))
+            routine.append(uid)
+        urgent, files = study(tmp_path, "intraparenchymal", "URGENT")
+        assert not any(result.error for result in box.send(files, URGENT_AE))
+        report = box.report(urgent)
+        assert report is not None
+        assert (report["instances"], report["verdicts"]) == (len(files), [])
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+    def judged(uid: str) -> str | None:
+        report = box.report(uid)
+        return report["verdicts"][0]["issued_at"] if report and report["verdicts"] else None
+
+    issued = {
+        uid: wait_for(lambda uid=uid: judged(uid), 60.0, lambda: f"no verdict\n{box.process.tail(30)}")  # type: ignore[misc]
+        for uid in (urgent, *routine)
+    }
+    assert min(issued, key=lambda uid: issued[uid]) == urgent
+    for uid in issued:
+        box.settled(uid, 90.0)
+        assert len(box.messages(uid)) == 1
 
 
 def test_killed_at_random_moments_after_the_last_slice(box: Box, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hl7
@@ -11,6 +13,7 @@ import pydicom
 import pytest
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
 
+from appliance.bench.latency import said
 from tests.interop.box import Box, study, wait_for
 from tests.peers import program
 
@@ -107,6 +110,26 @@ def test_an_enhanced_multi_frame_study(box: Box, tmp_path: Path) -> None:
     report = box.settled(uid)
     assert report["verdicts"] and report["verdicts"][-1]["positive"], [one["reason"] for one in report["analyses"]]
     assert len(box.messages(uid)) == 1
+
+
+def test_studies_that_come_in_pieces_and_mixed_get_the_same_verdicts(box: Box, tmp_path: Path) -> None:
+    """Two patients' slices in no order, on three associations at once."""
+    plain = {}
+    for bleed in ("intraparenchymal", None):
+        uid, files = study(tmp_path, bleed, f"PLAIN{bleed or 'NONE'}")
+        box.send(files)
+        plain[bleed] = box.settled(uid)["verdicts"][-1]["result"]
+    mixed = {bleed: study(tmp_path, bleed, f"MIXED{bleed or 'NONE'}") for bleed in plain}
+    every = [path for _, files in mixed.values() for path in files]
+    random.Random(20261129).shuffle(every)
+    with ThreadPoolExecutor(3) as pool:
+        for results in pool.map(lambda share: box.send(every[share::3]), range(3)):
+            assert not any(result.error for result in results)
+    for bleed, (uid, files) in mixed.items():
+        report = box.settled(uid)
+        assert report["instances"] == len(files)
+        assert said(report["verdicts"][-1]["result"]) == said(plain[bleed])
+        assert len(box.messages(uid)) == (1 if bleed else 0)
 
 
 def test_orthanc_sends_and_shows_the_findings_in_the_same_study(box: Box, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def took(seconds: float, whole: float = 10.0, answer: dict[str, Any] | None = No
 
 
 def test_every_scenario_has_its_percentiles_and_stages() -> None:
-    told = document({"thick_28_paced": [took(0.4, 1.0), took(0.2, 3.0), took(0.3, 2.0)]}, {}, {})
+    told = document({"thick_28_paced": [took(0.4, 1.0), took(0.2, 3.0), took(0.3, 2.0)]}, {}, [])
     one = told["scenarios"]["thick_28_paced"]
     assert one["last_instance_to_ack_s"] == {"p50": 0.3, "p95": 0.4, "p99": 0.4, "n": 3}
     assert one["first_instance_to_ack_s"]["p50"] == 2.0
@@ -37,16 +37,20 @@ def test_every_scenario_has_its_percentiles_and_stages() -> None:
 
 
 def test_a_ratio_is_the_median_over_what_the_waiting_mode_took() -> None:
-    streamed = {"thick_28_paced": [took(0.5), took(0.1), took(0.3)], "thin_300_fast": [took(0.6, 5.0)]}
+    streamed = {
+        "thick_28_paced": [took(0.5), took(0.1), took(0.3)],
+        "thin_300_fast": [took(0.6, 5.0), took(0.6, 9.0), took(0.6, 6.0)],
+    }
     waited = {5.0: {"thick_28_paced": took(6.0), "thin_300_fast": took(12.0)}}
-    told = document(streamed, waited, BARE)
+    quick, slow = {**BARE, "transfer_scanside_s": 1.0}, {**BARE, "transfer_scanside_s": 9.0, "inference_s": 0.6}
+    told = document(streamed, waited, [BARE, quick, slow])
     assert told["scenarios"]["thick_28_paced"]["wait_then_infer"] == {"5_s": {"last_instance_to_ack_s": 6.0}}
     assert told["bare"] == BARE
     assert told["ratios"] == {
         "thick_28_paced_over_waiting_5_s": 0.05,
         "thin_300_fast_over_waiting_5_s": 0.05,
-        "thin_300_fast_over_bare": 2.5,  # the transfer takes longer than the inference
-        "thin_300_fast_over_sink": 10.0,  # and here the inference
+        "thin_300_fast_over_bare": 2.5,  # of 5 / 2, 9 / 1 and 6 / 9: the transfer takes longer than the inference
+        "thin_300_fast_over_sink": 10.0,  # of 5 / 0.5, 9 / 0.5 and 6 / 0.6: here the inference does
     }
 
 
@@ -58,7 +62,7 @@ def test_a_verdict_that_differs_in_more_than_its_uids_is_counted() -> None:
     waited = {
         quiet: {"mixed_paced": took(9.0, answer=one)} for quiet, one in ((5.0, other), (30.0, first), (60.0, wrong))
     }
-    told = document({"mixed_paced": [took(0.1, answer=first)]}, waited, {})
+    told = document({"mixed_paced": [took(0.1, answer=first)]}, waited, [])
     assert told["scenarios"]["mixed_paced"]["verdicts_that_differ"] == 1
 
 
@@ -76,7 +80,7 @@ def test_a_percentile_is_a_measured_value_that_so_many_do_not_exceed(values: lis
 def test_the_table_has_a_row_for_each_scenario_and_a_column_for_each_waiting_time() -> None:
     waited = {5.0: {"thick_28_paced": took(5.9)}, 60.0: {"thick_28_paced": took(61.25)}}
     output = StringIO()
-    Console(width=160, file=output).print(table(document({"thick_28_paced": [took(0.432)]}, waited, {})))
+    Console(width=160, file=output).print(table(document({"thick_28_paced": [took(0.432)]}, waited, [])))
     for words in ("thick_28_paced", "0.432", "waiting 5 s", "5.9", "waiting 60 s", "61.2"):
         assert words in output.getvalue()
 

@@ -91,7 +91,7 @@ def test_a_picture_of_latency_stacks_the_stages_of_each_scenario() -> None:
         Measured(dict(zip(STAGES, taken, strict=True)), 2.0, {})
         for taken in ((0.1, 0.3, 0.3, 0.4), (0.1, 0.3, 0.5, 0.6))
     )
-    told = latency.document({"thick_28_paced": [fast, slow, fast], "thin_300_fast": [slow]}, {}, {})
+    told = latency.document({"thick_28_paced": [fast, slow, fast], "thin_300_fast": [slow]}, {}, [])
     picture = latency_picture(told)
     assert words(picture, "label") == ["thick 28 paced", "thin 300 fast"]
     assert (len(marks(picture, "bar")), len(marks(picture, "dot"))) == (2 * 4, 2 * 3)

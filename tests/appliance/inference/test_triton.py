@@ -208,9 +208,10 @@ def test_a_server_whose_model_process_hangs_is_found_out_only_by_a_slab(own_serv
         (stub,) = children(own_server.running.pid)
         os.kill(stub, signal.SIGSTOP)
         assert client.problem(reference) == ""
-        assert "no answer within 2 s" in client.problem(reference, prove=True)
+        # Which of the two: the server finds it out by itself only when it is asked.
+        said = client.problem(reference, prove=True)
+        assert "no answer within 2 s" in said or "is not healthy" in said
         os.kill(stub, signal.SIGCONT)
-        client.wait_ready(30.0, [reference])
 
 
 def test_a_stop_is_quick_and_clean(own_server: Server) -> None:
