@@ -27,6 +27,8 @@ from appliance.settings import (
     Settings,
     Tls,
     WebhookDestination,
+    Worklist,
+    WorklistDestination,
 )
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer, echo
@@ -108,6 +110,7 @@ def run_checks(settings: Settings) -> list[Check]:
         *([_check("intake TLS", partial(_tls, settings.intake.tls, host))] if settings.intake.tls is not None else []),
         *_orders(settings, host),
         _check("triton", triton),
+        *([_check("worklist", partial(_worklist, settings.worklist))] if settings.worklist is not None else []),
     ]
     for destination in settings.destination:
         reach = partial(_reach, destination, title)
@@ -142,6 +145,8 @@ def _reach(destination: Destination, title: str) -> str:
             hook = webhook(destination)
             hook.connection().close()
             return f"{hook.where} takes connections"
+        case WorklistDestination():
+            return f"it is our own; a positive study is {'moved' if destination.mode == 'reprioritise' else 'marked'}"
 
 
 def _orders(settings: Settings, host: str) -> list[Check]:
@@ -168,6 +173,19 @@ def _tls(section: Tls | Hl7Tls, host: str) -> str:
     if until <= datetime.now(UTC):
         raise ScansideError(f"the certificate expired on {until.date()}", str(section.certificate), "renew it")
     return f"{_port(host, section.port)}; the certificate is good until {until.date()}"
+
+
+def _worklist(section: Worklist) -> str:
+    """Somebody listens on its ports."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(section.host, section.host)
+    ports = [port for port in (section.web_port, section.port) if port is not None]
+    for port in ports:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+        except OSError as error:
+            where = f"{host}:{port}"
+            raise ScansideError(error.strerror or str(error), where, "start it: `scanside worklist`") from error
+    return f"{host} takes connections on port {' and '.join(map(str, ports))}"
 
 
 def _board(settings: Settings, packages: Sequence[Package]) -> str:

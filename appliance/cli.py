@@ -30,6 +30,7 @@ from appliance import (
     init,
     ledger_cli,
     status_cli,
+    worklist_cli,
 )
 from appliance.console import Json, State, emit, err, guard, out, read_settings
 from appliance.settings import Settings
@@ -52,6 +53,8 @@ app.add_typer(hl7_cli.app, name="hl7")
 app.add_typer(ledger_cli.app, name="ledger")
 app.add_typer(bundle_cli.app, name="bundle")
 app.command("status")(status_cli.status)
+app.command("worklist")(worklist_cli.worklist)
+app.command("workitems")(worklist_cli.workitems)
 
 
 class Bleed(StrEnum):

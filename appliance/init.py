@@ -18,6 +18,7 @@ from appliance.settings import (
     Settings,
     SettingsError,
     WebhookDestination,
+    WorklistDestination,
     load_settings,
     section_of,
 )
@@ -57,15 +58,23 @@ def write(
     parts = [_HEAD]
     for name, field in Settings.model_fields.items():
         kind = field.annotation
+        values = wanted.get(name, {})
+        optional = _optional_section(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            parts.append(f"[{name}]\n" + _keys(kind, wanted.get(name, {})))
-            parts += _optionals(name, kind, wanted.get(name, {}))
+            parts.append(f"[{name}]\n" + _keys(kind, values))
+        elif optional is not None:
+            kind = optional
+            parts.append(_optional(name, optional, field.description or "", wanted.get(name)))
+        else:
+            continue
+        parts += _optionals(name, kind, values)
     kinds: dict[str, type[BaseModel]] = {
         "dicom": DicomDestination,
         "dicomweb": DicomwebDestination,
         "hl7": Hl7Destination,
         "mail": MailDestination,
         "webhook": WebhookDestination,
+        "worklist": WorklistDestination,
     }
     for one in destinations:
         parts.append("[[destination]]\n" + _keys(kinds[one["kind"]], one))

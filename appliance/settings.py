@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -19,7 +20,8 @@ from dicom_io import tls
 from dicom_io.errors import ScansideError
 from dicom_io.sop_classes import storage_classes
 
-AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[!-\[\]-~]([ -\[\]-~]*[!-\[\]-~])?$")]
+AE_TITLE = re.compile(r"[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?")
+AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=f"^{AE_TITLE.pattern}$")]
 """PS3.5 6.2: at most 16 characters of the default repertoire, no backslash, no blank at either end."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -411,6 +413,13 @@ _INCLUDE = Field(
 )
 
 
+WorklistMode = Literal["reprioritise", "suggest"]
+_MODE = (
+    "reprioritise: a positive study goes to HIGH; suggest: it is only marked, in the comments, and a person moves it. "
+    "A package that is not in clinical mode only suggests."
+)
+
+
 class Hl7Destination(_Section):
     """An interface engine that receives alerts."""
 
@@ -480,14 +489,83 @@ class WebhookDestination(_Section):
     tls: ClientTls | None = Field(None, description="Whom we trust, and our own certificate.")
 
 
+class WorklistDestination(_Section):
+    """This box's own worklist, of [worklist]: each verdict marks the reading of its study there."""
+
+    kind: Literal["worklist"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    mode: WorklistMode = Field(description=_MODE)
+
+
 AlertDestination = Hl7Destination | MailDestination | WebhookDestination
 """What tells people or systems of an alert."""
 ImageDestination = DicomDestination | DicomwebDestination
 """What stores objects."""
 Destination = Annotated[
-    DicomDestination | DicomwebDestination | Hl7Destination | MailDestination | WebhookDestination,
+    DicomDestination
+    | DicomwebDestination
+    | Hl7Destination
+    | MailDestination
+    | WebhookDestination
+    | WorklistDestination,
     Field(discriminator="kind"),
 ]
+
+
+class WorklistTls(_Section):
+    """The worklist over TLS, both ways."""
+
+    certificate: Path = Field(description="PEM file of our certificate, then its chain; read again when it changes.")
+    key: Path = Field(description="PEM file of its private key, without a passphrase.")
+    client_authorities: Path | None = Field(
+        None, description="PEM file of the authorities that sign our peers' certificates; unset: none is asked for."
+    )
+    profile: tls.Profile = Field("bcp195-rfc8996-9325", description="Profile of PS3.15 B.12 or B.13.")
+
+
+class Subscriber(_Section):
+    """A DICOM node that is told of work items by N-EVENT-REPORT, on an association that we open to it."""
+
+    ae_title: AeTitle = Field(description="The Receiving AE that it subscribes as, and listens under.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+
+
+class Worklist(_Section):
+    """The worklist that this box serves: Unified Procedure Steps, over DICOMweb (UPS-RS) and DIMSE. Absent: none."""
+
+    ae_title: AeTitle = Field("SCANSIDE", description="Our application entity title there.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Beyond this machine it must know who calls.")
+    web_port: Port | None = Field(None, description="Port of UPS-RS, below /ups-rs; unset: none.")
+    port: Port | None = Field(None, description="DICOM port of UPS; unset: none.")
+    token_file: Path | None = Field(
+        None, description="File with the bearer token that UPS-RS asks for, at least 16 characters; unset: none."
+    )
+    accepted_calling_ae_titles: list[AeTitle] = Field(
+        default_factory=list, description="Who may call the DICOM port; empty: everybody on this machine."
+    )
+    reading_codes: list[Annotated[str, Field(pattern=r"^[^\^]+\^[^\^]+$")]] = Field(
+        default_factory=lambda: ["110005^DCM"],
+        description="Codes of work items that are the reading of a study; an item without any code counts, too.",
+    )
+    keep_days: float = Field(7.0, gt=0, description="An item that has ended goes after so many days.")
+    subscriber: list[Subscriber] = Field(
+        default_factory=list, description="Whom we can call; [[worklist.subscriber]] once for each."
+    )
+    tls: WorklistTls | None = Field(None, description="Both ports speak TLS only.")
+
+    @model_validator(mode="after")
+    def _knows_who_calls(self) -> Worklist:
+        if self.port is None and self.web_port is None:
+            raise ValueError("neither web_port nor port is set: nothing would listen")
+        if self.host in ("127.0.0.1", "::1", "localhost"):
+            return self
+        certified = self.tls is not None and self.tls.client_authorities is not None
+        if self.web_port is not None and (self.tls is None or not (certified or self.token_file)):
+            raise ValueError("beyond this machine web_port needs tls, and token_file or tls.client_authorities")
+        if self.port is not None and not (certified or self.accepted_calling_ae_titles):
+            raise ValueError("beyond this machine port needs accepted_calling_ae_titles or tls.client_authorities")
+        return self
 
 
 class CommitmentPeer(_Section):
@@ -553,6 +631,7 @@ class Settings(BaseSettings):
         description="Where answers to requests for storage commitment go; [[commitment_peer]] once for each device. "
         "A device that is not named gets its answer on the association that it asked on, or not at all.",
     )
+    worklist: Worklist | None = Field(None, description="The worklist that this box serves.")
     limit: list[Limit] = Field(
         default_factory=list,
         description="This site's own limits, within a package's label; [[limit]] once for each package.",
@@ -589,6 +668,20 @@ class Settings(BaseSettings):
                 raise ValueError(f"{one.name}.after_seconds is not below delivery.alarm_seconds")
         return self
 
+    @model_validator(mode="after")
+    def _one_worklist(self) -> Settings:
+        names = [one.name for one in self.destination if isinstance(one, WorklistDestination)]
+        if names and self.worklist is None:
+            raise ValueError(f"{names[0]} is this box's own worklist, and there is no [worklist]")
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} are both this box's own worklist")
+        return self
+
+    @property
+    def worklist_destinations(self) -> tuple[WorklistDestination, ...]:
+        """The worklists that verdicts show on."""
+        return tuple(one for one in self.destination if isinstance(one, WorklistDestination))
+
     @field_validator("commitment_peer")
     @classmethod
     def _titles_differ(cls, value: list[CommitmentPeer]) -> list[CommitmentPeer]:
@@ -608,6 +701,9 @@ class Settings(BaseSettings):
             ports |= {"intake.hl7.tls.port": self.intake.hl7.tls.port} if self.intake.hl7.tls else {}
         if self.intake.metrics_port is not None:
             ports["intake.metrics_port"] = self.intake.metrics_port
+        if self.worklist is not None:
+            numbers = {"worklist.port": self.worklist.port, "worklist.web_port": self.worklist.web_port}
+            ports |= {key: port for key, port in numbers.items() if port is not None}
         if self.triton.managed:
             ports |= {f"triton.{key}": getattr(self.triton, key) for key in ("grpc_port", "http_port", "metrics_port")}
         for key, port in ports.items():
@@ -619,7 +715,7 @@ class Settings(BaseSettings):
     @property
     def alert_destinations(self) -> tuple[AlertDestination, ...]:
         """Who is told of alerts: those told at once first, then the steps of the escalation in their order."""
-        told = [one for one in self.destination if not isinstance(one, ImageDestination)]
+        told = [one for one in self.destination if isinstance(one, AlertDestination)]
         return tuple(sorted(told, key=lambda one: one.after_seconds))
 
     @property
@@ -724,6 +820,7 @@ def load_settings(path: Path) -> Settings:
         update={
             "box": settings.box.model_copy(update={"state_directory": base / settings.box.state_directory}),
             "intake": _located(settings.intake, base),
+            "worklist": settings.worklist and _located(settings.worklist, base),
             "destination": [_located(one, base) for one in settings.destination],
             "triton": settings.triton.model_copy(update={"environment": base / settings.triton.environment}),
             "models": settings.models.model_copy(
@@ -755,9 +852,9 @@ def section_of(kind: Any) -> type[BaseModel] | None:
 
 def _sentence(error: Any) -> str:
     """One validation error as "key: what is wrong with it"."""
-    # Of a destination the name of its kind is in it, which nobody wrote.
-    kinds = ("dicom", "dicomweb", "hl7", "mail", "webhook") if error["loc"][:1] == ("destination",) else ()
-    key = ".".join(str(part) for part in error["loc"] if part not in kinds) or "settings"
+    # Of a destination, the third part is its kind.
+    named = [str(part) for place, part in enumerate(error["loc"]) if (place, error["loc"][0]) != (2, "destination")]
+    key = ".".join(named) or "settings"
     if error["type"] == "extra_forbidden":
         return f"{key}: there is no such key"
     message = error["msg"].removeprefix("Value error, ")
@@ -768,7 +865,7 @@ def document(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[
     """Every key as (name, default, description), for the generated file and the manual."""
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
-        lists = ("destination", "commitment_peer", "limit")
+        lists = ("destination", "commitment_peer", "limit", "subscriber")
         kind = None if name in lists else section_of(field.annotation)
         if kind is not None:
             rows += document(kind, f"{prefix}{name}.")

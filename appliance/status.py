@@ -92,6 +92,10 @@ def _certificates(settings: Settings) -> Iterator[tuple[str, Path]]:
         yield "intake", tls.certificate
         if tls.client_authorities is not None:
             yield "intake, authorities", tls.client_authorities
+    if settings.worklist is not None and settings.worklist.tls is not None:
+        yield "worklist", settings.worklist.tls.certificate
+        if settings.worklist.tls.client_authorities is not None:
+            yield "worklist, authorities", settings.worklist.tls.client_authorities
     for one in settings.destination:
         section = getattr(one, "tls", None)
         if section is not None and section.certificate is not None:

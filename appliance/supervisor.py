@@ -61,6 +61,7 @@ def run_all(settings: Settings, config: Path, *, json_log: bool = False) -> None
         ScansideError: it runs already.
     """
     names = (("triton",) if settings.triton.managed else ()) + SERVICES
+    names += ("worklist",) if settings.worklist is not None else ()
     command = [sys.executable, "-m", "appliance.cli", "--config", str(config.resolve())]
     command += ["--json-log"] if json_log else []
     children = [_Child(name, [*command, name]) for name in names]

@@ -86,6 +86,16 @@ class ServerCertificates:
         self._context, self._expires_at = self._load()
         self._warn()
 
+    def renewing_context(self) -> ssl.SSLContext:
+        """For a listener that takes one context for good: each of its connections gets that of `context`."""
+        kept = self.context()
+
+        def renew(connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            connection.context = self.context()
+
+        kept.sni_callback = renew
+        return kept
+
     @property
     def expires_at(self) -> datetime:
         """When the certificate that is in use expires, in UTC."""

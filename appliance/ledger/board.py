@@ -101,7 +101,8 @@ class BoardRecords(Database):
         query = (
             sa.select(d.id, d.destination, d.state, f.object, t.analysis.c.study_id)
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-            .where(condition, d.state.in_(("pending", "held")), t.verdict.c.positive | ~f.object.startswith("alert."))
+            .where(condition, d.state.in_(("pending", "held")))
+            .where(t.verdict.c.positive | ~(f.object.startswith("alert.") | f.object.startswith("worklist.")))
             .order_by(d.id)
         )
         rows = connection.execute(query).all()

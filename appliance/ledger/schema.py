@@ -260,6 +260,67 @@ study_accession = Table(
     Column("orders", JSON, nullable=False),  # the orders that it heeded
 )
 
+workitem = Table(
+    "workitem",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("uid", String, nullable=False, unique=True),
+    Column("state", String, nullable=False),  # of PS3.4 Table CC.1.1-1
+    Column("priority", String, nullable=False),
+    Column("rank", Integer, nullable=False),  # of the priority; the highest first
+    Column("codes", JSON, nullable=False),  # of what is to be done: ["110005^DCM", …]
+    Column("transaction_uid", String),  # the lock of whoever claimed it
+    Column("step", JSON, nullable=False),  # the whole item in the DICOM JSON model, without the lock
+    Column("created_by", String, nullable=False),
+    Column("created_at", String, nullable=False),
+    Column("changed_at", String, nullable=False),
+    Column("raised_from", String),  # the priority that the box raised it from, while nobody changed it since
+    Index("ix_workitem_state_rank", "state", "rank"),
+)
+
+workitem_study = Table(
+    "workitem_study",
+    metadata,
+    Column("workitem_id", ForeignKey("workitem.id"), primary_key=True),
+    Column("study_instance_uid", String, primary_key=True, index=True),
+)
+
+mark = Table(
+    "mark",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_instance_uid", String, nullable=False),
+    Column("package", String, nullable=False),
+    Column("uid", String, nullable=False),  # of the finding that was carried out last
+    Column("mode", String, nullable=False),  # reprioritise or suggest
+    Column("standing", Boolean, nullable=False),
+    Column("text", String, nullable=False),
+    Column("done", String, nullable=False),  # what it changed, in words
+    UniqueConstraint("study_instance_uid", "package"),
+)
+
+subscription = Table(
+    "subscription",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("ae_title", String, nullable=False),
+    Column("uid", String, nullable=False, index=True),  # of a work item, or a well-known one for all of them
+    Column("locked", Boolean, nullable=False),
+    Column("keys", JSON, nullable=False),  # of a filtered one, what items must match
+    UniqueConstraint("ae_title", "uid"),
+)
+
+workitem_event = Table(
+    "workitem_event",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("ae_title", String, nullable=False, index=True),
+    Column("uid", String, nullable=False),
+    Column("event_type", Integer, nullable=False),
+    Column("information", JSON, nullable=False),
+    Column("at", String, nullable=False),
+)
+
 event = Table(
     "event",
     metadata,

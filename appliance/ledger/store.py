@@ -18,6 +18,7 @@ from appliance.ledger.commitments import Commitments
 from appliance.ledger.database import Row, Statement, later, now, seconds_between
 from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.keeping import Keeping
+from appliance.ledger.marks import Marks
 from appliance.ledger.orders import Orders
 from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
@@ -158,7 +159,7 @@ _UPDATE_STUDY = Statement(
 )
 
 
-class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders):
+class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders, Marks):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- intake -----------------------------------------------------------------------------------------
@@ -732,11 +733,14 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders):
         with self.read() as connection:
             return int(connection.scalars(sa.select(t.analysis.c.study_id).where(t.analysis.c.id == analysis_id)).one())
 
-    def told(self, analysis_id: int) -> dict[str, list[Told]]:
-        """What each HL7 destination was told of an analysis so far: destination → answers, oldest first.
+    def told(self, analysis_id: int, what: str = "alert.") -> dict[str, list[Told]]:
+        """What each destination was told of an analysis so far: destination → answers, oldest first.
 
         A message that was withdrawn or spared before it was tried told nobody; one that was tried may have arrived. One
         that is held counts: what follows takes its place.
+
+        Args:
+            what: how the names of the findings begin: "alert." or "worklist.".
         """
         query = (
             sa.select(
@@ -745,7 +749,7 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders):
                 sa.func.coalesce(t.verdict.c.result["provisional"].as_boolean(), sa.false()),
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
-            .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith("alert."))
+            .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith(what))
             .where(t.delivery.c.state.not_in(("withdrawn", "spared")) | (t.delivery.c.attempts > 0))
             .order_by(t.verdict.c.revision)
         )

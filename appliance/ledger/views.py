@@ -189,14 +189,14 @@ def events_since(ledger: Ledger, last: int) -> tuple[dict[str, int], int]:
 
 
 def state_counts(ledger: Ledger) -> dict[str, dict[str, int]]:
-    """How many studies, analyses, deliveries, commitments and performed steps are in each state."""
+    """How many studies, analyses, deliveries, commitments, performed steps and work items are in each state."""
     with ledger.read() as connection:
         return {
             table.name: {
                 row[0]: int(row[1])
                 for row in connection.execute(sa.select(table.c.state, sa.func.count()).group_by(table.c.state))
             }
-            for table in (t.study, t.analysis, t.delivery, t.commitment, t.performed)
+            for table in (t.study, t.analysis, t.delivery, t.commitment, t.performed, t.workitem)
         }
 
 

@@ -16,8 +16,9 @@ from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
 from appliance.delivery.tls import client_context
 from appliance.delivery.webhook import Webhook, post, read_secret
+from appliance.delivery.worklist import show
 from appliance.ledger.database import Row
-from appliance.ledger.doorbell import Doorbell
+from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog, notify
 from appliance.services.process import STOP_SECONDS, service
@@ -30,6 +31,7 @@ from appliance.settings import (
     MailDestination,
     Settings,
     WebhookDestination,
+    WorklistDestination,
 )
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer
@@ -64,7 +66,7 @@ def run_delivery(settings: Settings) -> None:
             worker = Worker(
                 ledger,
                 destination.name,
-                _deliverer(settings, destination, stack),
+                _deliverer(settings, ledger, destination, stack),
                 attempts=settings.delivery.attempts,
                 first_retry_seconds=settings.delivery.first_retry_seconds,
                 longest_retry_seconds=settings.delivery.longest_retry_seconds,
@@ -227,7 +229,9 @@ def webhook(destination: WebhookDestination) -> Webhook:
     return Webhook(destination.url, read_secret(destination.secret_file), context, destination.acknowledge_seconds)
 
 
-def _deliverer(settings: Settings, destination: Destination, stack: ExitStack) -> Callable[[Row], Result]:
+def _deliverer(
+    settings: Settings, ledger: Ledger, destination: Destination, stack: ExitStack
+) -> Callable[[Row], Result]:
     """One try at one delivery, for that destination."""
     folder = settings.findings_directory
     match destination:
@@ -250,6 +254,16 @@ def _deliverer(settings: Settings, destination: Destination, stack: ExitStack) -
             )
         case WebhookDestination():
             return lambda row: post(webhook(destination), row["uid"], (folder / row["path"]).read_bytes())
+        case WorklistDestination():
+            return lambda row: _show(settings, ledger, folder / row["path"])
+
+
+def _show(settings: Settings, ledger: Ledger, path: Path) -> Result:
+    assert settings.worklist is not None  # the settings hold it
+    reading = frozenset(settings.worklist.reading_codes)
+    result = show(path, lambda mark: ledger.mark_study(mark, reading))
+    ring(settings.run_directory, "worklist")
+    return result
 
 
 def _hl7_sender(folder: Path, destination: Hl7Destination, stack: ExitStack) -> Callable[[Row], Result]:

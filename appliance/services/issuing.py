@@ -36,7 +36,7 @@ from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
-from appliance.services.telling import Message, message, messages
+from appliance.services.telling import Message, marks, message, messages
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.objects.common import part10
@@ -48,6 +48,8 @@ SHADOW = "shadow"
 """The mode in which verdicts and findings are made and nobody is told."""
 _OUR_FAULT = (APPROVAL, INTEGRITY, "gate", "files")
 """Criteria whose failure is the box's affair, not the study's."""
+WORKLIST_URGENCY = 5
+"""That of a change of the worklist: behind the alert, before the objects."""
 OTHER_URGENCY = 20
 """That of a refusal."""
 _ALWAYS = (REPORT, CAPTURE)
@@ -173,7 +175,30 @@ class Issuer:
         told = self._ledger.told(analysis_id)
         header = pydicom.dcmread(source, stop_before_pixels=True)
         made = messages(self._settings, told, study_id, verdict, revision, issued_at, header)
-        return [self._kept(study_id, verdict, revision, one) for one in made]
+        findings = [self._kept(study_id, verdict, revision, one) for one in made]
+        try:
+            return [*findings, *self._marks(analysis_id, study_id, verdict, revision, issued_at, header)]
+        except Exception:
+            # Whatever an image's header holds against a work item: no alert waits for it.
+            log.exception("study %d: the worklist is not told of its verdict", study_id)
+            return findings
+
+    def _marks(
+        self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, header: pydicom.Dataset
+    ) -> list[NewFinding]:
+        """Write the change of each worklist that this verdict tells something new; what to deliver."""
+        told = self._ledger.told(analysis_id, "worklist.")
+        since = seconds_between(self._ledger.last_instance_at(study_id), issued_at)
+        late = since if since > self._settings.budget.seconds else None
+        findings = []
+        for destination, identity, content in marks(
+            self._settings, told, study_id, verdict, revision, issued_at, header, late
+        ):
+            path = _folder(study_id, verdict.package, revision) / f"{identity}.json"
+            _write_durably(self._settings.findings_directory / path, content)
+            name = f"worklist.{destination.name}"
+            findings.append(NewFinding(name, identity, str(path), (destination.name,), WORKLIST_URGENCY))
+        return findings
 
     def refusal(
         self, study_id: int, package: Package, mode: str, admission: Admission, source: StoredInstance

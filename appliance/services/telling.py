@@ -11,12 +11,14 @@ import pydicom
 from appliance.findings.alert import Kind, message_control_id, render_alert
 from appliance.findings.notice import Notice, named, render_mail, render_webhook
 from appliance.findings.validate import fault
+from appliance.findings.worklist import render_mark
 from appliance.intake.spool import path_of
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, Told
 from appliance.ledger.views import study_report
-from appliance.settings import AlertDestination, Hl7Destination, MailDestination, Settings
+from appliance.settings import AlertDestination, Hl7Destination, MailDestination, Settings, WorklistDestination
 from dicom_io.errors import ScansideError
+from dicom_io.objects.uids import derived_uid
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,35 @@ def message(
         mail = render_mail(notice, destination.sender, destination.recipients)
         return Message(destination, kind, identity, held_seconds, f"{identity}.eml", mail, "")
     return Message(destination, kind, identity, held_seconds, f"{identity}.json", render_webhook(notice), "")
+
+
+def marks(
+    settings: Settings,
+    told: Mapping[str, Sequence[Told]],
+    study_id: int,
+    verdict: Verdict,
+    revision: int,
+    issued_at: str,
+    header: pydicom.Dataset,
+    late_seconds: float | None,
+) -> list[tuple[WorklistDestination, str, bytes]]:
+    """What this verdict changes on each worklist: destination, the change's own UID, and its file.
+
+    Args:
+        late_seconds: see `mark_text`.
+    """
+    made = []
+    for destination in settings.worklist_destinations:
+        kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
+        if kind is None:
+            continue
+        key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind)
+        identity = message_control_id(*key, destination.name)
+        at = datetime.fromisoformat(issued_at)
+        notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, ())
+        item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
+        made.append((destination, identity, render_mark(notice, header, destination.mode, item, late_seconds)))
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,3 +134,12 @@ def test_init_leaves_nothing_that_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"intake\.port"):
         init.write(tmp_path, {"intake": {"port": 0}})
     assert not (tmp_path / "scanside.toml").exists()
+
+
+def test_init_writes_a_worklist_behind_a_hash_and_in_full_where_it_is_wanted(tmp_path: Path) -> None:
+    text = init.write(tmp_path / "a", {}).read_text(encoding="utf-8")
+    assert "#[worklist]\n" in text and "#[worklist.tls]\n" in text
+    wanted = {"web_port": 8080, "host": "10.0.0.1", "token_file": "t", "tls": {"certificate": "c", "key": "k"}}
+    section = load_settings(init.write(tmp_path / "b", {"worklist": wanted})).worklist
+    assert section is not None and section.tls is not None
+    assert (section.web_port, section.tls.key) == (8080, tmp_path / "b" / "k")
