@@ -20,7 +20,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from appliance.governance.package import Package
-from appliance.inference import cuda
+from appliance.inference import cuda, preprocess_dali
 from appliance.inference.cuda import CudaMemory, GpuError, GpuInput, find_cupy
 from appliance.inference.preprocess import TOLERANCE, model_input
 from appliance.inference.stream import Pipeline, read_volume, verdict_on
@@ -220,14 +220,23 @@ def test_a_triton_that_cannot_open_the_gpus_memory_says_so(
         client.infer(reference, np.zeros((1, *reference.model.input.shape), np.float32))
 
 
+def by_dali(hu: Any, spacing_mm: tuple[float, float], **options: Any) -> Any:
+    return preprocess_dali.prepare("cpu", hu.shape, spacing_mm, maximum_batch=1, **options)(hu[None])[0]
+
+
 @pytest.mark.interop
+@pytest.mark.parametrize("kind", ["arrays", "dali"])
 def test_a_study_gets_the_same_verdict(
-    triton_server: Server, reference: Package, cupy: FakeCupy, ge_head: Path
+    triton_server: Server, reference: Package, cupy: FakeCupy, ge_head: Path, kind: str
 ) -> None:
-    """Through the arithmetic of the GPU and a real server, to the final probability."""
+    """Through another implementation of preprocessing and a real server, to the final probability."""
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    assert reference.parity is not None
+    tolerance = reference.parity.tolerance  # what the package allows another runtime
     volume, files, decoder = real(ge_head)
     found = []
-    for prepare in (model_input, GpuInput(cupy)):
+    for prepare in (model_input, by_dali if kind == "dali" else GpuInput(cupy)):
         with TritonClient(triton_server.url) as client:
             made = Pipeline(client, decode=decoder, prepare=prepare)
             try:
@@ -236,10 +245,11 @@ def test_a_study_gets_the_same_verdict(
                 made.close()
         found.append(verdict_on(reference, volume, reading, study_uid="1", series_uid="2"))
     definition, other = found
-    assert abs(definition.probability - other.probability) <= 0.01
+    assert abs(definition.probability - other.probability) <= tolerance
     assert definition.positive == other.positive
     for one, two in zip(definition.slabs, other.slabs, strict=True):
-        assert abs(one.probabilities["any"] - two.probabilities["any"]) <= 0.01
+        for label, value in one.probabilities.items():
+            assert abs(value - two.probabilities[label]) <= tolerance
 
 
 def test_cupy_has_what_is_used_of_it() -> None:
