@@ -135,7 +135,10 @@ def _heed(settings: Settings, child: _Child, stopping: threading.Event) -> None:
                 process, well, patience = child.process, time.monotonic(), START_SECONDS
             if process is None:
                 continue
-            said = pulse.problem()
+            try:
+                said = pulse.problem()
+            except Exception as error:  # that it cannot be asked is no sign of life
+                said = f"{type(error).__name__}: {error}"
             if not said:
                 well, patience = time.monotonic(), SILENT_SECONDS
             elif time.monotonic() - well > patience and process is child.process:
