@@ -246,16 +246,17 @@ def _data_set(report: CommitmentReport) -> Dataset:
     data_set = Dataset()
     data_set.TransactionUID = report.transaction_uid
     if report.committed:
-        data_set.ReferencedSOPSequence = _items(report.committed)
+        data_set.ReferencedSOPSequence = reference_items(report.committed)
     if report.failed:
-        items = _items(failure.reference for failure in report.failed)
+        items = reference_items(failure.reference for failure in report.failed)
         for item, failure in zip(items, report.failed, strict=True):
             item.FailureReason = failure.reason
         data_set.FailedSOPSequence = items
     return data_set
 
 
-def _items(references: Iterable[Reference]) -> Sequence[Dataset]:
+def reference_items(references: Iterable[Reference]) -> Sequence[Dataset]:
+    """Items of a Referenced SOP Sequence (PS3.3 10.8)."""
     items = []
     for reference in references:
         item = Dataset()

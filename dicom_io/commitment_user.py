@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence as DicomSequence
 from pynetdicom.dimse_primitives import N_EVENT_REPORT
 
 from dicom_io.commitment import (
@@ -21,6 +20,7 @@ from dicom_io.commitment import (
     CommitmentReport,
     CommitmentRequest,
     decode_report,
+    reference_items,
 )
 from dicom_io.errors import PeerError
 from dicom_io.scu import Peer, association_with
@@ -106,11 +106,5 @@ def _answered(association: Any, message: Any, context: int, transaction: str) ->
 def _data_set(request: CommitmentRequest) -> Dataset:
     made = Dataset()
     made.TransactionUID = request.transaction_uid
-    items = []
-    for reference in request.references:
-        item = Dataset()
-        item.ReferencedSOPClassUID = reference.sop_class_uid
-        item.ReferencedSOPInstanceUID = reference.sop_instance_uid
-        items.append(item)
-    made.ReferencedSOPSequence = DicomSequence(items)
+    made.ReferencedSOPSequence = reference_items(request.references)
     return made

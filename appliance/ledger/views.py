@@ -165,7 +165,7 @@ def waiting_destinations(ledger: Ledger) -> dict[str, int]:
     with ledger.read() as connection:
         rows = connection.execute(
             sa.select(c.destination, sa.func.count())
-            .where(c.state.in_(("pending", "sending", "held")))
+            .where(c.state.in_(("pending", "sending", "held", "stored", "asked")))
             .group_by(c.destination)
         ).all()
     return {row[0]: int(row[1]) for row in rows}
