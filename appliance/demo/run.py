@@ -346,7 +346,7 @@ def _finished(report: dict[str, Any]) -> bool:
         return False
     if any(finding["path"] is None for finding in report["findings"]):
         return False
-    return all(delivery["state"] not in ("pending", "sending") for delivery in report["deliveries"])
+    return all(one["state"] not in ("pending", "sending", "stored", "asked") for one in report["deliveries"])
 
 
 def _timeline(report: dict[str, Any]) -> RenderableType:
