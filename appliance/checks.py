@@ -17,6 +17,7 @@ from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
 from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, webhook
+from appliance.services.telling import try_template
 from appliance.settings import (
     Destination,
     DicomDestination,
@@ -115,6 +116,8 @@ def run_checks(settings: Settings) -> list[Check]:
     for destination in settings.destination:
         reach = partial(_reach, destination, title)
         checks.append(_check(f"destination {destination.name}", reach))
+        if isinstance(destination, Hl7Destination) and destination.template is not None:
+            checks.append(_check(f"template of {destination.name}", partial(_template, settings, destination)))
     checks.append(_check("board", lambda: _board(settings, packages)))
     checks.append(_check("audit", lambda: _audit(settings)))
     checks.append(_check("alerts", lambda: _alerts(settings)))
@@ -156,6 +159,13 @@ def _orders(settings: Settings, host: str) -> list[Check]:
         return []
     checks = [_check("HL7 intake", partial(_port, host, hl7.port))] if hl7.plain else []
     return [*checks, *([_check("HL7 intake TLS", partial(_tls, hl7.tls, host))] if hl7.tls is not None else [])]
+
+
+def _template(settings: Settings, destination: Hl7Destination) -> str:
+    if wrong := try_template(settings, destination):
+        said = "; ".join(f"{kind}: {why}" for kind, why in wrong.items())
+        raise ScansideError(said, str(destination.template), "correct it; until then the standard message is sent")
+    return f"{destination.template} writes every kind of message"
 
 
 def _port(host: str, port: int) -> str:

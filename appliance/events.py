@@ -32,6 +32,7 @@ class Event(StrEnum):
     VERDICT_WITHDRAWN = "verdict.withdrawn"
     VERDICT_ISSUED = "verdict.issued"
     ALERT_UNDELIVERABLE = "alert.undeliverable"
+    MAPPING_FAILED = "mapping.failed"
     ALERT_UNREACHED = "alert.unreached"
     FINDING_RENDERED = "finding.rendered"
     FINDING_FAILED = "finding.failed"

@@ -23,7 +23,7 @@ def preview(
 ) -> None:
     """Show what a study's verdict tells each destination by the settings as they are now; nothing is sent.
 
-    It exits with 1 if there is no verdict yet, or a message is invalid and would not be sent.
+    It exits with 1 if there is no verdict yet, a message is invalid and would not be sent, or a template failed.
     """
     from appliance.ledger.store import Ledger
     from appliance.ledger.views import find_study
@@ -57,6 +57,7 @@ def preview(
                             "id": told.id,
                             "after_seconds": told.held_seconds,
                             "fault": told.fault,
+                            "unmapped": told.unmapped,
                             "content": told.content.decode("utf-8"),
                         }
                         for told in one.messages
@@ -75,9 +76,12 @@ def preview(
                 valid = f"  [bold red]invalid, never sent:[/] {escape(told.fault)}" if told.fault else ""
                 name = escape(told.destination.name)
                 out.print(f"\n[bold]{name}[/] ({told.destination.kind}, {told.kind}{when}){valid}", highlight=False)
+                if told.unmapped:
+                    said = f"[bold red]the standard message, as the template failed:[/] {escape(told.unmapped)}"
+                    out.print(said, highlight=False, soft_wrap=True)
                 text = told.content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
                 out.print(text, markup=False, highlight=False, soft_wrap=True)
-    if any(told.fault for one in found for told in one.messages):
+    if any(told.fault or told.unmapped for one in found for told in one.messages):
         raise typer.Exit(1)
 
 

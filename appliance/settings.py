@@ -443,6 +443,18 @@ class Hl7Destination(_Section):
     application_seconds: float = Field(
         30.0, gt=0, le=300, description="Longest wait for the application's acknowledgement after the accept one."
     )
+    template: Path | None = Field(
+        None,
+        description="Jinja2 template that writes the message in this site's own form; unset: the standard one. "
+        "A relative path starts at this file.",
+    )
+    study_link: str = Field(
+        "",
+        pattern=r"^(https?://([^\s{}]|\{(study_uid|accession|patient_id)\})+)?$",
+        max_length=500,
+        description="Address of the study in your viewer, such as https://viewer/?StudyInstanceUIDs={study_uid}; "
+        "{accession} and {patient_id} stand for theirs; empty: none is sent.",
+    )
     refusals: bool = Field(
         False, description="Also tell it, once and without an alert, of a study that was not analysed, and why."
     )

@@ -2,8 +2,8 @@
 
 Every result in it is preliminary (P): this box never finalises one, so it never sends F; and as table 0085 lets C
 replace final results only, a correction is a preliminary result again. A receiver tells the kinds of message apart by
-the observation MESSAGE-KIND, and finds the message that they replace by the same patient, order numbers and study UID
-with a lower REVISION.
+the observation MESSAGE-KIND. What follows an alert names the first message on the study (FIRST-MESSAGE, its MSH-10),
+and replaces what has the same patient, order numbers and study UID and a lower REVISION.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Literal
+from urllib.parse import quote
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
@@ -26,6 +27,9 @@ from dicom_io.objects.codes import Concept
 Kind = Literal["provisional", "alert", "confirmation", "correction", "withdrawal", "refusal"]
 Acknowledgement = Literal["original", "accept", "application"]
 
+FOLLOWING = ("confirmation", "correction", "withdrawal")
+"""Kinds that say what became of an earlier message."""
+
 _ASKED: dict[Acknowledgement, dict[int, str]] = {
     "original": {},
     "accept": {14: "AL", 15: "NE"},
@@ -36,6 +40,22 @@ _ASKED: dict[Acknowledgement, dict[int, str]] = {
 _CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
 _SUBTYPES_OF_NAMES = ("A", "I", "P")  # alphabetic, ideographic, phonetic (table 0465)
+
+
+def study_link(template: str, source: Dataset) -> str:
+    """The address of a study in a viewer; "" where the study lacks what the address needs.
+
+    Args:
+        template: ``{study_uid}``, ``{accession}`` and ``{patient_id}`` stand for the study's own.
+    """
+    values = {"study_uid": "StudyInstanceUID", "accession": "AccessionNumber", "patient_id": "PatientID"}
+    for name, keyword in values.items():
+        if f"{{{name}}}" in template:
+            value = _value(source, keyword)
+            if not value:
+                return ""
+            template = template.replace(f"{{{name}}}", quote(value, safe=""))
+    return template
 
 
 def message_control_id(*parts: str) -> str:
@@ -58,6 +78,8 @@ def render_alert(
     receiving_facility: str,
     revision: int = 1,
     acknowledgement: Acknowledgement = "original",
+    first: str = "",
+    link: str = "",
 ) -> str:
     r"""The message as ER7 text, each segment ended by \r; it is to be sent as UTF-8.
 
@@ -70,6 +92,8 @@ def render_alert(
         issued_at: when the verdict was issued (aware).
         acknowledgement: which answer is asked for: that of original mode, or in enhanced mode the accept
             acknowledgement alone, or the application's after it.
+        first: MSH-10 of the first message on this study; it stands in what follows that one.
+        link: address of the study in a viewer; "" for none.
 
     Raises: ValueError if `kind` contradicts the verdict, or `control_id` is not 1 to 20 printable ASCII characters.
     """
@@ -101,7 +125,8 @@ def render_alert(
         _segment("PV1", {1: "1", 2: "U", 19: _text(_value(source, "AdmissionID"))}),
         *_order(source, sent),
         *_notes(verdict, kind, revision, source),
-        *_observations(verdict, kind, revision, _acquired(source), sent),
+        *([_segment("TQ1", {1: "1", 9: _components("S", "Stat", "HL70485")})] if verdict.positive else []),
+        *_observations(verdict, kind, revision, _acquired(source), sent, first, link),
     ]
     return "".join(segment + "\r" for segment in segments)
 
@@ -154,7 +179,9 @@ def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list
     ]
 
 
-def _observations(verdict: Verdict, kind: Kind, revision: int, acquired: str, sent: str) -> list[str]:
+def _observations(
+    verdict: Verdict, kind: Kind, revision: int, acquired: str, sent: str, first: str, link: str
+) -> list[str]:
     positive = kind not in ("withdrawal", "refusal")
     withdrawn = "The earlier alert is withdrawn. " if kind == "withdrawal" else ""
     impression = f"{withdrawn}{wording.impression(verdict)}"
@@ -183,9 +210,15 @@ def _observations(verdict: Verdict, kind: Kind, revision: int, acquired: str, se
     rows += [
         {2: "ST", 3: _coded(codes.ALGORITHM_NAME), 5: _text(verdict.package)},
         {2: "ST", 3: _coded(codes.ALGORITHM_VERSION), 5: _text(verdict.package_version)},
+        *([{2: "ST", 3: _coded(codes.UDI), 5: _text(verdict.udi)}] if verdict.udi else []),
         {2: "NM", 3: _coded(codes.REVISION), 5: str(revision)},
         {2: "ST", 3: _coded(codes.MESSAGE_KIND), 5: kind},
     ]
+    if first and kind in FOLLOWING:
+        rows.append({2: "ST", 3: _coded(codes.FIRST_MESSAGE), 5: _text(first)})
+    if link:
+        # RP: a pointer to a text document of type HTML (2.A.65, tables 0191 and 0291).
+        rows.append({2: "RP", 3: _coded(codes.STUDY_LINK), 5: _components(_text(link), "", "TEXT", "HTML")})
     return [
         _segment("OBX", {**row, 1: str(number), 11: "P", 14: acquired, 19: sent})
         for number, row in enumerate(rows, start=1)

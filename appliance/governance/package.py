@@ -142,6 +142,7 @@ class Package:
         notice: the regulatory notice, shown wherever a verdict of this package is.
         mode: "evaluation" marks every alert as no basis for care.
         data: what data it was trained and tested on, and what of that is missing; "" where it does not say.
+        udi: its unique device identifier, as its label has it; "" where it has none.
         labels: what the entries of ``probabilities`` stand for; holds "any".
         files: path within the package → "sha256:…" of its content.
         folder: where the package lies; not part of package.toml.
@@ -164,6 +165,7 @@ class Package:
     operating_point: OperatingPoint
     files: Annotated[dict[str, Digest], Field(min_length=1)]
     data: str = ""
+    udi: Annotated[str, StringConstraints(pattern=r"^[!-~]{0,100}$")] = ""
     parity: Parity | None = None
     folder: Annotated[Path, Field(strict=False)] = field(default=Path(), compare=False)
     signed_by: str = field(default="", compare=False)

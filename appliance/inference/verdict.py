@@ -86,6 +86,7 @@ def aggregate(
         series_instance_uid=series_uid,
         package=package.name,
         package_version=package.version,
+        udi=package.udi,
         notice=package.notice if package.mode == "clinical" else f"{EVALUATION} {package.notice}",
         positive=highest[ANY] >= threshold,
         probability=highest[ANY],

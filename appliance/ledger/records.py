@@ -50,6 +50,7 @@ class Verdict:
         withdrawn: why an earlier verdict is taken back although nothing was read in its place, or why there never was
             one (of no series); "" where one stands.
         mode: in which the package ran: clinical, shadow (nobody is told) or evaluation; "" where that was not recorded.
+        udi: unique device identifier of the package; "" where it has none.
     """
 
     study_instance_uid: str
@@ -69,6 +70,7 @@ class Verdict:
     provisional: bool = False
     withdrawn: str = ""
     mode: str = ""
+    udi: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal record."""

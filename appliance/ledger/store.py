@@ -114,10 +114,11 @@ class NewInstance:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """An answer that a destination was told."""
+    """An answer that a destination was told; uid: under which MSH-10."""
 
     positive: bool
     provisional: bool = False
+    uid: str = field(default="", compare=False)
 
 
 Stored = Literal["stored", "duplicate", "conflict"]
@@ -747,6 +748,7 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders, Mark
                 t.delivery.c.destination,
                 t.verdict.c.positive,
                 sa.func.coalesce(t.verdict.c.result["provisional"].as_boolean(), sa.false()),
+                t.finding.c.uid,
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith(what))
@@ -755,8 +757,8 @@ class Ledger(Keeping, Commitments, Performed, Retention, Deadlines, Orders, Mark
         )
         answers: dict[str, list[Told]] = {}
         with self.read() as connection:
-            for destination, positive, provisional in connection.execute(query):
-                answers.setdefault(destination, []).append(Told(positive, bool(provisional)))
+            for destination, positive, provisional, uid in connection.execute(query):
+                answers.setdefault(destination, []).append(Told(positive, bool(provisional), uid))
         return answers
 
     def last_instance_at(self, study_id: int) -> str:

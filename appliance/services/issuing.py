@@ -14,6 +14,7 @@ from pathlib import Path
 import pydicom
 from pydicom.errors import InvalidDicomError
 
+from appliance.events import Event
 from appliance.findings.render import (
     CAPTURE,
     KINDS,
@@ -223,6 +224,7 @@ class Issuer:
             package.notice if mode == "clinical" else f"{EVALUATION} {package.notice}",
             positive=False, probability=0.0, threshold=package.operating_point.threshold, subtypes={}, volume_ml=0.0,
             slabs=(), key_slabs=(), codecs=(), limitations=(), withdrawn=admission.said, mode=mode,
+            udi=package.udi,
         )  # fmt: skip
         issued_at = now()
         try:
@@ -273,6 +275,10 @@ class Issuer:
             log.error(
                 "study %d: the message to %s is invalid and never sent: %s", study_id, told.destination.name, told.fault
             )
+        if told.unmapped:
+            where = told.destination.name
+            log.error("study %d: %s gets the standard message, its template failed: %s", study_id, where, told.unmapped)
+            self._ledger.log(Event.MAPPING_FAILED, study=study_id, destination=where, reason=told.unmapped)
         return NewFinding(
             name,
             told.id,

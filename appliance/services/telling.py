@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import get_args
 
 import pydicom
 
-from appliance.findings.alert import Kind, message_control_id, render_alert
+from appliance.findings.alert import Kind, message_control_id, render_alert, study_link
+from appliance.findings.mapping import MappingError, mapped
 from appliance.findings.notice import Notice, named, render_mail, render_webhook
 from appliance.findings.validate import fault
+from appliance.findings.wording import impression
 from appliance.findings.worklist import render_mark
 from appliance.intake.spool import path_of
 from appliance.ledger.records import Verdict
@@ -30,6 +33,7 @@ class Message:
         held_seconds: so long after the verdict it is sent if nobody has acknowledged the alert; 0: at once.
         file: name of its file.
         fault: why it may never be sent; "" if it may.
+        unmapped: why it is the standard message although the site has a template; "" otherwise.
     """
 
     destination: AlertDestination
@@ -39,6 +43,7 @@ class Message:
     file: str
     content: bytes
     fault: str
+    unmapped: str = ""
 
 
 def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
@@ -78,7 +83,8 @@ def messages(
         held = destination.after_seconds if not before else 0.0
         if kind is None or (held and not any(not one.destination.after_seconds for one in made)):
             continue
-        made.append(message(settings, destination, study_id, verdict, revision, issued_at, header, kind, held))
+        first = before[0].uid if before else ""
+        made.append(message(settings, destination, study_id, verdict, revision, issued_at, header, kind, held, first))
     return made
 
 
@@ -92,8 +98,13 @@ def message(
     header: pydicom.Dataset,
     kind: Kind,
     held_seconds: float = 0.0,
+    first: str = "",
 ) -> Message:
-    """The message of that kind to one destination; HL7 is validated, as a receiver would do it."""
+    """The message of that kind to one destination; HL7 is validated, as a receiver would do it.
+
+    Args:
+        first: MSH-10 of the first message that it got on this study.
+    """
     key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind, destination.name)
     identity, at = message_control_id(*key), datetime.fromisoformat(issued_at)
     if isinstance(destination, Hl7Destination):
@@ -111,9 +122,12 @@ def message(
             receiving_application=destination.receiving_application,
             receiving_facility=destination.receiving_facility,
             acknowledgement=destination.acknowledgement,
+            first=first,
+            link=study_link(destination.study_link, header),
         )
+        text, unmapped = in_form(destination, text, facts(verdict, header, kind, revision, issued_at))
         file = f"{identity}.hl7"
-        return Message(destination, kind, identity, held_seconds, file, text.encode("utf-8"), fault(text))
+        return Message(destination, kind, identity, held_seconds, file, text.encode("utf-8"), fault(text), unmapped)
     named_values = named(header, destination.include)
     notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, named_values)
     if isinstance(destination, MailDestination):
@@ -149,6 +163,67 @@ def marks(
         item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
         made.append((destination, identity, render_mark(notice, header, destination.mode, item, late_seconds)))
     return made
+
+
+def facts(verdict: Verdict, header: pydicom.Dataset, kind: Kind, revision: int, issued_at: str) -> dict[str, object]:
+    """What a template may print beside the standard segments."""
+
+    def dicom(keyword: str) -> str:
+        value = header.get(keyword)
+        return "" if value is None else str(value)
+
+    return {
+        **{name: getattr(verdict, name) for name in _PRINTABLE},
+        "kind": kind,
+        "revision": revision,
+        "issued_at": issued_at,
+        "impression": impression(verdict),
+        "dicom": dicom,
+    }
+
+
+_PRINTABLE = (
+    "study_instance_uid", "package", "package_version", "notice", "udi", "mode", "positive", "probability",
+    "threshold", "subtypes", "volume_ml", "limitations",
+)  # fmt: skip
+
+
+def in_form(destination: Hl7Destination, standard: str, values: Mapping[str, object]) -> tuple[str, str]:
+    """The message in the form of the destination's template, and why it is not; "" if it is, or there is none.
+
+    Where the template fails the standard message is sent: an alert in another form is better than none.
+    """
+    if destination.template is None:
+        return standard, ""
+    try:
+        text = mapped(destination.template.read_text(encoding="utf-8"), standard, values)
+    except (OSError, UnicodeDecodeError) as error:
+        return standard, f"the template cannot be read: {error}"
+    except MappingError as error:
+        return standard, str(error)
+    if why := fault(text):
+        return standard, f"the message is invalid: {why}"
+    return text, ""
+
+
+def try_template(settings: Settings, destination: Hl7Destination) -> dict[str, str]:
+    """What is wrong with a destination's template for each kind of message, on an invented study."""
+    header = pydicom.Dataset()
+    header.StudyInstanceUID, header.PatientID, header.PatientName = "2.25.1", "P1", "Test^Patient"
+    header.AccessionNumber, header.StudyDate, header.StudyTime = "A1", "20260102", "030405"
+    verdict = Verdict(
+        "2.25.1", "2.25.1.1", "package", "1.0.0", "Notice.", True, 0.9, 0.5, {"subdural": 0.8}, 12.3, (), (), (),
+        ("A limitation.",), mode="evaluation", udi="(01)1",
+    )  # fmt: skip
+    wrong = {}
+    for kind in get_args(Kind):
+        one = verdict
+        if kind in ("withdrawal", "refusal"):
+            one = replace(verdict, positive=False, withdrawn="a test" if kind == "refusal" else "")
+        made = message(settings, destination, 1, one, 2, "2026-01-02T03:04:05+00:00", header, kind, first="M1")
+        if made.unmapped:
+            wrong[kind] = made.unmapped
+    return wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +271,15 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
             kind, said = None, "in shadow nobody is told"
         made: list[Message] = []
         if kind:
+            firsts = {name: one[0].uid for name, one in ledger.told(analysis["id"]).items()}
             header = _source(settings, ledger, study_id, rows[-1]["inputs"] or analysis["inputs"])
             made = [
-                message(settings, one, study_id, verdict, revision, issued_at, header, kind, one.after_seconds)
+                message(
+                    settings, one, study_id, verdict, revision, issued_at, header, kind, one.after_seconds,
+                    firsts.get(one.name, ""),
+                )
                 for one in wanted
-            ]
+            ]  # fmt: skip
             said = "" if made else "no destination wants to hear of it"
         found.append(Preview(analysis["package"], revision, verdict.positive, said, made))
     if not found:

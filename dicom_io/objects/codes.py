@@ -69,6 +69,8 @@ REVISION = Concept("REVISION", PRIVATE_SCHEME, "Revision of the verdict", OWN)
 MESSAGE_KIND = Concept(
     "MESSAGE-KIND", PRIVATE_SCHEME, "Provisional, alert, confirmation, correction or withdrawal", OWN
 )
+FIRST_MESSAGE = Concept("FIRST-MESSAGE", PRIVATE_SCHEME, "Message control id of the first message on this study", OWN)
+STUDY_LINK = Concept("STUDY-LINK", PRIVATE_SCHEME, "Address of the study in a viewer", OWN)
 
 # How it is shown
 ARTIFICIAL_INTELLIGENCE = Concept(
@@ -98,6 +100,7 @@ IMPRESSION = Concept("121073", "DCM", "Impression", PS3_16_DCM)
 COMMENT = Concept("121106", "DCM", "Comment", PS3_16_DCM)
 ALGORITHM_NAME = Concept("111001", "DCM", "Algorithm Name", PS3_16_DCM)
 ALGORITHM_VERSION = Concept("111003", "DCM", "Algorithm Version", PS3_16_DCM)
+UDI = Concept("128739", "DCM", "UDI", PS3_16_DCM)
 DICOM_STUDY = Concept("113014", "DCM", "DICOM Study", "PS3.16 CID 7012 and CID 10000 (113014 Study)")
 DEVICE = Concept("121007", "DCM", "Device", "PS3.16 CID 270 Observer Type")
 MODALITY = Concept("121139", "DCM", "Modality", PS3_16_DCM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from email import message_from_bytes, policy
@@ -12,6 +13,7 @@ from typing import Any
 import pydicom
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -24,9 +26,10 @@ from appliance.governance.indication import Admission
 from appliance.governance.package import load_configured
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import study_report
+from appliance.ledger.views import event_counts, study_report
 from appliance.services.issuing import Issuer
-from appliance.settings import Settings, SettingsError, load_settings
+from appliance.services.telling import try_template
+from appliance.settings import Hl7Destination, Settings, SettingsError, load_settings
 from dicom_io.header import read_header
 from tests.appliance.intake.test_retention import Box
 from tests.findings_support import ISSUED, Series, ct_series, verdict_on
@@ -247,6 +250,7 @@ def withdrawal(series: Series, reason: str) -> str:
     )  # fmt: skip
 
 
+@hypothesis_settings(deadline=None)
 @given(reason=st.text(st.characters(exclude_categories=["Cs"]), max_size=900))
 def test_no_reason_however_long_makes_a_message_that_is_never_sent(reason: str, plain: Series) -> None:
     assert fault(withdrawal(plain, reason)) == ""
@@ -334,3 +338,77 @@ def test_preview_shows_each_message_by_the_settings_of_now_and_sends_nothing(tmp
     assert "nothing new" in preview(tmp_path, uid).stdout or "nobody anything new" in preview(tmp_path, uid).stdout
     assert preview(tmp_path, "9.9").exit_code == 1
     issued.ledger.close()
+
+
+# A site's own form, and the first message
+
+
+def form(folder: Path, text: str) -> dict[str, Any]:
+    (folder / "alert.j2").write_text(text, encoding="utf-8")
+    return {**ER, "template": folder / "alert.j2"}
+
+
+WHOLE = """
+{{ MSH }}
+{{ PID }}
+{{ PV1 }}
+{{ ORC }}
+{{ OBR | field(4, "CTHEAD", "CT head", "L") }}
+{% for one in NTE %}
+{{ one }}
+{% endfor %}
+NTE||L|Station {{ dicom("StationName") }}: {{ probability | round(2) }}
+{% for one in OBX if one.code != "274100004" %}
+{{ one }}
+{% endfor %}
+"""
+
+
+def test_a_template_writes_the_message_and_is_read_anew_for_each(tmp_path: Path) -> None:
+    made = Issued(tmp_path, [form(tmp_path, WHOLE)])
+    made.issue()
+    text = made.content("er").decode()
+    assert "|CTHEAD^CT head^L|" in text and re.search(r"\rNTE\|\d+\|L\|Station", text)
+    assert fault(text) == ""
+    (tmp_path / "alert.j2").write_text(WHOLE.replace("CTHEAD", "CCT"), encoding="utf-8")
+    made.issue(False)
+    assert "|CCT^CT head^L|" in made.content("er").decode()
+    made.ledger.close()
+
+
+@pytest.mark.parametrize("text", ["{{ MSH }}", "{% if", "{{ nothing }}", WHOLE.replace("{{ PV1 }}", "ZZZ|1")])
+def test_where_a_template_fails_the_standard_message_is_sent_and_somebody_hears_of_it(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Issued(tmp_path, [form(tmp_path, text)])
+    made.issue()
+    plain = made.content("er").decode()
+    assert plain.count("\rOBX|") >= 11 and made.alerts() == {"er": ("pending", 1)}
+    assert "er gets the standard message, its template failed" in caplog.text
+    assert event_counts(made.ledger)["mapping.failed"] == 1
+    made.ledger.close()
+
+
+def test_a_template_is_tried_on_every_kind_of_message(tmp_path: Path) -> None:
+    settings = Settings(destination=[form(tmp_path, WHOLE)])  # type: ignore[list-item]
+    (er,) = settings.destination
+    assert isinstance(er, Hl7Destination)
+    assert try_template(settings, er) == {}
+    (tmp_path / "alert.j2").write_text(WHOLE.replace("in NTE %}", "in NTE[1:] %}"), encoding="utf-8")
+    assert set(try_template(settings, er)) == {
+        "alert", "provisional", "confirmation", "correction", "withdrawal", "refusal",
+    }  # fmt: skip
+
+
+def test_a_withdrawal_names_the_first_message_on_the_study(tmp_path: Path) -> None:
+    made = Issued(tmp_path, [ER])
+    made.issue()
+    first = made.content("er").decode().split("|")[9]
+    assert "FIRST-MESSAGE" not in made.content("er").decode()
+    made.issue(False)
+    assert f"FIRST-MESSAGE^Message control id of the first message on this study^99SCANSIDE||{first}|" in (
+        made.content("er").decode()
+    )
+    made.issue()
+    assert f"||{first}|" in made.content("er").decode() and "CORRECTION" in made.content("er").decode()
+    made.ledger.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from datetime import timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from appliance.findings.alert import Kind, message_control_id, render_alert
+from appliance.findings.alert import Kind, message_control_id, render_alert, study_link
 from appliance.ledger.records import Verdict
 from tests.findings_support import ISSUED, NAMES, Series, ct_series, renamed, verdict_on
 
@@ -273,7 +274,9 @@ def test_no_text_breaks_the_message_and_all_of_it_arrives(text: str) -> None:
     source.PatientID = "1"
     verdict = renamed(POSITIVE, package=text, notice=text, limitations=(text,))
     message = hl7.parse(alert(verdict, source))
-    assert [str(s[0]) for s in message] == ["MSH", "PID", "PV1", "ORC", "OBR", *["NTE"] * 3, *["OBX"] * 11]
+    assert [str(s[0]) for s in message] == [
+        *["MSH", "PID", "PV1", "ORC", "OBR"], *["NTE"] * 3, "TQ1", *["OBX"] * 11
+    ]  # fmt: skip
     plain = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text).strip()
     assert hl7.Message().unescape(field(observation(message, "111001"), 5)) == plain
 
@@ -306,3 +309,37 @@ POSITIVE = Verdict(
     codecs=(),
     limitations=(),
 )
+
+
+def test_a_positive_answer_asks_to_be_read_at_once_and_no_other_says_a_priority(series: Series) -> None:
+    message = valid(alert(verdict_on(series), series.header()))
+    assert field(message.segment("TQ1"), 9) == "S^Stat^HL70485"
+    text = alert(verdict_on(series, positive=False), series.header(), kind="withdrawal")
+    assert valid(text).segments("OBX") != [] and "TQ1" not in text, "it never lowers a study"
+
+
+@pytest.mark.parametrize("kind", ["alert", "confirmation", "correction", "provisional"])
+def test_what_follows_an_alert_names_the_first_message(series: Series, kind: Kind) -> None:
+    message = valid(alert(verdict_on(series), series.header(), kind=kind, first="FIRST123"))
+    named = [field(one, 5) for one in message.segments("OBX") if str(one[3]).startswith("FIRST-MESSAGE")]
+    assert named == (["FIRST123"] if kind in ("confirmation", "correction") else [])
+
+
+def test_the_device_identifier_and_the_link_are_there_where_there_are_any(series: Series) -> None:
+    udi = "(01)04012345678901(8012)1.0.0|^&"
+    link = study_link("https://viewer/?s={study_uid}&a={accession}", series.header())
+    message = valid(alert(replace(verdict_on(series), udi=udi), series.header(), link=link))
+    assert field(observation(message, "128739"), 5) == "(01)04012345678901(8012)1.0.0\\F\\\\S\\\\T\\"
+    pointer = observation(message, "STUDY-LINK")
+    assert field(pointer, 2) == "RP"
+    assert field(pointer, 5) == f"{link.replace('&', chr(92) + 'T' + chr(92))}^^TEXT^HTML"
+    bare = valid(alert(verdict_on(series), series.header()))
+    assert not {"128739", "STUDY-LINK", "FIRST-MESSAGE"} & {str(one[3]).split("^")[0] for one in bare.segments("OBX")}
+
+
+def test_a_link_is_the_studys_own_or_none() -> None:
+    source = Dataset()
+    source.StudyInstanceUID, source.AccessionNumber = "1.2.3", "A/1 ?&"
+    assert study_link("https://v/{study_uid}?a={accession}", source) == "https://v/1.2.3?a=A%2F1%20%3F%26"
+    assert study_link("https://v/{patient_id}", source) == ""
+    assert study_link("", source) == ""
