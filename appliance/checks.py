@@ -16,7 +16,7 @@ from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
-from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, webhook
+from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, rest, webhook
 from appliance.services.telling import try_template
 from appliance.settings import (
     Destination,
@@ -25,6 +25,8 @@ from appliance.settings import (
     Hl7Destination,
     Hl7Tls,
     MailDestination,
+    OrderDestination,
+    RestDestination,
     Settings,
     Tls,
     WebhookDestination,
@@ -136,7 +138,7 @@ def _reach(destination: Destination, title: str) -> str:
             there = archive(destination)
             reach(there)
             return f"{there} answers"
-        case Hl7Destination():
+        case Hl7Destination() | OrderDestination():
             with mllp_client(destination) as client:
                 client.connect()
             return f"{client.where} takes connections"
@@ -144,8 +146,8 @@ def _reach(destination: Destination, title: str) -> str:
             server = mail_server(destination)
             server.open().close()
             return f"{server.where} lets us in"
-        case WebhookDestination():
-            hook = webhook(destination)
+        case WebhookDestination() | RestDestination():
+            hook = rest(destination) if isinstance(destination, RestDestination) else webhook(destination)
             hook.connection().close()
             return f"{hook.where} takes connections"
         case WorklistDestination():

@@ -15,6 +15,8 @@ from appliance.settings import (
     Hl7Destination,
     MailDestination,
     ObjectKind,
+    OrderDestination,
+    RestDestination,
     Settings,
     SettingsError,
     WebhookDestination,
@@ -75,6 +77,8 @@ def write(
         "mail": MailDestination,
         "webhook": WebhookDestination,
         "worklist": WorklistDestination,
+        "hl7_order": OrderDestination,
+        "rest": RestDestination,
     }
     for one in destinations:
         parts.append("[[destination]]\n" + _keys(kinds[one["kind"]], one))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -509,6 +512,87 @@ class WorklistDestination(_Section):
     mode: WorklistMode = Field(description=_MODE)
 
 
+class OrderDestination(_Section):
+    """A RIS without UPS: it is told by HL7 (ORM^O01) that a study's order has another priority."""
+
+    kind: Literal["hl7_order"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its MLLP port.")
+    receiving_application: str = Field("", description="MSH-5.")
+    receiving_facility: str = Field("", description="MSH-6.")
+    sending_facility: str = Field("", description="MSH-4.")
+    processing_id: Literal["P", "T", "D"] = Field("P", description="MSH-11: production, training, debugging.")
+    priority: Annotated[str, Field(pattern=r"^[A-Z]{1,4}$")] = Field(
+        "S", description="Priority of a positive study's order (ORC-7.6, HL7 table 0485)."
+    )
+    usual_priority: Annotated[str, Field(pattern=r"^[A-Z]{0,4}$")] = Field(
+        "", description="What a withdrawal puts back if no order told the box that; empty: nothing is sent then."
+    )
+    acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the acknowledgement.")
+    tls: ClientTls | None = Field(None, description="Speak MLLP over TLS.")
+
+
+class RestDestination(_Section):
+    """A vendor's worklist with an interface of its own: a request over HTTPS, from templates.
+
+    In url and body, ${name} stands for a value; docs/operations.md lists the names.
+    """
+
+    kind: Literal["rest"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    mode: WorklistMode = Field(description=_MODE + " A request that moves somebody is reprioritise.")
+    url: str = Field(
+        pattern=r"^(https://[^\s/${}]+(/\S*)?|http://(127\.0\.0\.1|localhost)(:\d+)?(/\S*)?)$",
+        description="Where requests go, such as https://list.example/${accession}: https, or http to this machine.",
+    )
+    method: Literal["POST", "PUT", "PATCH"] = Field("POST", description="Of the request.")
+    body: str = Field(description="JSON of a request about a positive study.")
+    withdraw_body: str = Field("", description="JSON where that is taken back; empty: nothing is sent then.")
+    header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = Field(
+        "Authorization", description="Header that carries what is in secret_file."
+    )
+    secret_file: Path | None = Field(
+        None, description='File that holds the value of that header, such as "Bearer …", and nothing else.'
+    )
+    acknowledge_seconds: float = Field(10.0, gt=0, le=300, description="Longest wait for the answer.")
+    tls: ClientTls | None = Field(None, description="Whom we trust, and our own certificate.")
+
+    @model_validator(mode="after")
+    def _templates_give_json(self) -> RestDestination:
+        example = dict.fromkeys(REST_NAMES, "1")
+        fill(self.url, example, "url")
+        for key, template in (("body", self.body), ("withdraw_body", self.withdraw_body)):
+            try:
+                json.loads(fill(template, example, key) or "{}")
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{key} is no JSON: {error}") from error
+        return self
+
+
+REST_NAMES = ("id", "kind", "study", "study_uid", "accession", "patient_id", "probability", "package",
+              "package_version", "revision", "issued_at", "text")  # fmt: skip
+"""What templates of a rest destination may name."""
+
+
+def fill(template: str, values: Mapping[str, str], key: str) -> str:
+    """A template with its values, as they stand in a JSON string or, for the key "url", in an address.
+
+    Raises:
+        ValueError: it names something else.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in values:
+            raise ValueError(f"{key} names ${{{found[1]}}}; there are {', '.join(values)}")
+        text = values[found[1]]
+        return quote(text, safe="") if key == "url" else json.dumps(text, ensure_ascii=False)[1:-1]
+
+    return re.sub(r"\$\{([^}]*)\}", value, template)
+
+
+WorklistTarget = WorklistDestination | OrderDestination | RestDestination
+"""What shows a verdict on a worklist."""
 AlertDestination = Hl7Destination | MailDestination | WebhookDestination
 """What tells people or systems of an alert."""
 ImageDestination = DicomDestination | DicomwebDestination
@@ -519,7 +603,9 @@ Destination = Annotated[
     | Hl7Destination
     | MailDestination
     | WebhookDestination
-    | WorklistDestination,
+    | WorklistDestination
+    | OrderDestination
+    | RestDestination,
     Field(discriminator="kind"),
 ]
 
@@ -690,9 +776,9 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def worklist_destinations(self) -> tuple[WorklistDestination, ...]:
+    def worklist_destinations(self) -> tuple[WorklistTarget, ...]:
         """The worklists that verdicts show on."""
-        return tuple(one for one in self.destination if isinstance(one, WorklistDestination))
+        return tuple(one for one in self.destination if isinstance(one, WorklistTarget))
 
     @field_validator("commitment_peer")
     @classmethod

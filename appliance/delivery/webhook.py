@@ -13,6 +13,7 @@ import hmac
 import http.client
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -109,11 +110,20 @@ def post(webhook: Webhook, identity: str, body: bytes) -> Result:
         "webhook-timestamp": str(timestamp),
         "webhook-signature": sign(webhook.secret, identity, timestamp, body),
     }
+    return exchange(webhook, "POST", body, headers)
+
+
+def exchange(webhook: Webhook, method: str, body: bytes, headers: Mapping[str, str]) -> Result:
+    """Send one request and judge its answer, as `post` says.
+
+    Raises:
+        PeerError: no connection, or no answer; the receiver may have the body.
+    """
     parts = urlsplit(webhook.url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection = webhook.connection()
     try:
-        connection.request("POST", target, body, headers)
+        connection.request(method, target, body, dict(headers))
         answer = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
         what = f"the webhook did not answer ({str(error) or type(error).__name__})"

@@ -131,6 +131,46 @@ def render_alert(
     return "".join(segment + "\r" for segment in segments)
 
 
+def render_order_update(
+    source: Dataset,
+    *,
+    control_id: str,
+    priority: str,
+    said: str,
+    issued_at: datetime,
+    processing_id: Literal["P", "T", "D"],
+    sending_application: str,
+    sending_facility: str,
+    receiving_application: str,
+    receiving_facility: str,
+) -> str:
+    r"""ORM^O01 that changes the priority of a study's order (HL7 v2.5.1 4.4.1), as ER7, each segment ended by \r.
+
+    Args:
+        source: header of an analysed image; patient, visit and order are its.
+        priority: of HL7 table 0485, into ORC-7.6 and OBR-27.6.
+        said: why, into an NTE.
+    """
+    sent = _timestamp(issued_at)
+    header = {1: "^~\\&", 2: _text(sending_application), 3: _text(sending_facility), 4: _text(receiving_application),
+              5: _text(receiving_facility), 6: sent, 8: "ORM^O01^ORM_O01", 9: _text(control_id), 10: processing_id,
+              11: "2.5.1", 17: "UNICODE UTF-8"}  # fmt: skip
+    orc, obr = (one.split("|") for one in _order(source, sent))
+    timing = f"^^^^^{_text(priority)}"
+    placer, filler = (*orc, "", "", "")[2:4]
+    numbers = {2: placer, 3: filler}
+    service = {number: obr[number] for number in (4, 18, 24) if len(obr) > number}
+    segments = [
+        _segment("MSH", header),
+        _segment("PID", {1: "1", 3: _patient_id(source), 5: _names(source), 7: _birth(source), 8: _sex(source)}),
+        _segment("PV1", {1: "1", 2: "U", 19: _text(_value(source, "AdmissionID"))}),
+        _segment("ORC", {1: "XO", **numbers, 7: timing, 9: sent}),
+        _segment("OBR", {1: "1", **numbers, **service, 27: timing}),
+        _segment("NTE", {1: "1", 2: "L", 3: _long_text(said)}),
+    ]
+    return "".join(segment + "\r" for segment in segments)
+
+
 def _order(source: Dataset, sent: str) -> list[str]:
     """ORC and OBR. The accession number is the filler's order number, and stands in OBR-18 too, where the IHE
     Radiology framework (Scheduled Workflow) carries it."""

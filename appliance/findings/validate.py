@@ -6,7 +6,7 @@ import re
 
 from hl7apy.consts import VALIDATION_LEVEL
 from hl7apy.exceptions import HL7apyException
-from hl7apy.parser import parse_message
+from hl7apy.parser import parse_message, parse_segment
 
 _LONGEST_TEXT = 65536
 """Characters of a TX or FT value (HL7 v2.5.1, 2.A.31 and 2.A.78)."""
@@ -36,6 +36,23 @@ def fault(message: str) -> str:
         if ours != theirs:
             return f"segment {ours[:3]} is read otherwise than it was written"
     return "" if len(read) == text.count("\r") + 1 else "it is read with another number of segments"
+
+
+def segments_fault(message: str) -> str:
+    r"""As `fault`, segment by segment, for a message whose structure hl7apy cannot judge.
+
+    That is ORM^O01: of its order detail, which is one segment or another, hl7apy asks for all of them.
+    """
+    for segment in message.rstrip("\r").split("\r"):
+        try:
+            parsed = parse_segment(segment, version="2.5.1", validation_level=VALIDATION_LEVEL.STRICT)
+            parsed.validate()
+            read = parsed.to_er7().rstrip("|")
+        except (HL7apyException, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            return f"{segment[:3]}: {type(error).__name__}: {error}"
+        if read != segment:
+            return f"segment {segment[:3]} is read otherwise than it was written"
+    return ""
 
 
 def _observed_text(segment: str) -> str:

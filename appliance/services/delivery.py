@@ -14,6 +14,7 @@ from appliance.delivery.dicomweb import authorization, store_web
 from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
+from appliance.delivery.rest import send_request
 from appliance.delivery.tls import client_context
 from appliance.delivery.webhook import Webhook, post, read_secret
 from appliance.delivery.worklist import show
@@ -29,6 +30,8 @@ from appliance.settings import (
     DicomwebDestination,
     Hl7Destination,
     MailDestination,
+    OrderDestination,
+    RestDestination,
     Settings,
     WebhookDestination,
     WorklistDestination,
@@ -179,7 +182,7 @@ def _asker(settings: Settings, ledger: Ledger, destination: Destination) -> Call
     )
 
 
-def mllp_client(destination: Hl7Destination) -> MllpClient:
+def mllp_client(destination: Hl7Destination | OrderDestination) -> MllpClient:
     """The client of an HL7 destination.
 
     Raises:
@@ -190,7 +193,7 @@ def mllp_client(destination: Hl7Destination) -> MllpClient:
         destination.port,
         connect_timeout=5.0,
         ack_timeout=destination.acknowledge_seconds,
-        application_timeout=destination.application_seconds,
+        application_timeout=getattr(destination, "application_seconds", 30.0),
         context=context_of(destination.tls) if destination.tls else None,
     )
 
@@ -229,6 +232,16 @@ def webhook(destination: WebhookDestination) -> Webhook:
     return Webhook(destination.url, read_secret(destination.secret_file), context, destination.acknowledge_seconds)
 
 
+def rest(destination: RestDestination) -> Webhook:
+    """How to connect to a vendor's worklist.
+
+    Raises:
+        ScansideError: a file for TLS cannot be used.
+    """
+    context = context_of(destination.tls) if destination.url.startswith("https:") else None
+    return Webhook(destination.url, b"", context, destination.acknowledge_seconds)
+
+
 def _deliverer(
     settings: Settings, ledger: Ledger, destination: Destination, stack: ExitStack
 ) -> Callable[[Row], Result]:
@@ -256,6 +269,12 @@ def _deliverer(
             return lambda row: post(webhook(destination), row["uid"], (folder / row["path"]).read_bytes())
         case WorklistDestination():
             return lambda row: _show(settings, ledger, folder / row["path"])
+        case OrderDestination():
+            return _hl7_sender(folder, destination, stack)
+        case RestDestination():
+            return lambda row: send_request(
+                folder / row["path"], row["uid"], rest(destination), destination.header, destination.secret_file
+            )
 
 
 def _show(settings: Settings, ledger: Ledger, path: Path) -> Result:
@@ -266,7 +285,9 @@ def _show(settings: Settings, ledger: Ledger, path: Path) -> Result:
     return result
 
 
-def _hl7_sender(folder: Path, destination: Hl7Destination, stack: ExitStack) -> Callable[[Row], Result]:
+def _hl7_sender(
+    folder: Path, destination: Hl7Destination | OrderDestination, stack: ExitStack
+) -> Callable[[Row], Result]:
     client = mllp_client(destination.model_copy(update={"tls": None}))
     stack.callback(client.close)
 

@@ -191,14 +191,18 @@ class Issuer:
         told = self._ledger.told(analysis_id, "worklist.")
         since = seconds_between(self._ledger.last_instance_at(study_id), issued_at)
         late = since if since > self._settings.budget.seconds else None
+        accession = str(header.get("AccessionNumber") or "").strip()
+        orders, _ = self._ledger.orders_for([accession] if accession else [], verdict.study_instance_uid)
         findings = []
-        for destination, identity, content in marks(
-            self._settings, told, study_id, verdict, revision, issued_at, header, late
-        ):
-            path = _folder(study_id, verdict.package, revision) / f"{identity}.json"
-            _write_durably(self._settings.findings_directory / path, content)
-            name = f"worklist.{destination.name}"
-            findings.append(NewFinding(name, identity, str(path), (destination.name,), WORKLIST_URGENCY))
+        for one in marks(self._settings, told, study_id, verdict, revision, issued_at, header, late, orders):
+            path = _folder(study_id, verdict.package, revision) / one.file
+            _write_durably(self._settings.findings_directory / path, one.content)
+            if one.fault:
+                log.error("study %d: %s is never told: %s", study_id, one.destination.name, one.fault)
+            name, failed = f"worklist.{one.destination.name}", one.fault and f"it is never sent: {one.fault}"
+            findings.append(
+                NewFinding(name, one.id, str(path), (one.destination.name,), WORKLIST_URGENCY, failed=failed)
+            )
         return findings
 
     def refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,17 +10,29 @@ from typing import get_args
 
 import pydicom
 
-from appliance.findings.alert import Kind, message_control_id, render_alert, study_link
+from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link
 from appliance.findings.mapping import MappingError, mapped
 from appliance.findings.notice import Notice, named, render_mail, render_webhook
-from appliance.findings.validate import fault
+from appliance.findings.validate import fault, segments_fault
 from appliance.findings.wording import impression
-from appliance.findings.worklist import render_mark
+from appliance.findings.worklist import mark_text, render_mark
 from appliance.intake.spool import path_of
+from appliance.ledger.orders import Order
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, Told
 from appliance.ledger.views import study_report
-from appliance.settings import AlertDestination, Hl7Destination, MailDestination, Settings, WorklistDestination
+from appliance.settings import (
+    REST_NAMES,
+    AlertDestination,
+    Hl7Destination,
+    MailDestination,
+    OrderDestination,
+    RestDestination,
+    Settings,
+    WorklistDestination,
+    WorklistTarget,
+    fill,
+)
 from dicom_io.errors import ScansideError
 from dicom_io.objects.uids import derived_uid
 
@@ -136,6 +149,23 @@ def message(
     return Message(destination, kind, identity, held_seconds, f"{identity}.json", render_webhook(notice), "")
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one worklist is asked to change.
+
+    Attributes:
+        id: the same at every try.
+        file: name of its file.
+        fault: why it may never be sent; "" if it may.
+    """
+
+    destination: WorklistTarget
+    id: str
+    file: str
+    content: bytes
+    fault: str = ""
+
+
 def marks(
     settings: Settings,
     told: Mapping[str, Sequence[Told]],
@@ -145,11 +175,13 @@ def marks(
     issued_at: str,
     header: pydicom.Dataset,
     late_seconds: float | None,
-) -> list[tuple[WorklistDestination, str, bytes]]:
-    """What this verdict changes on each worklist: destination, the change's own UID, and its file.
+    orders: Sequence[Order],
+) -> list[Change]:
+    """What this verdict changes on each worklist.
 
     Args:
         late_seconds: see `mark_text`.
+        orders: those of the study that the box has heard of.
     """
     made = []
     for destination in settings.worklist_destinations:
@@ -160,9 +192,78 @@ def marks(
         identity = message_control_id(*key, destination.name)
         at = datetime.fromisoformat(issued_at)
         notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, ())
-        item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
-        made.append((destination, identity, render_mark(notice, header, destination.mode, item, late_seconds)))
+        match destination:
+            case WorklistDestination():
+                item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
+                content = render_mark(notice, header, destination.mode, item, late_seconds)
+                made.append(Change(destination, identity, f"{identity}.json", content))
+            case OrderDestination():
+                made += _order_update(settings, destination, notice, header, late_seconds, orders)
+            case RestDestination():
+                made += _rest_request(destination, notice, header, late_seconds)
     return made
+
+
+def _order_update(
+    settings: Settings,
+    destination: OrderDestination,
+    notice: Notice,
+    header: pydicom.Dataset,
+    late_seconds: float | None,
+    orders: Sequence[Order],
+) -> list[Change]:
+    """The message that raises an order or takes that back; none where the order is urgent already, or its priority
+    before is not known, or the package is not in clinical mode."""
+    standing = [one for one in orders if not one.cancelled]
+    if notice.is_test or any(one.urgent for one in standing):
+        return []
+    known = next((one.priority for one in reversed(standing) if one.priority), destination.usual_priority)
+    priority = destination.priority if notice.verdict.positive else known
+    if not priority:
+        return []
+    text = render_order_update(
+        header,
+        control_id=notice.id,
+        priority=priority,
+        said=mark_text(notice, late_seconds),
+        issued_at=notice.issued_at,
+        processing_id=destination.processing_id,
+        sending_application=settings.box.name,
+        sending_facility=destination.sending_facility,
+        receiving_application=destination.receiving_application,
+        receiving_facility=destination.receiving_facility,
+    )
+    return [Change(destination, notice.id, f"{notice.id}.hl7", text.encode("utf-8"), segments_fault(text))]
+
+
+def _rest_request(
+    destination: RestDestination, notice: Notice, header: pydicom.Dataset, late_seconds: float | None
+) -> list[Change]:
+    """The request by the site's templates; none where a package that is not in clinical mode would move somebody."""
+    template = destination.body if notice.verdict.positive else destination.withdraw_body
+    if not template or (notice.is_test and destination.mode == "reprioritise"):
+        return []
+    values = {
+        **dict.fromkeys(REST_NAMES, ""),
+        **dict(named(header, ("accession", "study_uid", "patient_id"))),
+        "id": notice.id,
+        "kind": notice.kind,
+        "study": str(notice.study),
+        "probability": f"{notice.verdict.probability:.4f}",
+        "package": notice.verdict.package,
+        "package_version": notice.verdict.package_version,
+        "revision": str(notice.revision),
+        "issued_at": notice.issued_at.isoformat(timespec="microseconds"),
+        "text": mark_text(notice, late_seconds),
+    }
+    request = {
+        "method": destination.method,
+        "url": fill(destination.url, values, "url"),
+        "body": fill(template, values, "body"),
+    }
+    lacking = "" if "${accession}" not in destination.url or values["accession"] else "the images have no accession"
+    content = json.dumps(request, ensure_ascii=False).encode("utf-8")
+    return [Change(destination, notice.id, f"{notice.id}.json", content, lacking)]
 
 
 def facts(verdict: Verdict, header: pydicom.Dataset, kind: Kind, revision: int, issued_at: str) -> dict[str, object]:
