@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from appliance.cli import app
 from appliance.demo.orthanc import free_port
 from appliance.ledger.store import Ledger, NewInstance
+from appliance.settings import DicomDestination, DicomwebDestination, load_settings
 from tests.builders import head_series
 from tests.dicom_io.support import Recorder, serving
 
@@ -37,6 +38,25 @@ def test_help_names_every_command() -> None:
     for command in names.split():
         assert command in text
     assert run("--version").stdout.startswith("scanside ")
+
+
+def test_init_sets_up_each_kind_of_archive(tmp_path: Path) -> None:
+    archives = (
+        "--pacs",
+        "PACS@10.0.0.5:104",
+        "--orthanc",
+        "ORTHANC@10.0.0.6:4242",
+        "--dicomweb",
+        "https://archive/web",
+    )
+    made = run("init", tmp_path / "box", *archives)
+    assert made.exit_code == 0, made.output
+    pacs, orthanc, archive = load_settings(tmp_path / "box" / "scanside.toml").destination
+    assert isinstance(pacs, DicomDestination) and isinstance(orthanc, DicomDestination)
+    assert (pacs.objects, pacs.commitment) == (["report", "capture"], "if_offered")
+    assert (orthanc.ae_title, orthanc.port, orthanc.commitment) == ("ORTHANC", 4242, "required")
+    assert isinstance(archive, DicomwebDestination) and archive.url == "https://archive/web"
+    assert orthanc.objects == archive.objects == ["report", "capture", "segmentation", "presentation", "selection"]
 
 
 def test_init_then_studies(tmp_path: Path) -> None:

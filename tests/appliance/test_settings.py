@@ -9,6 +9,7 @@ import pytest
 from appliance import init
 from appliance.settings import SettingsError, find_settings, load_settings
 
+WEB = '[[destination]]\nkind = "dicomweb"\nname = "archive"\n'
 PAIR = '\ncertificate = "c.pem"\nkey = "k.pem"\n'
 
 
@@ -38,6 +39,10 @@ def written(folder: Path, text: str) -> Path:
         ('[intake.tls]\nkey = "k"', "intake.tls.certificate: field required"),
         (f'[intake.tls]\nport = 11112{PAIR}', "intake.tls.port are both 11112"),
         (f'[intake.tls]\nprofile = "ssl3"{PAIR}', "intake.tls.profile: input should be 'bcp195-rfc8996-9325'"),
+        (WEB + 'url = "http://archive/dicom-web"', "destination.0.url: string should match pattern"),
+        (WEB + 'url = "https://a/w"\ntoken_file = "t"\nusername = "u"\npassword_file = "p"', "do not go together"),
+        (WEB + 'url = "https://a/w"\nusername = "u"', "username and password_file go together"),
+        (WEB + 'url = "https://a/w"\nobjects = ["film"]', "destination.0.objects.0: input should be 'report'"),
         ("[intake\n", "this is not TOML"),
     ],
 )  # fmt: skip
