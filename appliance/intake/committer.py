@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from appliance.intake.spool import Incoming, Spool
-from appliance.ledger.store import Ledger, NewInstance, Stored
+from appliance.ledger.ingest import NewInstance, Stored
+from appliance.ledger.store import Ledger
 from appliance.operations.metrics import IntakeMetrics
 
 

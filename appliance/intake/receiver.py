@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -15,7 +16,8 @@ from appliance.intake.commitment import CommitmentProvider
 from appliance.intake.committer import Committer
 from appliance.intake.performed import PerformedProvider
 from appliance.intake.spool import Incoming, Lane, Spool
-from appliance.ledger.store import Ledger, NewInstance
+from appliance.ledger.ingest import NewInstance
+from appliance.ledger.store import Ledger
 from appliance.operations.metrics import IntakeMetrics
 from dicom_io.commitment import CommitmentReport, CommitmentRequest
 from dicom_io.errors import HeaderCutOff, HeaderError
@@ -140,10 +142,10 @@ class Receiver:
         with self._lock:
             key, lane = self._associations.pop(session.number)
         self._metrics.closed(outcome)
+        self._spool.give_back(lane)
         try:
             self._ledger.close_association(key, outcome)
         finally:
-            self._spool.give_back(lane)
             self._ring()
 
 
@@ -194,7 +196,7 @@ class _Instance:
         try:
             digest = self._incoming.sync()
             if self._header is None:
-                self._check(read_header(self._incoming.path))
+                self._check(read_header(Path(self._incoming.path)))
             assert self._header is not None
             row = NewInstance(self._header, digest, self._incoming.size, self._association)
             self._committer.commit(self._incoming, row)

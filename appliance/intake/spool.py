@@ -3,37 +3,72 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
+import fcntl
 import hashlib
 import itertools
+import logging
 import os
 import queue
+import threading
+from collections import deque
 from collections.abc import Container, Iterable
 from pathlib import Path
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
+log = logging.getLogger(__name__)
 
-SETTLE_AFTER = 32
-"""So many files of a lane may wait for the folders of their own names to be synced."""
+BLOCK = 4096
+"""What is written past the page cache begins and ends at multiples of this: no disk has larger sectors."""
+
+NAMES_AHEAD = 32
+"""So many names at most are made, and synced, before a lane needs them."""
+
+SETTLE_SECONDS, SETTLE_AFTER = 5.0, 2048
+"""Files that have their own names wait so long, or until they are so many, for the folders of these to be synced. After
+a kill the next start reads what waits: a second or two."""
 
 
 class Lane:
-    """A folder in which one association after another makes its files durable, one at a time."""
+    """A folder in which one association after another makes its files durable, one at a time.
+
+    The names are made ahead: to sync a folder costs as much as to sync a file, and so one sync serves many.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.numbers = itertools.count()
-        self.named: list[tuple[Path, Path]] = []  # each file that has its own name, and that name, not synced yet
+        self._folder = str(folder)
+        self._numbers = itertools.count()
+        self._ready: list[str] = []
+        self._ahead = 1
+        self.direct = hasattr(os, "O_DIRECT")  # whether the file system lets files be written past its page cache
+
+    def take(self) -> str:
+        """The path of an empty file whose name is durable.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        if not self._ready:
+            # Few for who sends one image, many for who sends a series.
+            paths = [f"{self._folder}/{next(self._numbers)}" for _ in range(self._ahead)]
+            for path in paths:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
+            sync_folder(self._folder)
+            self._ready = paths[::-1]
+            self._ahead = min(2 * self._ahead, NAMES_AHEAD)
+        return self._ready.pop()
 
 
 class Incoming:
-    """A file on its way into the spool: in its lane, where nothing reads it, until `Spool.publish`."""
+    """A file on its way into the spool: in its lane, where nothing reads it, until `Spool.publish`.
+
+    Its whole blocks go to the disk past the page cache: to copy them there costs more than all else that is done with
+    the file. It is for the caller's buffer to begin at a page; one that does not is written the other way.
+    """
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.path = lane.folder / f"{next(lane.numbers)}"
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        self.path = lane.take()
+        self._file, self._direct = _open(self.path, lane)
         self._hash = hashlib.sha256()
         self.size = 0
         self.digest = ""
@@ -45,16 +80,29 @@ class Incoming:
         Raises:
             OSError: the disk is full or broken.
         """
-        rest = data
+        rest = self._write_blocks(data) if self._direct else data
         while rest:
             rest = rest[os.write(self._file, rest) :]
-        # The disk works while the digest is computed. A failure shows in `sync`.
-        _LIBC.sync_file_range(self._file, ctypes.c_int64(self.size), ctypes.c_int64(len(data)), _START_WRITING)
         self._hash.update(data)
         self.size += len(data)
 
+    def _write_blocks(self, data: memoryview) -> memoryview:
+        """Append its whole blocks; what is left of it. If that is anything, the file goes on in the page cache."""
+        whole, written = len(data) - len(data) % BLOCK, 0
+        if whole:
+            try:
+                written = os.write(self._file, data[:whole])
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # of a buffer or a disk that is aligned otherwise
+                    raise
+        if written < len(data):
+            fcntl.fcntl(self._file, fcntl.F_SETFL, 0)
+            self._direct = False
+        return data[written:]
+
     def sync(self) -> str:
-        """Make content and name durable; returns the digest (64 hexadecimal digits). The file is closed then.
+        """Make the content durable, as its name is already; returns the digest (64 hexadecimal digits). The file is
+        closed then.
 
         Raises:
             OSError: as `write`; the content may be lost.
@@ -63,7 +111,6 @@ class Incoming:
             os.fdatasync(self._file)
         finally:
             self._close()
-        sync_folder(self.path.parent)
         self.digest = self._hash.hexdigest()
         return self.digest
 
@@ -72,7 +119,7 @@ class Incoming:
         to light after a crash, and needs its file. Without one the next start sweeps it."""
         self._close()
         if not self.published:
-            self.path.unlink(missing_ok=True)
+            Path(self.path).unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._file >= 0:
@@ -80,23 +127,37 @@ class Incoming:
             self._file = -1
 
 
+def _open(path: str, lane: Lane) -> tuple[int, bool]:
+    if lane.direct:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            lane.direct = False
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
+
+
 class Spool:
     """A content-addressed folder; a file in it is whole, synced, and never changed.
 
     A file is made durable in its lane, a folder that no other association touches, so that syncing the folder waits
     for nobody. It gets its own name as a second one, which is not synced at once: where a power cut takes that back,
-    `recover` gives it again, and the name in the lane goes only once the other is durable.
+    `recover` gives it again, and the name in the lane goes only once the other is durable (`settle`).
 
     Args:
         directory: made if absent.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory, self._names = directory, str(directory)
         self._incoming = directory / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
         self._lanes = itertools.count()
         self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self._named: deque[tuple[str, str]] = deque()  # names in lanes, and own names that are not synced yet
+        self._many = threading.Event()
+        self._settling = threading.Lock()
         for number in range(256):
             (directory / f"{number:02x}").mkdir(exist_ok=True)
         for folder in (directory, directory.parent, self._incoming):
@@ -117,12 +178,7 @@ class Spool:
             return Lane(folder)
 
     def give_back(self, lane: Lane) -> None:
-        """An association has ended.
-
-        Raises:
-            OSError: the disk is broken; the lane is not used again.
-        """
-        self._settle(lane)
+        """An association has ended."""
         self._free.put(lane)
 
     def open(self, lane: Lane) -> Incoming:
@@ -131,8 +187,6 @@ class Spool:
         Raises:
             OSError: the disk is full or broken.
         """
-        if len(lane.named) >= SETTLE_AFTER:
-            self._settle(lane)
         return Incoming(lane)
 
     def publish(self, incoming: Incoming) -> None:
@@ -141,19 +195,47 @@ class Spool:
         Raises:
             OSError: the disk is broken.
         """
-        name = path_of(self._directory, incoming.digest)
-        with contextlib.suppress(FileExistsError):  # the same bytes came before
+        name = f"{self._names}/{incoming.digest[:2]}/{incoming.digest}.dcm"  # `path_of`, which takes its time
+        try:
             os.link(incoming.path, name)
+        except FileExistsError:  # the same bytes came before
+            if not _intact(name, incoming.digest):
+                log.error("%s was damaged; it is replaced by the same instance, which came again", name)
+                whole = Path(f"{incoming.path}.whole")
+                whole.hardlink_to(incoming.path)
+                whole.replace(name)
         incoming.published = True
-        incoming.lane.named.append((incoming.path, name))
+        self._named.append((incoming.path, name))
+        if len(self._named) >= SETTLE_AFTER:
+            self._many.set()
 
-    def _settle(self, lane: Lane) -> None:
-        """Make the names of a lane's files durable, and take them out of the lane."""
-        for folder in {name.parent for _, name in lane.named}:
-            sync_folder(folder)
-        for path, _ in lane.named:
-            path.unlink(missing_ok=True)
-        lane.named.clear()
+    def settle(self) -> None:
+        """Make the names that were given so far durable, and take the names in the lanes away.
+
+        Raises:
+            OSError: the disk is broken; they will be tried again.
+        """
+        with self._settling:
+            self._many.clear()
+            named = [self._named.popleft() for _ in range(len(self._named))]
+            try:
+                for folder in {name.rpartition("/")[0] for _, name in named}:
+                    sync_folder(folder)
+                while named:
+                    Path(named[-1][0]).unlink(missing_ok=True)
+                    named.pop()
+            finally:
+                self._named.extend(named)
+
+    def settle_until(self, stopping: threading.Event) -> None:
+        """`settle` from time to time, in a thread of its own. Once more when it stops is for the caller to do."""
+        while not stopping.is_set():
+            self._many.wait(SETTLE_SECONDS)
+            try:
+                self.settle()
+            except OSError:
+                log.exception("the names of received files could not be synced; they are tried again")
+                stopping.wait(SETTLE_SECONDS)
 
     def recover(self, known: Container[str]) -> int:
         """Name again what a power cut took the name from; returns how many files.
@@ -204,9 +286,11 @@ class Spool:
         self.recover(keep)
         gone = [path for path in self._incoming.rglob("*") if path.is_file()]
         gone += [path for path in self._directory.glob("??/*.dcm") if path.stem not in keep]
+        removed = 0
         for path in gone:
+            removed += path.stat().st_size > 0  # the others are names that were made ahead
             path.unlink()
-        return len(gone)
+        return removed
 
 
 def path_of(directory: Path, digest: str) -> Path:
@@ -214,7 +298,12 @@ def path_of(directory: Path, digest: str) -> Path:
     return directory / digest[:2] / f"{digest}.dcm"
 
 
-def sync_folder(directory: Path) -> None:
+def _intact(path: str, digest: str) -> bool:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def sync_folder(directory: Path | str) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

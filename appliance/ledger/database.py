@@ -90,6 +90,28 @@ _INSERT_EVENT = Statement(
 )
 
 
+class Chain:
+    """The events of one transaction, each appended to the chain that ends with the last one of the ledger."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        last = _LAST_HASH.all(connection)
+        self._hash: str = last[0][0] if last else ""
+
+    def append(self, name: Event, study_id: int | None, detail: dict[str, Any]) -> int:
+        """Append an event; returns its number."""
+        row = {
+            "at": now(),
+            "monotonic_ns": time.monotonic_ns(),
+            "boot": boot(),
+            "name": str(name),
+            "study_id": study_id,
+            "detail": detail,
+        }
+        self._hash = event_hash(self._hash, row)
+        return _INSERT_EVENT.run(self._connection, **row | {"detail": json.dumps(detail), "hash": self._hash})
+
+
 class Database:
     """SQLite in WAL mode, synced at every commit; every change of state appends an event.
 
@@ -174,17 +196,7 @@ class Database:
     ) -> int:
         """Append an event; returns its number."""
         raw: Any = connection.connection.driver_connection if isinstance(connection, sa.Connection) else connection
-        last = _LAST_HASH.all(raw)
-        row = {
-            "at": now(),
-            "monotonic_ns": time.monotonic_ns(),
-            "boot": boot(),
-            "name": str(name),
-            "study_id": study_id,
-            "detail": detail,
-        }
-        digest = event_hash(last[0][0] if last else "", row)
-        return _INSERT_EVENT.run(raw, **row | {"detail": json.dumps(detail), "hash": digest})
+        return Chain(raw).append(name, study_id, detail)
 
     def log(self, name: Event, **detail: Any) -> None:
         """Append an event that changes no state."""

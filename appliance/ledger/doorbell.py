@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_RETRY_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -54,8 +58,49 @@ class Doorbell:
         self._path.unlink(missing_ok=True)
 
 
+class Ringer:
+    """Wakes a service again and again, through a socket that is kept. It is no error if nobody listens: who does polls
+    as well.
+
+    Args:
+        directory: as of the `Doorbell`; it may come later.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory, self._name = directory, name
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._lock = threading.Lock()
+        self._connected = False
+        self._silent_until = 0.0  # nobody listened: not tried again before that
+
+    def __call__(self) -> None:
+        with self._lock:
+            if time.monotonic() < self._silent_until:
+                return
+            if not (self._connected and self._sent()):
+                # Nobody has listened yet, or who did is another process now.
+                self._connected = self._connect() and self._sent()
+                if not self._connected:
+                    self._silent_until = time.monotonic() + _RETRY_SECONDS
+
+    def _connect(self) -> bool:
+        with contextlib.suppress(OSError), _short_path(self._directory, self._name) as path:
+            self._socket.connect(path)
+            return True
+        return False
+
+    def _sent(self) -> bool:
+        try:
+            self._socket.send(b"!")
+        except BlockingIOError:
+            return True  # it has not even heard the earlier ones
+        except OSError:
+            return False
+        return True
+
+
 def ring(directory: Path, name: str) -> None:
-    """Wake that service if it listens; it is no error if it does not, for it polls as well."""
+    """Wake that service once, see `Ringer`."""
     with contextlib.suppress(OSError), _short_path(directory, name) as path:
         bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:

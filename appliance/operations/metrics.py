@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from appliance.ledger.store import Stored
+from appliance.ledger.ingest import Stored
 from appliance.settings import SettingsError
 from dicom_io.handlers import Outcome
 from dicom_io.scp import REJECTIONS

@@ -13,7 +13,7 @@ from appliance.intake.commitment import CommitmentProvider, Reporter
 from appliance.intake.receiver import Receiver
 from appliance.intake.retention import Retention
 from appliance.intake.spool import Spool
-from appliance.ledger.doorbell import ring
+from appliance.ledger.doorbell import Ringer
 from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
 from appliance.services.orders import hear_orders, hl7_ports
@@ -71,7 +71,7 @@ def run_intake(settings: Settings) -> None:
             parts = (metrics.registry, SpoolMetrics(settings.spool_directory, shortage), LedgerMetrics(ledger))
             exporter = serve_metrics(settings.intake.metrics_host, settings.intake.metrics_port, parts)
             stack.callback(exporter.stop)
-        wake_engine = partial(ring, settings.run_directory, "engine")
+        wake_engine = Ringer(settings.run_directory, "engine")
         receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
         watchdog, inherited = Watchdog(), inherited_sockets()
         listeners = _listeners(settings.intake, watchdog, inherited)
@@ -80,6 +80,7 @@ def run_intake(settings: Settings) -> None:
         reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
         for reporter in reporters:
             reporter.start()
+        threading.Thread(target=spool.settle_until, args=(stopping,), name="settle", daemon=True).start()
         retention = Retention(ledger, settings, receiver.committer.paused)
         threading.Thread(target=retention.run, args=(stopping,), name="retention", daemon=True).start()
         log.info(
@@ -97,6 +98,7 @@ def run_intake(settings: Settings) -> None:
         server.stop(STOP_SECONDS / 2)
         if orders is not None:
             orders.stop(STOP_SECONDS / 4)
+        spool.settle()
 
 
 def _server_options(intake: Intake) -> ServerOptions:

@@ -59,7 +59,7 @@ WORDS = (
 
 def check(data: bytes) -> None:
     """AssertionError if `read_header` breaks a promise on these bytes."""
-    started = time.monotonic()
+    started = time.process_time()  # not the clock, which also counts what other processes take
     try:
         header = read_header(data)
     except HeaderError as error:
@@ -68,7 +68,7 @@ def check(data: bytes) -> None:
         header = None
     else:
         assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
-    taken = time.monotonic() - started
+    taken = time.process_time() - started
     assert taken < 1 + SECONDS_A_MEGABYTE * len(data) / 1e6, f"{taken:.1f} s for {len(data)} bytes"
     for part in (data, data[: len(data) * 2 // 3]):
         try:

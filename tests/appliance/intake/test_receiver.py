@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
+import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,10 +98,14 @@ class Bench:
             return refusal.answer.status
         return SUCCESS
 
+    def in_lanes(self) -> list[Path]:
+        """The files in lanes, without those that are names only, made ahead."""
+        return [path for path in (self.spool_directory / "incoming").glob("*/*") if path.stat().st_size]
+
     def files(self) -> list[Path]:
         """The files under their own names; one that waits in its lane has the same bytes."""
         named = [path for path in self.spool_directory.glob("??/*") if path.is_file()]
-        waiting = [path for path in (self.spool_directory / "incoming").glob("*/*") if path.is_file()]
+        waiting = self.in_lanes()
         assert all(any(path.samefile(one) for one in named) for path in waiting if path.stat().st_nlink > 1)
         return named + [path for path in waiting if path.stat().st_nlink == 1]
 
@@ -233,20 +240,100 @@ def test_a_name_that_a_power_cut_took_back_is_given_again(bench: Bench, slice_: 
 def test_a_name_in_the_lane_goes_once_the_other_is_durable(
     bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("appliance.intake.spool.SETTLE_AFTER", 3)
-    lane = bench.spool_directory / "incoming" / "000"
-    left = []
+    synced: list[str] = []
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real(descriptor)
+
     for number in range(7):
         assert bench.store(slice_ + bytes([number])) == SUCCESS
-        left.append(len(list(lane.iterdir())))
-    assert left == [1, 2, 3, 1, 2, 3, 1]
-    bench.receiver.closed(bench.session, "released")
-    assert list(lane.iterdir()) == []
+    assert len(bench.in_lanes()) == 7
+    monkeypatch.setattr(os, "fsync", noted)
+    bench.spool.settle()
+    assert set(synced) == {path.parent.name for path in bench.files()}
+    assert bench.in_lanes() == []
     assert len(bench.files()) == 7
+    synced.clear()
+    bench.spool.settle()
+    assert synced == []
+
+
+def test_names_that_cannot_be_synced_are_tried_again(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    bench.store(slice_)
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input"):
+        bench.spool.settle()
+    assert len(bench.in_lanes()) == 1
+    monkeypatch.undo()
+    bench.spool.settle()
+    assert bench.in_lanes() == []
+
+
+def test_names_are_settled_from_time_to_time(bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.intake.spool.SETTLE_AFTER", 3)
+    stopping = threading.Event()
+    thread = threading.Thread(target=bench.spool.settle_until, args=(stopping,))
+    for number in range(3):
+        bench.store(slice_ + bytes([number]))
+    assert len(bench.in_lanes()) == 3
+    monkeypatch.setattr("appliance.intake.spool.SETTLE_SECONDS", 600.0)  # so it is their number that counts
+    thread.start()
+    deadline = time.monotonic() + 30
+    while bench.in_lanes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert bench.in_lanes() == []
+    stopping.set()
+    bench.store(slice_ + b"a")
+    for number in range(3):
+        bench.store(slice_ + b"b" + bytes([number]))
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_damaged_file_is_replaced_when_the_instance_comes_again(bench: Bench, slice_: bytes) -> None:
+    bench.store(slice_)
+    bench.spool.settle()
+    (path,) = bench.files()
+    path.write_bytes(slice_[:-1] + b"?")
+    assert bench.store(slice_) == SUCCESS
+    assert path.read_bytes() == slice_
+    assert bench.events()["instance.duplicate"] == 1
+    bench.spool.settle()
+    assert bench.in_lanes() == []
+    assert bench.files() == [path]
+
+
+@pytest.mark.parametrize("size", [4096, 4097, 8192, 100_000, 1 << 20])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_written_past_the_page_cache_is_what_came(
+    tmp_path: Path, size: int, aligned: bool, direct: bool
+) -> None:
+    """In pieces, from a buffer that begins at a page or amid one, on a disk that allows it or does not."""
+    spool = Spool(tmp_path)
+    lane = spool.take_lane()
+    lane.direct = direct
+    content = random.Random(size).randbytes(3 * size)
+    memory = memoryview(mmap.mmap(-1, size + 1))
+    buffer = memory[:size] if aligned else memory[1:]
+    incoming = spool.open(lane)
+    for part in (content[:size], content[size : 2 * size], content[2 * size : -7]):
+        buffer[: len(part)] = part
+        incoming.write(buffer[: len(part)])
+    assert incoming.sync() == hashlib.sha256(content[:-7]).hexdigest()
+    spool.publish(incoming)
+    assert path_of(tmp_path, incoming.digest).read_bytes() == content[:-7]
 
 
 def test_durable_before_success(bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order on disk: content and name in the lane synced, its own name, and only then the row."""
+    """The order on disk: name in the lane synced, then content, its own name, and only then the row."""
     steps: list[str] = []
 
     def noted(owner: Any, name: str) -> None:
@@ -257,7 +344,9 @@ def test_durable_before_success(bench: Bench, slice_: bytes, monkeypatch: pytest
         noted(owner, name)
     noted(Ledger, "record_instances")
     assert bench.store(slice_) == SUCCESS
-    assert steps == ["write", "fdatasync", "fsync", "link", "record_instances"]
+    assert [one for one in steps if one != "write"] == ["fsync", "fdatasync", "link", "record_instances"]
+    assert "write" in steps[steps.index("fsync") : steps.index("fdatasync")]
+    assert steps.index("link") > max(at for at, one in enumerate(steps) if one == "write")
 
 
 def test_an_instance_that_never_becomes_whole_leaves_nothing(bench: Bench, slice_: bytes) -> None:

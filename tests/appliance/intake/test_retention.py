@@ -23,8 +23,9 @@ from appliance.intake.retention import Retention, Room
 from appliance.intake.spool import Spool, path_of
 from appliance.ledger import schema as t
 from appliance.ledger.database import later, now
+from appliance.ledger.ingest import NewInstance
 from appliance.ledger.records import Verdict
-from appliance.ledger.store import Ledger, NewFinding, NewInstance
+from appliance.ledger.store import Ledger, NewFinding
 from appliance.ledger.views import event_counts, troubles, verify_events
 from appliance.settings import Settings
 from dicom_io.header import Header

@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from appliance.ledger.doorbell import Doorbell, ring
+from appliance.ledger.doorbell import Doorbell, Ringer, ring
 
 
 def test_a_ring_wakes_at_once(tmp_path: Path) -> None:
@@ -49,3 +49,20 @@ def test_folders_may_be_deeper_than_a_socket_address(tmp_path: Path) -> None:
     ring(deep, "engine")
     assert bell.wait(1.0)
     bell.close()
+
+
+def test_a_ringer_finds_whoever_listens_now(tmp_path: Path) -> None:
+    """Before there is a listener, after it, and after the next one took its place."""
+    ringer = Ringer(tmp_path / "run", "engine")
+    ringer()
+    for _ in range(2):
+        bell = Doorbell(tmp_path / "run", "engine")
+        deadline = time.monotonic() + 30
+        while not bell.wait(0.05):  # one that found nobody does not look again at once
+            assert time.monotonic() < deadline
+            ringer()
+        for _ in range(1000):
+            ringer()
+        assert bell.wait(1.0)
+        bell.close()
+        ringer()

@@ -300,6 +300,7 @@ static ssize_t write_file(int fd, const struct iovec *data, int parts, off_t off
     }
     if (due()) {
         size_t half = total(data, parts) / 2;
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_DIRECT); /* half of whole blocks need not be whole blocks */
         for (int i = 0; i < parts && half > 0; i++) {
             size_t take = data[i].iov_len < half ? data[i].iov_len : half;
             if (syscall(SYS_pwrite64, fd, data[i].iov_base, take, place) < 0)
