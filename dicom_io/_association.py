@@ -679,12 +679,19 @@ class Association(threading.Thread):
             logger.exception("association %d: the answer to a commitment report was not recorded", self.number)
 
     def _report_while_idle(self) -> None:
-        """Until the peer sends something, send it a result that is ready for it."""
+        """Until the peer sends something, send it a result that is ready for it.
+
+        Raises:
+            _Expired: it fell silent, and there was nothing to send.
+        """
         until = time.monotonic() + self._options.idle_seconds
-        while time.monotonic() < until and not self._reporting and self.state is State.ESTABLISHED:
+        while not self._reporting and self.state is State.ESTABLISHED:
             self._report(self._commitment_context)
-            if self._has_data(REPORT_POLL_SECONDS):
+            left = until - time.monotonic()
+            if self._has_data(max(0.0, min(REPORT_POLL_SECONDS, left))):
                 return
+            if left <= 0:
+                raise _Expired
 
     def _has_data(self, seconds: float) -> bool:
         if self._early or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):

