@@ -17,7 +17,6 @@ from appliance.ledger.database import Row, later, now, seconds_between
 from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.ingest import Ingest
 from appliance.ledger.ingest import NewInstance as NewInstance
-from appliance.ledger.ingest import Stored as Stored
 from appliance.ledger.keeping import Keeping
 from appliance.ledger.marks import Marks
 from appliance.ledger.orders import Orders
