@@ -57,6 +57,17 @@ class Lane:
             self._ahead = min(2 * self._ahead, NAMES_AHEAD)
         return self._ready.pop()
 
+    def clear(self) -> None:
+        """Take away the names that were made ahead; while no association has the lane.
+
+        Raises:
+            OSError: the disk is broken.
+        """
+        while self._ready:
+            Path(self._ready[-1]).unlink(missing_ok=True)
+            self._ready.pop()
+        self._ahead = 1
+
 
 class Incoming:
     """A file on its way into the spool: in its lane, where nothing reads it, until `Spool.publish`.
@@ -210,7 +221,7 @@ class Spool:
             self._many.set()
 
     def settle(self) -> None:
-        """Make the names that were given so far durable, and take the names in the lanes away.
+        """Make the names that were given so far durable, and take those in the lanes away that are needed no longer.
 
         Raises:
             OSError: the disk is broken; they will be tried again.
@@ -226,6 +237,13 @@ class Spool:
                     named.pop()
             finally:
                 self._named.extend(named)
+            for _ in range(self._free.qsize()):
+                with contextlib.suppress(queue.Empty):
+                    lane = self._free.get_nowait()
+                    try:
+                        lane.clear()
+                    finally:
+                        self._free.put(lane)
 
     def settle_until(self, stopping: threading.Event) -> None:
         """`settle` from time to time, in a thread of its own. Once more when it stops is for the caller to do."""

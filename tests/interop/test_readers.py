@@ -92,13 +92,8 @@ def spool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 files[intake.kept(sent.sop_instance_uid).path] = str(syntax), sent.sop_instance_uid
                 if syntax in CONVERTED:
                     series[sent.series_instance_uid] = count
-        # A file has a second name there for some seconds.
-        waiting = intake.spool.glob
-        wait_for(
-            lambda: None if any(one.stat().st_size for one in waiting("incoming/*/*")) else True,
-            30.0,
-            intake.process.tail,
-        )
+        # There are second names, and names made ahead, for some seconds.
+        wait_for(lambda: True if not list(intake.spool.glob("incoming/*/*")) else None, 30.0, intake.process.tail)
         yield Spool(
             intake.spool,
             files,

@@ -119,7 +119,7 @@ class Box:
             findings = connection.execute(sa.select(t.finding).where(t.finding.c.path.is_not(None))).all()
         named = {path_of(spool, row.digest) for row in instances if row.removed_at is None}
         assert set(spool.glob("??/*")) == named
-        assert not [path for path in (spool / "incoming").rglob("*") if path.is_file() and path.stat().st_size]
+        assert not [path for path in (spool / "incoming").rglob("*") if path.is_file()]
         made = {folder / row.path for row in findings if row.removed_at is None}
         assert {path for path in folder.rglob("*") if path.is_file()} == made
         for study in studies:
@@ -238,6 +238,7 @@ def test_what_was_superseded_goes_with_its_study(box: Box) -> None:
     file.sync()
     assert box.committer.commit(file, NewInstance(one, file.digest, file.size, box.association)) == "conflict"
     box.spool.give_back(file.lane)
+    box.spool.settle()
     box.finish(1)
     assert box.retention.step() == 1
     assert box.studies() == {"1.1": False}
@@ -310,6 +311,7 @@ def test_an_instance_of_a_removed_study_with_other_bytes_is_a_conflict(box: Box)
     new = NewInstance(replace(one, kvp=100.0), file.digest, file.size, box.association)
     assert box.committer.commit(file, new) == "conflict"
     box.spool.give_back(file.lane)
+    box.spool.settle()
     assert [stored.digest for stored in box.ledger.instances(1)] == [file.digest]
     assert (box.studies(), box.ledger.removed_instances(1)) == ({"1.1": True}, 0)
 
