@@ -63,8 +63,12 @@ class Asker:
         if self.policy == "no":
             self.ledger.settle_asked(rows, transaction, "acknowledge", "stored; commitment is no longer asked for")
             return
+        named = {row["id"]: reference for row in rows if (reference := self._reference(row, transaction))}
+        rows = [row for row in rows if row["id"] in named]
+        if not rows:
+            return
         try:
-            request = CommitmentRequest(transaction, tuple(self._reference(row) for row in rows))
+            request = CommitmentRequest(transaction, tuple(named.values()))
             report = ask(self.peer(), self.calling_ae, request, arrived=lambda: not self.ledger.is_asked(transaction))
         except NotAccepted as refusal:
             if self.policy == "if_offered":
@@ -83,8 +87,14 @@ class Asker:
             if report is not None:
                 self._reported(report)
 
-    def _reference(self, row: Row) -> Reference:
-        return Reference(*identity(self.folder / row["path"]))
+    def _reference(self, row: Row, transaction: str) -> Reference | None:
+        """What to ask for; None, and a dead letter, where its file is gone: it must not hold up the others."""
+        try:
+            return Reference(*identity(self.folder / row["path"]))
+        except (OSError, ScansideError) as error:
+            log.error("delivery %d to %s is a dead letter: %s", row["id"], self.destination, error)
+            self.ledger.settle_asked([row], transaction, "give_up", f"its file cannot be read: {error}")
+            return None
 
     def _reported(self, report: CommitmentReport) -> None:
         self.ledger.storage_committed(report, self.attempts, self.first_retry_seconds)

@@ -18,10 +18,9 @@ from tests.builders import header
 CLASS = "1.2.840.10008.5.1.4.1.1.7"
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def stored(folder: Path) -> Ledger:
     """A ledger with two objects on their way to "pacs", both stored there."""
-    one = Ledger(tmp_path / "ledger.sqlite")
+    one = Ledger(folder / "ledger.sqlite")
     one.record_instances([NewInstance(header(), "d", 1, one.open_association("S", "B", "127.0.0.1"))])
     (arriving,) = one.arriving_studies()
     one.complete_study(1, arriving.last_instance_at, {"by": "test", "confidence": "high"})
@@ -36,6 +35,11 @@ def ledger(tmp_path: Path) -> Ledger:
         assert taken is not None
         one.settle_delivery(taken, "store")
     return one
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return stored(tmp_path)
 
 
 def deliveries(ledger: Ledger) -> dict[str, dict[str, Any]]:
