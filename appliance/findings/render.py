@@ -380,6 +380,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
         uid=derived_uid(*tracking, str(revision), "study"),
         finding=codes.INTRACRANIAL_HEMORRHAGE if verdict.positive else None,
         result=codes.SUSPECTED if verdict.positive else codes.NONE_FOUND,
+        actionable=codes.ACTIONABLE_1 if verdict.positive else None,
         impression=wording.impression(verdict),
         quantities=(
             _probability(codes.PROBABILITY_ANY, verdict.probability),

@@ -57,6 +57,7 @@ ACTIONABLE_1 = Concept(
     "ACR Category 1 Actionable Finding",
     "PS3.16 CID 7035 Actionable Finding Classification",
 )
+ACTIONABILITY = Concept("ACTIONABILITY", PRIVATE_SCHEME, "Actionable finding category", OWN)
 PROCEDURE_FINDINGS = Concept("59776-5", "LN", "Procedure Findings", "PS3.16 CID 6052 and CID 7001 (LOINC 59776-5)")
 
 # The triage result. PS3.16 CID 240 has Present and Absent; a triage that found nothing must not say "Absent".

@@ -64,6 +64,7 @@ class Report:
         label, uid: tracking identifiers of the result for the whole study.
         finding: what is suspected; None if nothing was found, so that no reader takes it for a finding.
         result: the coded triage result.
+        actionable: category of an actionable finding (PS3.16 CID 7035), if it is one.
         impression: one or more sentences for a person.
         quantities: study-level numbers.
         findings: where it is seen, most important first.
@@ -86,6 +87,7 @@ class Report:
     limitations: tuple[str, ...]
     images: tuple[ImageReference, ...]
     complete: bool = True
+    actionable: Concept | None = None
     outlines: tuple[tuple[tuple[float, float, float], ...], ...] = ()
 
 
@@ -234,7 +236,11 @@ def _study_group(made: Dataset, report: Report, source: Dataset, identification:
         finding_type=coded(report.finding) if report.finding else None,
         algorithm_id=identification,
         measurements=measurements or None,
-        qualitative_evaluations=[sr.QualitativeEvaluation(coded(codes.TRIAGE_RESULT), coded(report.result))],
+        qualitative_evaluations=[
+            sr.QualitativeEvaluation(coded(name), coded(value))
+            for name, value in ((codes.TRIAGE_RESULT, report.result), (codes.ACTIONABILITY, report.actionable))
+            if value is not None
+        ],
     )
     items = group[0].ContentSequence
     items.append(_text(made, codes.IMPRESSION, report.impression))
