@@ -51,6 +51,12 @@ class _Child:
     due: float = field(default_factory=time.monotonic)
 
 
+def services_of(settings: Settings) -> tuple[str, ...]:
+    """The services that these settings ask for, by the names of their commands."""
+    triton = ("triton",) if settings.triton.managed else ()
+    return (*triton, *SERVICES, *(("worklist",) if settings.worklist is not None else ()))
+
+
 def run_all(settings: Settings, config: Path, *, json_log: bool = False) -> None:
     """Run every service, restart one that ends (after a pause that doubles), until told to stop.
 
@@ -60,8 +66,7 @@ def run_all(settings: Settings, config: Path, *, json_log: bool = False) -> None
     Raises:
         ScansideError: it runs already.
     """
-    names = (("triton",) if settings.triton.managed else ()) + SERVICES
-    names += ("worklist",) if settings.worklist is not None else ()
+    names = services_of(settings)
     command = [sys.executable, "-m", "appliance.cli", "--config", str(config.resolve())]
     command += ["--json-log"] if json_log else []
     children = [_Child(name, [*command, name]) for name in names]
