@@ -171,7 +171,8 @@ class Marks(Worklist):
 
 
 def _is_reading(row: Row, reading: Collection[str]) -> bool:
-    return not row["codes"] or any(one in reading for one in row["codes"])
+    # What the box made is, whatever code a site's readings have.
+    return row["created_by"] == BOX or not row["codes"] or any(one in reading for one in row["codes"])
 
 
 def _comment(step: Step, lines: Sequence[str]) -> None:

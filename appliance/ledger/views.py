@@ -229,7 +229,7 @@ def timeline(report: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     newest: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
     stored = {one["id"] for one in report["deliveries"] if one["state"] == "acknowledged"}
-    wanted = {one["id"] for one in report["deliveries"] if not one["object"].startswith("alert.")}
+    wanted = {one["id"] for one in report["deliveries"] if not one["object"].startswith(("alert.", "worklist."))}
     for event in report["events"]:
         detail, name = event["detail"], event["name"]
         is_alert = str(detail.get("object", "")).startswith("alert.")
@@ -250,7 +250,7 @@ def timeline(report: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
             found["alert_sent"] = (event, start)
         elif name == Event.DELIVERY_ACKNOWLEDGED and is_alert:
             found["alert_acknowledged"] = (event, start)
-        elif name == Event.DELIVERY_ACKNOWLEDGED and wanted <= stored:
+        elif name == Event.DELIVERY_ACKNOWLEDGED and detail.get("delivery") in wanted and wanted <= stored:
             found["findings_stored"] = (event, start)
     if "first_instance" in found:
         found["first_instance"] = (found["first_instance"][0], found["last_instance"][0])

@@ -17,7 +17,7 @@ from appliance.governance.indication import Admission
 from appliance.governance.package import load_configured
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import studies, study_report
+from appliance.ledger.views import studies, study_report, timeline
 from appliance.services import issuing
 from appliance.services.delivery import _deliverer
 from appliance.services.issuing import Issuer
@@ -119,6 +119,7 @@ def test_a_positive_study_is_raised_or_marked_and_a_withdrawal_takes_it_back(sho
     step = shown.ledger.workitem("1.1")["step"]
     assert "haemorrhage suspected" in text(step, "CommentsOnTheScheduledProcedureStep")
     assert "Triage only" in text(step, "CommentsOnTheScheduledProcedureStep")
+    assert timeline(study_report(shown.ledger, shown.study))["findings_stored"] is None
     shown.issue(positive=True)
     assert shown.carry_out() == []  # it says nothing new
     shown.issue(positive=False)

@@ -130,6 +130,16 @@ def test_what_the_box_made_stays_in_the_list_when_the_alert_is_withdrawn(ledger:
     assert (priority(ledger, "2.25.1"), ledger.workitem("2.25.1")["state"]) == ("MEDIUM", "SCHEDULED")
 
 
+def test_a_site_whose_readings_have_a_code_of_their_own(ledger: Ledger) -> None:
+    own = frozenset({"READ^99SITE"})
+    ledger.mark_study(mark("a1", package="a"), own)
+    ledger.mark_study(mark("b1", package="b"), own)
+    for package in ("a", "b"):
+        ledger.mark_study(mark(f"{package}2", standing=False, package=package), own)
+    assert [text(one, "SOPInstanceUID") for one in ledger.find_workitems({}, 10)] == ["2.25.1"]
+    assert priority(ledger, "2.25.1") == "MEDIUM"
+
+
 def test_a_withdrawal_alone_makes_nothing(ledger: Ledger) -> None:
     assert "no item" in ledger.mark_study(mark("m1", standing=False), READING)
     assert ledger.find_workitems({}, 10) == []
