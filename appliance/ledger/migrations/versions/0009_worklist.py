@@ -50,7 +50,7 @@ def upgrade() -> None:
         sa.Column("text", sa.String(), nullable=False),
         sa.Column("done", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_mark")),
-        sa.UniqueConstraint("study_instance_uid", "package", name=op.f("uq_mark_study_instance_uid")),
+        sa.UniqueConstraint("study_instance_uid", "package", name=op.f("uq_mark_study_instance_uid_package")),
     )
     op.create_table(
         "subscription",
@@ -60,7 +60,7 @@ def upgrade() -> None:
         sa.Column("locked", sa.Boolean(), nullable=False),
         sa.Column("keys", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_subscription")),
-        sa.UniqueConstraint("ae_title", "uid", name=op.f("uq_subscription_ae_title")),
+        sa.UniqueConstraint("ae_title", "uid", name=op.f("uq_subscription_ae_title_uid")),
     )
     op.create_index(op.f("ix_subscription_uid"), "subscription", ["uid"], unique=False)
     op.create_table(
