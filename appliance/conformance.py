@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydicom.uid import UID
 
-from appliance.conformance_hl7 import hl7_errors, hl7_in, hl7_listener
+from appliance.conformance_hl7 import hl7_errors, hl7_in, hl7_listener, hl7_observations, hl7_out
 from appliance.intake import receiver
 from appliance.settings import Intake, Tls
 from dicom_io import _association as association
@@ -196,6 +196,8 @@ TABLES: dict[str, Callable[[], str]] = {
         hl7_listener,
         hl7_in,
         hl7_errors,
+        hl7_out,
+        hl7_observations,
     )
 }
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from appliance.intake.hl7_message import CANCELS, CODES, KINDS, LONGEST_NUMBER, MAXIMUM_GROUPS, REJECTED
 from appliance.settings import Hl7Intake
+from dicom_io.objects import codes
 
 _ORDER = (
     ("PID-3", "identifiers with assigning authority (CX-4); `intake.hl7.authority` where none is said"),
@@ -34,6 +35,90 @@ READ: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 """Message → the fields that are read of it, and what they are read for."""
+
+WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
+    "MSH": {
+        3: ("sending application", "`box.name`"),
+        4: ("sending facility", "`sending_facility` of the destination"),
+        5: ("receiving application", "`receiving_application`"),
+        6: ("receiving facility", "`receiving_facility`"),
+        7: ("time of message", "time of the verdict, UTC, to a tenth of a millisecond"),
+        9: ("message type", "`ORU^R01^ORU_R01`"),
+        10: ("control id", "20 characters that follow from study, package, version, revision, kind and destination"),
+        11: ("processing id", "`processing_id`; always `T` for a package that is not in clinical mode"),
+        12: ("version", "`2.5.1`"),
+        15: ("accept acknowledgement", "`AL` in enhanced mode"),
+        16: ("application acknowledgement", "in enhanced mode `NE`, or `AL`"),
+        18: ("character set", "`UNICODE UTF-8`"),
+    },
+    "PID": {
+        1: ("set id", "`1`"),
+        3: ("patient identifier", "Patient ID; Issuer of Patient ID and its qualifiers as assigning authority (CX-4)"),
+        5: ("name", "once for each of the alphabetic, ideographic and phonetic groups (XPN-8); `^^^^^^U` for none"),
+        7: ("birth date", "Patient's Birth Date, if it is a day"),
+        8: ("sex", "`F`, `M`, `O`, else `U`"),
+    },
+    "PV1": {1: ("set id", "`1`"), 2: ("class", "`U`: unknown"), 19: ("visit number", "Admission ID")},
+    "ORC": {
+        1: ("order control", "`RE`: observations follow"),
+        2: ("placer order number", "Placer Order Number / Imaging Service Request"),
+        3: ("filler order number", "Accession Number with its issuer (EI-2 to EI-4), else the Study Instance UID"),
+    },
+    "OBR": {
+        1: ("set id", "`1`"),
+        2: ("placer order number", "as ORC-2"),
+        3: ("filler order number", "as ORC-3"),
+        4: ("service", "LOINC 24725-4 CT Head, and SNOMED CT 303653007"),
+        7: ("time of observation", "acquisition, else study, by the scanner's clock"),
+        18: ("placer field 1", "Accession Number"),
+        22: ("time of status", "time of the verdict"),
+        24: ("section", "`CT`"),
+        25: ("result status", "`P`: preliminary"),
+    },
+    "NTE": {
+        1: ("set id", "1, 2 …"),
+        2: ("source", "`L`"),
+        3: (
+            "comment",
+            "what a message that is no plain alert means; that the images carry no patient ID, if so; that it is "
+            "triage only; the package's notice; each limitation",
+        ),
+    },
+    "TQ1": {
+        1: ("set id", "`1`, in a positive message only"),
+        9: ("priority", "`S^Stat^HL70485`; no message says a lower one"),
+    },
+    "OBX": {
+        1: ("set id", "1, 2 …"),
+        2: ("type", "see the next table"),
+        3: ("observation", "see the next table"),
+        4: ("sub-id", "1, 2 … of findings"),
+        5: ("value", "see the next table"),
+        6: ("units", "UCUM, of numbers that have one"),
+        8: ("abnormal flag", "`AA` on the impression of a positive message"),
+        11: ("result status", "`P`: preliminary, always"),
+        14: ("time of observation", "as OBR-7"),
+        17: ("method", "on the impression of a positive message RadLex RID49480, ACR Category 1"),
+        19: ("time of analysis", "time of the verdict"),
+    },
+}
+"""Segment of our ORU^R01 → field → its name, and what stands in it."""
+
+OBSERVED: dict[str, tuple[str, str]] = {
+    "113014": ("Study Instance UID", "always"),
+    "59776-5": ("the impression, in a sentence or two", "always"),
+    "121071": ("each finding: haemorrhage, then the subtypes that are likely", "positive"),
+    "122157": ("probability of haemorrhage in the study", "unless the study was not analysed"),
+    "118565006": ("volume in mL", "unless the study was not analysed"),
+    "111001": ("name of the package", "always"),
+    "111003": ("version of the package", "always"),
+    "128739": ("unique device identifier of the package", "if it has one"),
+    "REVISION": ("revision of the verdict", "always"),
+    "MESSAGE-KIND": ("provisional, alert, confirmation, correction, withdrawal or refusal", "always"),
+    "FIRST-MESSAGE": ("MSH-10 of the first message on the study", "confirmation, correction, withdrawal"),
+    "STUDY-LINK": ("address of the study in a viewer", "with `study_link`"),
+}
+"""OBX-3.1 → what stands in OBX-5, and when it is sent; in this order."""
 
 WHEN: dict[str, str] = {
     "100": "no MSH at the beginning, or a segment that must be there is not; also a batch (FHS, BHS)",
@@ -86,6 +171,26 @@ def hl7_listener() -> str:
         ("a message that is cut off", "nothing, and noted in the ledger"),
     ]
     return _table(("", ""), rows)
+
+
+def hl7_out() -> str:
+    """The segments of our messages, field by field."""
+    rows = [
+        (f"{segment}-{number}", name, what)
+        for segment, fields in WRITTEN.items()
+        for number, (name, what) in sorted(fields.items())
+    ]
+    return _table(("field", "name", "what"), rows)
+
+
+def hl7_observations() -> str:
+    """The observations of our messages."""
+    concepts = {one.value: one for one in vars(codes).values() if isinstance(one, codes.Concept)}
+    rows = [
+        (f"{code} {concepts[code].meaning} ({concepts[code].scheme})", what, when)
+        for code, (what, when) in OBSERVED.items()
+    ]
+    return _table(("OBX-3", "OBX-5", "when"), rows)
 
 
 def hl7_in() -> str:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
+from pydicom.dataset import Dataset
 
 from appliance.conformance import STATUSES, TABLES, fill
-from appliance.conformance_hl7 import READ, WHEN
+from appliance.conformance_hl7 import OBSERVED, READ, WHEN, WRITTEN
+from appliance.findings.alert import Kind, render_alert
 from appliance.intake import hl7_answer, hl7_message, hl7_receiver, receiver
 from appliance.intake.hl7_message import CODES, KINDS
+from appliance.ledger.records import Verdict
 from dicom_io import _association, commitment, performed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,3 +67,36 @@ def test_every_message_that_is_taken_and_every_error_is_told() -> None:
     used = set(re.findall(r'"(1\d\d|20\d)"', source.split("REJECTED =")[1])) | set(hl7_message.REJECTED)
     assert set(WHEN) == used
     assert set(WHEN) <= set(CODES)
+
+
+def test_every_field_of_every_message_of_ours_is_told() -> None:
+    """What the tables say is what messages of every kind hold together, no more and no less."""
+    source = Dataset()
+    source.StudyInstanceUID, source.PatientID, source.PatientName = "1.2.3", "P1", "A^B"
+    source.PatientBirthDate, source.AccessionNumber, source.AdmissionID = "19610101", "A1", "V1"
+    source.StudyDate, source.StudyTime, source.PlacerOrderNumberImagingServiceRequest = "20260101", "0102", "PL1"
+    verdict = Verdict(
+        "1.2.3", "1.2.3.1", "package", "1.0.0", "Notice.", True, 0.9, 0.5, {"subdural": 0.8}, 1.0, (), (), (), (),
+        udi="(01)1",
+    )  # fmt: skip
+    fields: dict[str, set[int]] = {}
+    seen: set[str] = set()
+    for kind in get_args(Kind):
+        quiet = replace(verdict, positive=False, withdrawn="x" if kind == "refusal" else "")
+        text = render_alert(
+            quiet if kind in ("withdrawal", "refusal") else verdict, source, control_id="ID", kind=kind,
+            issued_at=datetime.now(UTC), processing_id="P", sending_application="A", sending_facility="B",
+            receiving_application="C", receiving_facility="D", acknowledgement="application", first="F", link="http://x",
+        )  # fmt: skip
+        observed = dict.fromkeys(line.split("|")[3].split("^")[0] for line in text.split("\r") if line[:3] == "OBX")
+        assert list(observed) == [code for code in OBSERVED if code in observed], "in this order"
+        seen |= set(observed)
+        for line in text.split("\r"):
+            name, *rest = line.split("|")
+            # MSH-1 is the separator itself, and MSH-2 the others.
+            start = 2 if name == "MSH" else 1
+            found = {number for number, value in enumerate(rest, start=start) if value} - ({2} if start == 2 else set())
+            fields[name] = fields.get(name, set()) | found
+    fields.pop("")
+    assert {name: set(told) for name, told in WRITTEN.items()} == fields
+    assert seen == set(OBSERVED)

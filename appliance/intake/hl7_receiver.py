@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -48,6 +49,9 @@ class OrderReceiver:
         if message.is_answer:
             log.warning("hl7: an acknowledgement came from %s, where none is waited for; ignored", peer)
             return []
+        if message.changes and message.header[3].split(message.header[2][:1])[0] == self._box:
+            # What this box tells a worklist is no order, though it looks like one.
+            message = replace(message, changes=(), ours=True)
         if shortage := self._shortage():
             log.error("hl7: a message from %s is not taken: %s", peer, shortage)
             return answers(message, self._box, unkept=shortage)

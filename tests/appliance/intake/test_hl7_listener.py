@@ -231,6 +231,13 @@ def test_an_acknowledgement_is_not_answered(box: Box) -> None:
         assert peer.ask(orm("M2")) == "AA M2"
 
 
+def test_what_this_box_sent_itself_changes_nothing(box: Box, caplog: pytest.LogCaptureFixture) -> None:
+    with engine(box) as peer:
+        assert peer.ask(orm("M1", priority="S").replace("|RIS|", "|BOX|", 1)) == "AA M1"
+    assert (box.orders(), box.rung, box.kept()) == ([], [], [("M1", "AA")])
+    assert "a message of this box came back" in caplog.text
+
+
 # How it comes
 
 
