@@ -74,8 +74,10 @@ class OrderReceiver:
         if taken == "reused":
             fault = Fault("MSH", 1, 10, "205", "this control id was used for another message")
             message = Message(message.header, message.kind, message.digest, (fault,))
-        if taken != "duplicate":
-            self._say(message, peer)
+        if taken == "duplicate":
+            # It was accepted, whatever the settings say of it by now.
+            return answers(replace(message, faults=()), self._box)
+        self._say(message, peer)
         if message.changes and taken == "taken":
             self._ring()
         return answers(message, self._box)

@@ -188,7 +188,7 @@ hl7_message = Table(
     "hl7_message",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("received_at", String, nullable=False, index=True),
+    Column("received_at", String, nullable=False),
     Column("peer", String, nullable=False),
     Column("sender", String, nullable=False),  # MSH-3 and MSH-4
     Column("control_id", String, nullable=False),  # MSH-10
@@ -198,6 +198,8 @@ hl7_message = Table(
     Column("reason", String, nullable=False),
     Column("content", LargeBinary),  # null once it was removed
     Index(None, "control_id", "sender"),
+    # Of those whose content is still there: what is old among them is looked for every hour.
+    Index("ix_hl7_message_kept", "received_at", sqlite_where=sa.text("content IS NOT NULL")),
 )
 
 imaging_order = Table(

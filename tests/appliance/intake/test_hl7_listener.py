@@ -171,6 +171,16 @@ def test_the_same_message_twice_has_one_effect(box: Box) -> None:
         assert box.orders() == [False]
 
 
+def test_what_was_accepted_stays_so_although_the_site_takes_it_no_longer(box: Box) -> None:
+    with engine(box) as peer:
+        assert peer.ask(orm("M1")) == "AA M1"
+        strict = OrderReceiver(box.ledger, Rules(processing_ids=("D",)), "BOX", 1000, lambda: None, lambda: "")
+        (again,) = strict.take(orm("M1").encode(), "127.0.0.1")
+        assert "MSA|AA|M1" in again and "\rERR|" not in again
+        (other,) = strict.take(orm("M2").encode(), "127.0.0.1")
+        assert "MSA|AR|M2" in other
+
+
 def test_another_message_under_a_used_control_id_is_refused_and_kept(box: Box) -> None:
     with engine(box) as peer:
         assert peer.ask(orm("M1")) == "AA M1"
