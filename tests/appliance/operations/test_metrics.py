@@ -652,7 +652,7 @@ def families(intake: Intake) -> list[Metric]:
 
 
 def test_the_page_tells_of_every_figure(intake: Intake, slices: list[Path]) -> None:
-    ledger_states = {"study", "analysis", "delivery", "commitment", "performed"}
+    ledger_states = {"study", "analysis", "delivery", "commitment", "performed", "workitem"}
     rows = []
     for one in families(intake):
         table = one.name.removeprefix("scanside_").removesuffix("_state")
