@@ -8,6 +8,7 @@ PIP = python -m pip --disable-pip-version-check --quiet install --require-hashes
 VENV = .venv
 TRITON_VENV = .venv-triton
 TRAINING_VENV = .venv-training
+ANSIBLE_VENV = .venv-ansible
 UV ?= uv
 
 .DEFAULT_GOAL := help
@@ -31,9 +32,9 @@ test: ## Run every check
 quick: $(VENV)/.test ## Run the everyday tests: no peers, nothing slow
 	$(VENV)/bin/pytest -n 2 -m "not interop and not slow and not gpu and not deploy" $(PYTEST)
 
-test-deploy: ## Boot a machine with systemd and break its services (as root)
+test-deploy: ## Boot machines with systemd, install them from a bundle, break them (as root)
 	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh deploy
-	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready
+	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready $(ANSIBLE_VENV)/.ready
 	$(VENV)/bin/pytest -n 1 -m deploy $(PYTEST)
 
 lint: $(VENV)/.test
@@ -49,6 +50,7 @@ lock: ## Renew the hashed requirement files (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml requirements/build.in -o requirements/appliance.txt
 	$(UV) pip compile $(LOCK) --extra test --extra gpu -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/test.txt
 	$(UV) pip compile $(LOCK) --no-deps requirements/triton.in -o requirements/triton.txt
+	$(UV) pip compile $(LOCK) requirements/ansible.in -o requirements/ansible.txt
 	$(UV) pip compile $(LOCK) requirements/install.in -o requirements/install.txt
 LOCK = --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
@@ -63,7 +65,7 @@ evaluate: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Measure the reference mode
 	$(VENV)/bin/python -m triton_models.training.evaluate $(EVALUATE)
 
 clean: ## Remove the environments and what the demo made
-	rm -rf $(VENV) $(TRITON_VENV) $(TRAINING_VENV) build demo .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRITON_VENV) $(TRAINING_VENV) $(ANSIBLE_VENV) build demo .cache .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scanside needs Python 3.11 or newer; set PYTHON=")'
@@ -90,4 +92,9 @@ $(TRITON_VENV)/.ready: requirements/triton.txt
 $(TRAINING_VENV)/.ready: requirements/training.txt
 	test -x $(TRAINING_VENV)/bin/python || $(TRITON_PYTHON) -m venv $(TRAINING_VENV)
 	$(TRAINING_VENV)/bin/$(PIP) -r requirements/training.txt
+	@touch $@
+
+$(ANSIBLE_VENV)/.ready: requirements/ansible.txt
+	test -x $(ANSIBLE_VENV)/bin/python || $(PYTHON) -m venv $(ANSIBLE_VENV)
+	$(ANSIBLE_VENV)/bin/$(PIP) -r requirements/ansible.txt
 	@touch $@

@@ -149,11 +149,18 @@ def init_(
 
 @app.command()
 @guard
-def check(as_json: Json = False) -> None:
+def check(
+    settings_only: Annotated[
+        bool, typer.Option("--settings-only", help="Only validate the configuration file; exit with 2 if it is wrong.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Validate the configuration, reach every destination, ask Triton whether the models are ready."""
     from appliance.checks import run_checks
 
     settings, path = read_settings()
+    if settings_only:
+        return
     results = run_checks(settings)
     if as_json:
         emit({"config": str(path), "checks": [{"check": r.check, "ok": r.ok, "detail": r.detail} for r in results]})

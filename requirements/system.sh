@@ -42,6 +42,8 @@ if [ "${1:-demo}" = deploy ]; then
     missing systemd-nspawn && useful="$useful systemd-container"
     missing mmdebstrap && useful="$useful mmdebstrap"
     missing ip && useful="$useful iproute2"
+    missing ssh && useful="$useful openssh-client"
+    missing Orthanc && useful="$useful orthanc"
 fi
 [ -n "$needed$useful" ] || exit 0
 

@@ -14,8 +14,8 @@ from appliance.cli import app
 from appliance.services.process import STOP_SECONDS
 from appliance.settings import Hl7Intake, Hl7Tls, Settings
 from dicom_io.tls import DEFAULT_PORT
+from tests.deploy.machine import UNITS, install
 from tests.peers import program
-from tests.systemd.machine import UNITS, install
 
 FILES = sorted(one for one in UNITS.rglob("*.*") if one.is_file())
 NAMES = sorted(one.name for one in UNITS.glob("scanside*.*") if one.is_file())

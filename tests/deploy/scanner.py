@@ -1,6 +1,6 @@
 """A scanner in another network namespace: sends a folder, stops in the middle until told to go on, and never gives up.
 
-Run it as ``python -m tests.systemd.scanner FOLDER PORT``. It prints "half" and waits for a line on standard input.
+Run it as ``python -m tests.deploy.scanner FOLDER HOST PORT``. It prints "half" and waits for a line on standard input.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dicom_io.errors import PeerError
 from dicom_io.scu import Peer, SendResult, send
 
 
-def main(folder: Path, port: int) -> None:
+def main(folder: Path, host: str, port: int) -> None:
     """Send every file; what was not acknowledged is sent again, as a scanner does."""
-    peer = Peer("SCANSIDE", "127.0.0.1", port)
+    peer = Peer("SCANSIDE", host, port)
     files = sorted(folder.rglob("*.dcm"))
     sent = 0
 
@@ -27,7 +27,7 @@ def main(folder: Path, port: int) -> None:
             sys.stdin.readline()
 
     missing = files
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while missing and time.monotonic() < deadline:
         try:
             missing = [one.path for one in send(missing, peer, "CT1", on_sent=pause, timeout=10.0) if one.error]
@@ -38,4 +38,4 @@ def main(folder: Path, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.machine import ROOT, UNITS, Machine, booted
 from tests.dicom_io.certificates import Authority
 from tests.interop.box import study, triton_environment
-from tests.systemd.machine import ROOT, UNITS, Machine, booted
 
 pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("machine"), pytest.mark.timeout(600)]
 
@@ -53,7 +53,9 @@ class Hospital:
     def scanning(self, name: str) -> Iterator[str]:
         """A study with a bleed of which the first half is sent; the second is on return. Yields its UID."""
         uid, files = study(self.folder, "intraparenchymal", name)
-        command = self.machine.beside(sys.executable, "-m", "tests.systemd.scanner", files[0].parent, str(PORT))
+        command = self.machine.beside(
+            sys.executable, "-m", "tests.deploy.scanner", files[0].parent, "127.0.0.1", str(PORT)
+        )
         with subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as scanner:
