@@ -261,7 +261,7 @@ class Spool:
         For the start of every service that reads the spool. What has a row and no name of its own is of an earlier
         run, because a file is named before its row is written.
         """
-        named = 0
+        named, folders = 0, set()
         for path in self._incoming.glob("*/*"):
             with contextlib.suppress(FileNotFoundError, FileExistsError):  # another, or an association, was faster
                 with path.open("rb") as file:
@@ -269,11 +269,13 @@ class Spool:
                 name = path_of(self._directory, digest)
                 if digest not in known:
                     continue
+                # Also where the name is there: it may be of a process that was killed before it was synced.
+                folders.add(name.parent)
                 if not name.exists():
                     os.link(path, name)
                     named += 1
-                # Also where the name is there: it may be of a process that was killed before it was synced.
-                sync_folder(name.parent)
+        for folder in folders:
+            sync_folder(folder)
         return named
 
     def shortage(self, reserve_percent: float, reserve_bytes: int) -> str:
