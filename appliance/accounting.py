@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.intake.spool import path_of
 from appliance.ledger import schema as t
+from appliance.ledger.selftest import of_patients
 from appliance.ledger.store import Ledger
 
 _REMOVED = "removed by retention before its study came again without it"
@@ -21,7 +22,7 @@ _REMOVED = "removed by retention before its study came again without it"
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What became of every instance that was offered on one day (UTC).
+    """What became of every instance that was offered on one day (UTC), but for those of self-tests.
 
     Attributes:
         received: C-STORE requests that were answered.
@@ -63,6 +64,7 @@ def account(
     e = t.event.c
     names = (Event.INSTANCE_STORED, Event.INSTANCE_CONFLICT, Event.INSTANCE_DUPLICATE, Event.INSTANCE_REFUSED)
     query = sa.select(e.name, e.detail).where(e.name.in_(names), e.at.startswith(day.isoformat()))
+    query = query.where(of_patients(e.study_id))
     with ledger.read() as connection:
         events = connection.execute(query).all()
     kept = sorted({row.detail["digest"] for row in events if row.name in names[:2]})

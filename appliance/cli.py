@@ -29,6 +29,7 @@ from appliance import (
     hl7_cli,
     init,
     ledger_cli,
+    selftest_cli,
     status_cli,
     worklist_cli,
 )
@@ -55,6 +56,7 @@ app.add_typer(bundle_cli.app, name="bundle")
 app.command("status")(status_cli.status)
 app.command("worklist")(worklist_cli.worklist)
 app.command("workitems")(worklist_cli.workitems)
+app.command("selftest")(selftest_cli.selftest)
 
 
 class Bleed(StrEnum):

@@ -151,7 +151,11 @@ class Intake(_Section):
     ae_title: AeTitle = Field("SCANSIDE", description="Our application entity title.")
     host: str = Field("0.0.0.0", description="Address to listen on.")
     port: Port = Field(11112, description="DICOM port to listen on.")
-    plain: bool = Field(True, description="Listen on that port, without encryption; false: only [intake.tls] listens.")
+    plain: bool = Field(
+        True,
+        description="Listen on that port, without encryption; false: only [intake.tls] listens, and a port of the "
+        "loopback for the self-test.",
+    )
     storage_classes: list[str] = Field(
         default_factory=list,
         description="SOP classes taken beside those of a CT study: keywords such as MRImageStorage, UIDs, or all.",
@@ -754,6 +758,8 @@ class Settings(BaseSettings):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two destinations are named {sorted(twice)[0]!r}")
+        if ours := [name for name in names if name.startswith("selftest")]:
+            raise ValueError(f"{ours[0]!r}: names that begin with selftest are of the box's own tests")
         return value
 
     @model_validator(mode="after")

@@ -36,7 +36,8 @@ def summary(report: dict[str, Any], budget_seconds: float) -> dict[str, Any]:
         "probability": newest["probability"] if newest else None,
         "provisional": bool(newest and newest["result"].get("provisional")),
         "mode": (newest["result"].get("mode") or None) if newest else None,
-        "late": is_late(report, budget_seconds),
+        "selftest": bool(report["selftest"]),
+        "late": not report["selftest"] and is_late(report, budget_seconds),
         "alert_seconds": acknowledged["seconds"] if acknowledged else None,
         "deliveries": {state: states.count(state) for state in sorted(set(states))},
         "last_instance_at": report["last_instance_at"],
@@ -58,7 +59,7 @@ def studies_table(
             str(one["study"]),
             one["last_instance_at"][:19].replace("T", " "),
             str(one["instances"]),
-            one["state"],
+            one["state"] + (" (self-test)" if one["selftest"] else ""),
             _verdict(one),
             alert + (" [bold red]late[/]" if one["late"] else ""),
             deliveries,
@@ -107,6 +108,8 @@ def study_view(report: dict[str, Any]) -> RenderableType:
     evidence = report["evidence"] or {}
     head = Table(box=None, show_header=False)
     head.add_row("study", f"{report['id']}  {report['study_instance_uid']}")
+    if report["selftest"]:
+        head.add_row("self-test", "simulated; no patient's, and nobody but the box itself was told")
     head.add_row("state", f"{report['state']}, {report['instances']} images in {report['series']} series")
     if evidence:
         head.add_row("complete by", f"{evidence['by']} (confidence {evidence['confidence']})")

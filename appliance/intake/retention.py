@@ -142,9 +142,9 @@ class Retention:
         """One round: remove what is too old, then the oldest until there is room. Returns how many studies went."""
         removed = 0
         low = self._is_low(self._room())
-        candidates = []
-        if low or self._keep_seconds is not None:
-            candidates = [one for one in self._ledger.kept_studies(self._rules) if not one.holds]
+        everything = low or self._keep_seconds is not None
+        kept = self._ledger.kept_studies(self._rules, selftests=not everything)
+        candidates = [one for one in kept if not one.holds]
         for one in candidates:
             if stopping is not None and stopping.is_set():
                 return removed
@@ -184,7 +184,7 @@ class Retention:
         return max(intake.reserve_bytes, room.total * intake.reserve_percent / 100)
 
     def _is_aged(self, one: KeptStudy) -> bool:
-        return (
+        return one.selftest or (
             self._keep_seconds is not None
             and one.completed_at is not None
             and one.completed_at <= later(-self._keep_seconds)

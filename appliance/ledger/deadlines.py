@@ -100,12 +100,12 @@ class Deadlines(Database):
 
 _S, _A, _D, _F, _V = t.study.c, t.analysis.c, t.delivery.c, t.finding.c, t.verdict.c
 _ARRIVING = sa.select(_S.id, sa.literal("completion"), sa.literal(""), _S.last_instance_at).where(
-    _S.state.in_(("receiving", "reopened"))
+    _S.state.in_(("receiving", "reopened")), ~_S.selftest
 )
 _ANALYSED = (
     sa.select(_S.id, sa.literal("analysis"), _A.package, _S.completed_at)
     .select_from(t.analysis.join(t.study))
-    .where(_A.state.in_(("admitted", "running")), _S.state == "complete")
+    .where(_A.state.in_(("admitted", "running")), _S.state == "complete", ~_S.selftest)
 )
 _ALERTED = (
     sa.select(_A.study_id, sa.literal("alert"), _D.destination, _V.issued_at)

@@ -17,11 +17,13 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION, BoardRecords
-from appliance.ledger.database import Row, later, now
+from appliance.ledger.database import LedgerError, Row, later, now
 from appliance.ledger.states import DELIVERY, step
 
 _OPEN = ("pending", "sending", "held")
 _FAILED = ("rejected", "dead")
+SELFTEST = "selftest"
+"""Names of destinations that begin so are of the box's own tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,10 @@ class Escalation(BoardRecords):
             .where(d.destination == destination, d.state == "held")
         )
         earlier = connection.execute(query).mappings().all() if name.startswith("alert.") else ()
+        test = connection.scalar(sa.select(t.study.c.selftest).where(t.study.c.id == about["study"]))
+        if bool(test) != destination.startswith(SELFTEST):
+            # Whatever made it: the hospital never hears of a test, and nothing of a patient is sent into the void.
+            raise LedgerError(f"{name} is not for {destination}", f"study {about['study']}", "report this fault")
         due = _after(at, held_seconds)
         for one in earlier:
             due = one["due_at"]
@@ -156,11 +162,17 @@ class Escalation(BoardRecords):
 
     def _note_unreached(self, connection: sa.Connection, verdict_id: int, reason: str) -> bool:
         """Note, once for each verdict, that its alert reached nobody; False if it did, or that is known."""
-        query = sa.select(t.verdict, t.analysis.c.study_id).join(t.analysis).where(t.verdict.c.id == verdict_id)
+        query = sa.select(t.verdict, t.analysis.c.study_id, t.study.c.selftest)
+        query = query.select_from(t.verdict.join(t.analysis).join(t.study)).where(t.verdict.c.id == verdict_id)
         row = connection.execute(query).mappings().one()
         c = t.event.c
         noted = sa.select(c.id).where(c.name == Event.ALERT_UNREACHED, c.detail["verdict"].as_integer() == verdict_id)
-        if not row["positive"] or reached(connection, row) or connection.execute(noted.limit(1)).first():
+        if (
+            not row["positive"]
+            or row["selftest"]
+            or reached(connection, row)
+            or connection.execute(noted.limit(1)).first()
+        ):
             return False
         self._append(connection, Event.ALERT_UNREACHED, row["study_id"], verdict=verdict_id, reason=reason)
         return True

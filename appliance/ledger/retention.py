@@ -42,6 +42,7 @@ class KeptStudy:
         completed_at: None as long as it never was complete.
         instances, size: how many files it has in the spool, and their bytes.
         holds: why the files may not go; empty if they may.
+        selftest: it is of a self-test; its files go as soon as that has ended.
     """
 
     study_id: int
@@ -49,6 +50,7 @@ class KeptStudy:
     instances: int
     size: int
     holds: tuple[str, ...]
+    selftest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +72,28 @@ class Removal:
 class Retention(Database):
     """The part of the ledger that retention works with."""
 
-    def kept_studies(self, rules: Rules) -> list[KeptStudy]:
-        """Every study that has files, the first completed first; those never completed come last."""
+    def kept_studies(self, rules: Rules, *, selftests: bool = False) -> list[KeptStudy]:
+        """Every study that has files: self-tests, then the first completed first; those never completed come last.
+
+        Args:
+            selftests: only those.
+        """
         c, s = t.instance.c, t.study.c
+        wanted = s.removed_at.is_(None) & s.selftest if selftests else s.removed_at.is_(None)
         with self.read() as connection:
             studies = connection.execute(
-                sa.select(s.id, s.completed_at, sa.func.count(c.id), sa.func.coalesce(sa.func.sum(c.size), 0))
+                sa.select(
+                    s.id, s.completed_at, sa.func.count(c.id), sa.func.coalesce(sa.func.sum(c.size), 0), s.selftest
+                )
                 .select_from(t.study.outerjoin(t.instance, (c.study_id == s.id) & c.removed_at.is_(None)))
-                .where(s.removed_at.is_(None))
+                .where(wanted)
                 .group_by(s.id)
-                .order_by(s.completed_at.is_(None), s.completed_at, s.id)
+                .order_by(~s.selftest, s.completed_at.is_(None), s.completed_at, s.id)
             ).all()
-            holds = _holds(connection, rules)
+            holds = _holds(connection, rules) if studies else {}
         return [
-            KeptStudy(key, completed_at, instances, size, tuple(holds.get(key, ())))
-            for key, completed_at, instances, size in studies
+            KeptStudy(key, completed_at, instances, size, tuple(holds.get(key, ())), selftest)
+            for key, completed_at, instances, size, selftest in studies
         ]
 
     def remove_study(self, study_id: int, rules: Rules) -> Removal | None:
@@ -200,9 +209,14 @@ def _holds(connection: sa.Connection, rules: Rules, study_id: int | None = None)
     young = later(-rules.keep_seconds)
     forgiven = None if rules.troubled_seconds is None else later(-rules.troubled_seconds)
     held: dict[int, list[str]] = {}
-    for row in connection.execute(sa.select(s.id, s.state, s.completed_at, s.released_at).where(kept)):
+    tests = t.selftest.c
+    ended = sa.select(tests.id).where(tests.study_instance_uid == s.study_instance_uid, tests.ended_at.is_not(None))
+    columns = (s.id, s.state, s.completed_at, s.released_at, s.selftest, ended.exists().label("ended"))
+    for row in connection.execute(sa.select(*columns).where(kept)):
         reasons = list(undone[row.id])
-        if row.state != "complete" or row.completed_at is None:
+        if row.selftest:
+            reasons = [] if row.ended else ["its self-test has not ended"]
+        elif row.state != "complete" or row.completed_at is None:
             reasons.append(f"it is {row.state}")
         else:
             released = row.released_at is not None and row.released_at >= row.completed_at

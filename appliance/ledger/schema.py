@@ -29,6 +29,21 @@ metadata = MetaData(
 
 # Times are UTC in ISO 8601 with microseconds, so that they sort as text.
 
+selftest = Table(
+    "selftest",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("study_instance_uid", String, nullable=False, unique=True),  # written down before the first image came
+    Column("expected", Boolean, nullable=False),  # whether it has a bleed
+    Column("alert_port", Integer, nullable=False),  # of the loopback
+    Column("object_port", Integer, nullable=False),
+    Column("begun_at", String, nullable=False),
+    Column("ended_at", String),
+    Column("passed", Boolean),
+    Column("seconds", Float),
+    Column("reason", String, nullable=False),
+)
+
 association = Table(
     "association",
     metadata,
@@ -54,10 +69,13 @@ study = Table(
     Column("evidence", JSON),
     Column("released_at", String),  # when somebody said that its troubles need not hold its files
     Column("removed_at", String),  # when retention removed its files; null again once an instance came since
+    # Whether it is one of the box's own tests; see selftest.py. An older scanside does not name it.
+    Column("selftest", Boolean, nullable=False, server_default=sa.false()),
     # What senders did last; and the state alone.
     Index(None, "state", "completed_at"),
     # The studies whose files lie on the disk.
     Index("ix_study_kept", "completed_at", sqlite_where=sa.text("removed_at IS NULL")),
+    Index("ix_study_selftest", "id", sqlite_where=sa.text("selftest")),
 )
 
 instance = Table(

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
+from appliance.ledger.selftest import SELFTEST_DESTINATIONS, of_patients
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import study_report, timeline
 
@@ -34,7 +35,7 @@ NEWEST = 200
 
 
 def in_flight(ledger: Ledger, packages: Collection[str]) -> dict[str, int]:
-    """How much is under way of which somebody waits for the outcome, by kind.
+    """How much is under way of which somebody waits for the outcome, by kind; no self-tests.
 
     ``arriving``: studies that are not complete. ``undecided``: complete ones that no package was asked about since.
     ``analyses`` without an outcome. ``alerts`` that were not tried yet or are on their way; one that a destination does
@@ -45,17 +46,23 @@ def in_flight(ledger: Ledger, packages: Collection[str]) -> dict[str, int]:
     """
     s, a, d, f = t.study.c, t.analysis.c, t.delivery.c, t.finding.c
     wanted = {
-        "arriving": sa.select(sa.func.count()).where(s.state.in_(("receiving", "reopened")), s.removed_at.is_(None)),
+        "arriving": sa.select(sa.func.count()).where(
+            s.state.in_(("receiving", "reopened")), s.removed_at.is_(None), ~s.selftest
+        ),
         "undecided": sa.select(sa.func.count()).where(
             s.state == "complete",
             s.removed_at.is_(None),
+            ~s.selftest,
             ~sa.exists().where(a.study_id == s.id, a.completion == s.completions),
         ),
-        "analyses": sa.select(sa.func.count()).where(a.state.in_(("admitted", "running")), a.package.in_(packages)),
+        "analyses": sa.select(sa.func.count()).where(
+            a.state.in_(("admitted", "running")), a.package.in_(packages), of_patients(a.study_id)
+        ),
         "alerts": sa.select(sa.func.count())
         .select_from(t.delivery.join(t.finding))
         .where(
             f.object.startswith("alert."),
+            d.destination.not_in(SELFTEST_DESTINATIONS),
             sa.or_(d.state == "sending", sa.and_(d.state == "pending", d.attempts == 0)),
         ),
     }
@@ -66,7 +73,8 @@ def in_flight(ledger: Ledger, packages: Collection[str]) -> dict[str, int]:
 def waiting(ledger: Ledger) -> dict[str, int]:
     """Destination → deliveries to it that are pending or on their way."""
     c = t.delivery.c
-    query = sa.select(c.destination, sa.func.count()).where(c.state.in_(("pending", "sending"))).group_by(c.destination)
+    query = sa.select(c.destination, sa.func.count()).where(c.state.in_(("pending", "sending")))
+    query = query.where(c.destination.not_in(SELFTEST_DESTINATIONS)).group_by(c.destination)
     with ledger.read() as connection:
         return {row[0]: int(row[1]) for row in connection.execute(query)}
 
@@ -74,7 +82,8 @@ def waiting(ledger: Ledger) -> dict[str, int]:
 def errors_since(ledger: Ledger, since: datetime) -> dict[str, int]:
     """How often each event of `ERRORS` happened from then on; those that did not are left out."""
     c = t.event.c
-    query = sa.select(c.name, sa.func.count()).where(c.name.in_(ERRORS), c.at >= _stamp(since)).group_by(c.name)
+    query = sa.select(c.name, sa.func.count()).where(c.name.in_(ERRORS), c.at >= _stamp(since))
+    query = query.where(of_patients(c.study_id)).group_by(c.name)
     with ledger.read() as connection:
         return {row[0]: int(row[1]) for row in connection.execute(query)}
 
@@ -82,7 +91,12 @@ def errors_since(ledger: Ledger, since: datetime) -> dict[str, int]:
 def verdict_seconds(ledger: Ledger, since: datetime) -> list[float]:
     """Seconds from the last instance to the verdict, of the newest studies that were complete from then on."""
     s = t.study.c
-    query = sa.select(s.id).where(s.completed_at >= _stamp(since)).order_by(s.completed_at.desc()).limit(NEWEST)
+    query = (
+        sa.select(s.id)
+        .where(s.completed_at >= _stamp(since), ~s.selftest)
+        .order_by(s.completed_at.desc())
+        .limit(NEWEST)
+    )
     with ledger.read() as connection:
         keys = connection.scalars(query).all()
     steps = (timeline(study_report(ledger, key))["inferred"] for key in keys)

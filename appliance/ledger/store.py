@@ -23,6 +23,7 @@ from appliance.ledger.orders import Orders
 from appliance.ledger.performed import Performed
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
+from appliance.ledger.selftest import Selftests
 from appliance.ledger.states import ANALYSIS, STUDY, step
 from dicom_io.header import Header
 
@@ -111,7 +112,7 @@ class Told:
     uid: str = field(default="", compare=False)
 
 
-class Ledger(Ingest, Keeping, Commitments, Performed, Retention, Deadlines, Orders, Marks):
+class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Deadlines, Orders, Marks):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- study ------------------------------------------------------------------------------------------
@@ -454,8 +455,8 @@ class Ledger(Ingest, Keeping, Commitments, Performed, Retention, Deadlines, Orde
             sa.select(t.analysis, t.study.c.study_instance_uid, t.study.c.evidence)
             .join(t.study)
             .where(self._waiting(), c.package.in_(packages))
-            # One that failed goes behind the others, so that it delays none.
-            .order_by(c.attempts, ~goes_first, c.id)
+            # One that failed goes behind the others, so that it delays none; behind all of them a self-test.
+            .order_by(t.study.c.selftest, c.attempts, ~goes_first, c.id)
             .limit(1)
         )
         if only_urgent:

@@ -12,6 +12,7 @@ from appliance.ledger import schema as t
 from appliance.ledger.chain import walk_all
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.escalation import unreached
+from appliance.ledger.selftest import SELFTEST_DESTINATIONS, of_patients
 from appliance.ledger.store import Ledger
 
 
@@ -131,19 +132,19 @@ def decisions(ledger: Ledger, first: date, last: date) -> list[dict[str, Any]]:
 def troubles(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
     """What needs somebody: ``deliveries`` that are dead or rejected, ``analyses`` that were set aside.
 
-    What retention has removed needs nobody.
+    What retention has removed needs nobody, nor does a self-test.
     """
     d, f, a = t.delivery.c, t.finding.c, t.analysis.c
     deliveries = (
         sa.select(d.id, a.study_id, f.object, d.destination, d.state, d.reason)
         .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
-        .where(d.state.in_(("dead", "rejected")), f.removed_at.is_(None))
+        .where(d.state.in_(("dead", "rejected")), f.removed_at.is_(None), of_patients(a.study_id))
         .order_by(d.id)
     )
     analyses = (
         sa.select(a.study_id, a.package, a.reason)
         .join(t.study)
-        .where(a.state == "failed", t.study.c.removed_at.is_(None))
+        .where(a.state == "failed", t.study.c.removed_at.is_(None), ~t.study.c.selftest)
         .order_by(a.id)
     )
     with ledger.read() as connection:
@@ -166,6 +167,7 @@ def waiting_destinations(ledger: Ledger) -> dict[str, int]:
         rows = connection.execute(
             sa.select(c.destination, sa.func.count())
             .where(c.state.in_(("pending", "sending", "held", "stored", "asked")))
+            .where(c.destination.not_in(SELFTEST_DESTINATIONS))
             .group_by(c.destination)
         ).all()
     return {row[0]: int(row[1]) for row in rows}
@@ -178,23 +180,40 @@ def event_counts(ledger: Ledger) -> dict[str, int]:
 
 
 def events_since(ledger: Ledger, last: int) -> tuple[dict[str, int], int]:
-    """How often each event happened after that one, by its number (0: ever), and the number of the newest."""
+    """How often each event happened after that one, by its number (0: ever), and the number of the newest.
+
+    Those of a self-test's studies do not count, but for how the test went.
+    """
     c = t.event.c
     # All of them stand in the index of names; a few are found by their numbers, if that index is not offered.
     name = c.name + "" if last else c.name
     query = sa.select(name, sa.func.count(), sa.func.max(c.id)).where(c.id > last).group_by(name)
+    tests = sa.select(c.name, sa.func.count()).where(c.id > last, ~of_patients(c.study_id)).group_by(c.name)
+    tests = tests.where(c.name.not_like("selftest.%"))
     with ledger.read() as connection:
         rows = connection.execute(query).all()
-    return {row[0]: int(row[1]) for row in rows}, max((int(row[2]) for row in rows), default=last)
+        less = {row[0]: int(row[1]) for row in connection.execute(tests)}
+    return {row[0]: int(row[1]) - less.get(row[0], 0) for row in rows}, max((int(row[2]) for row in rows), default=last)
 
 
 def state_counts(ledger: Ledger) -> dict[str, dict[str, int]]:
-    """How many studies, analyses, deliveries, commitments, performed steps and work items are in each state."""
+    """How many studies, analyses, deliveries, commitments, performed steps and work items are in each state; no
+    self-tests."""
+    tests = sa.select(t.study.c.id).where(t.study.c.selftest)
+    patients: dict[str, sa.ColumnElement[bool]] = {
+        "study": t.study.c.id.not_in(tests),
+        "analysis": t.analysis.c.study_id.not_in(tests),
+        "delivery": t.delivery.c.destination.not_in(SELFTEST_DESTINATIONS),
+    }
     with ledger.read() as connection:
         return {
             table.name: {
                 row[0]: int(row[1])
-                for row in connection.execute(sa.select(table.c.state, sa.func.count()).group_by(table.c.state))
+                for row in connection.execute(
+                    sa.select(table.c.state, sa.func.count())
+                    .where(patients.get(table.name, sa.true()))
+                    .group_by(table.c.state)
+                )
             }
             for table in (t.study, t.analysis, t.delivery, t.commitment, t.performed, t.workitem)
         }

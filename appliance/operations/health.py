@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from datetime import datetime
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -45,11 +46,30 @@ class LedgerMetrics(Collector):
         yield events
         nobody = "Alerts that nobody has acknowledged, and somebody has to look after."
         yield GaugeMetricFamily("scanside_alerts_unreached", nobody, float(len(unreached_alerts(self._ledger))))
+        yield from _selftests(self._ledger)
         for table, states in state_counts(self._ledger).items():
             gauge = GaugeMetricFamily(f"scanside_{table}_state", "How many are in each state.", labels=["state"])
             for state, count in sorted(states.items()):
                 gauge.add_metric([state], count)
             yield gauge
+
+
+def _selftests(ledger: Ledger) -> Iterable[Metric]:
+    """How the newest self-test went; no line where there was none."""
+    labels = ["expected"]
+    passed = GaugeMetricFamily("scanside_selftest_passed", "1 if the newest self-test came out right.", labels=labels)
+    took = GaugeMetricFamily(
+        "scanside_selftest_seconds", "From its last image to all that was expected.", labels=labels
+    )
+    ended = GaugeMetricFamily("scanside_selftest_end_time_seconds", "When it ended, since 1970.", labels=labels)
+    for one in ledger.newest_selftests():
+        expected = ["positive" if one.expected else "negative"]
+        passed.add_metric(expected, float(bool(one.passed)))
+        if one.seconds is not None:
+            took.add_metric(expected, one.seconds)
+        if one.ended_at is not None:
+            ended.add_metric(expected, datetime.fromisoformat(one.ended_at).timestamp())
+    yield from (passed, took, ended)
 
 
 def metrics_text(ledger: Ledger) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,9 +21,11 @@ from appliance.delivery.webhook import Webhook, post, read_secret
 from appliance.delivery.worklist import show
 from appliance.ledger.database import Row
 from appliance.ledger.doorbell import Doorbell, ring
+from appliance.ledger.selftest import SELFTEST_ALERTS, SELFTEST_DESTINATIONS
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog, notify
 from appliance.services.process import STOP_SECONDS, service
+from appliance.services.selftest import alerts_of, objects_of
 from appliance.settings import (
     ClientTls,
     Destination,
@@ -60,7 +63,7 @@ def run_delivery(settings: Settings) -> None:
         stack.callback(bell.close)
         settings.findings_directory.mkdir(parents=True, exist_ok=True)
         parked = ledger.park_deliveries()
-        lost = ledger.abandon_deliveries([one.name for one in settings.destination])
+        lost = ledger.abandon_deliveries([*(one.name for one in settings.destination), *SELFTEST_DESTINATIONS])
         if lost:
             log.error("delivery: %d deliveries are dead letters: their destination is no longer configured", lost)
         watchdog = Watchdog()
@@ -81,6 +84,19 @@ def run_delivery(settings: Settings) -> None:
             )
             worker.start()
             workers.append(worker)
+        for name in SELFTEST_DESTINATIONS:
+            worker = Worker(
+                ledger,
+                name,
+                _selftest_deliverer(settings, ledger, name),
+                attempts=settings.delivery.attempts,
+                first_retry_seconds=1.0,
+                longest_retry_seconds=5.0,
+                budget_seconds=math.inf,
+                turn=watchdog.loop(f"delivery to {name}", TRY_SECONDS),
+            )
+            worker.start()
+            workers.append(worker)
         names = ", ".join(one.name for one in settings.destination) or "nobody: no destination is configured"
         log.info("delivery: to %s (%d deliveries taken up again)", names, parked)
         turn = watchdog.loop("the doorbell", TURN_SECONDS)
@@ -88,6 +104,7 @@ def run_delivery(settings: Settings) -> None:
         while not stopping.is_set():
             turn()
             _report_overdue(settings, ledger)
+            _sweep_selftests(ledger)
             if _escalate(settings, ledger):
                 for worker in workers:
                     worker.wake()
@@ -132,6 +149,27 @@ def _escalate(settings: Settings, ledger: Ledger) -> bool:
     for study_id in done.unreached:
         log.error("study %d: NOBODY WAS REACHED by its alert", study_id)
     return bool(done.steps)
+
+
+def _sweep_selftests(ledger: Ledger) -> None:
+    try:
+        ledger.sweep_selftests()
+    except Exception:
+        log.exception("self-tests could not be looked at")
+
+
+def _selftest_deliverer(settings: Settings, ledger: Ledger, name: str) -> Callable[[Row], Result]:
+    """One try at one delivery of a self-test: to the loopback, whatever the site's destinations are."""
+
+    def deliver(row: Row) -> Result:
+        test = ledger.selftest(row["study_id"])
+        if test is None or test.ended_at is not None:
+            return "retry", "the self-test has ended"  # and is swept soon
+        with ExitStack() as stack:
+            destination = alerts_of(test) if name == SELFTEST_ALERTS else objects_of(test, [])
+            return _deliverer(settings, ledger, destination, stack)(row)
+
+    return deliver
 
 
 def context_of(tls: ClientTls | None) -> ssl.SSLContext:

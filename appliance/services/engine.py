@@ -36,6 +36,7 @@ from appliance.inference.triton import TritonClient, TritonError
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
+from appliance.ledger.selftest import SELFTEST_AE
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
 from appliance.ledger.views import unconfirmed
 from appliance.services.breaker import Breaker
@@ -120,6 +121,7 @@ class Engine:
         # analysis, which does.
         self._not_ahead = {one.id for one in ledger.arriving_studies()}
         self._suspicious: set[int] = set()
+        self._tests: set[int] = set()
         self._begun: dict[int, set[str]] = {}
         self._undecided: set[int] | None = None
         self._alone = 0
@@ -205,6 +207,11 @@ class Engine:
         return soonest
 
     def _watch(self, arriving: Arriving) -> float:
+        # No patient waits for a self-test.
+        if arriving.calling_ae == SELFTEST_AE and self._ledger.selftest(arriving.id) is not None:
+            self._tests.add(arriving.id)
+        else:
+            self._tests.discard(arriving.id)
         arrival = self._arrivals.look(arriving.id)
         self._heeded.note(arriving.id, arrival)
         decision = weigh(
@@ -236,6 +243,8 @@ class Engine:
         return self._settings.study.quiet_seconds - silent if silent >= 0 else 0.0
 
     def _is_stat(self, study_id: int, calling_ae: str) -> bool:
+        if calling_ae == SELFTEST_AE:
+            return False  # where it is none, it only waits for its turn
         urgent = study_id in self._suspicious | self._hurried or study_id in self._heeded.urgent
         return urgent or calling_ae in self._settings.study.stat_calling_ae_titles
 
@@ -373,7 +382,7 @@ class Engine:
                 self._not_ahead.add(study_id)
                 log.warning("study %d: nothing more is done ahead: %s", study_id, error)
         elif future.result().probabilities[any_place] >= threshold:
-            if study_id not in self._suspicious:
+            if study_id not in self._suspicious and study_id not in self._tests:
                 self._suspicious.add(study_id)
                 log.info("study %d: a slab looks positive; the study goes first", study_id)
             ring(self._settings.run_directory, "engine")  # it may be enough for a provisional alert
@@ -415,6 +424,8 @@ class Engine:
             and not standing["result"].get("provisional")
             and not standing["result"].get("withdrawn")
             and standing["inputs"] == inputs
+            # Whoever was told that it is a test may have to be told more by now.
+            and not self._ledger.was_registered(study_id)
             and standing["result"]["package_version"] == package.version
             and (standing["result"].get("mode") or mode) == mode
         ):
@@ -580,7 +591,7 @@ class Engine:
             volume,
             self._spool_files(instances),
             owner=study_id,
-            urgency=STAT if stat else COMPLETE,
+            urgency=STAT if stat else ARRIVING if study_id in self._tests else COMPLETE,
         )
         admission, mode, board = self._cleared(package, admit_pixels(package, admission, reading.brain_ml))
         if not admission.admitted:

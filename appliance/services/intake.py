@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
@@ -14,10 +15,12 @@ from appliance.intake.receiver import Receiver
 from appliance.intake.retention import Retention
 from appliance.intake.spool import Spool
 from appliance.ledger.doorbell import Ringer
+from appliance.ledger.selftest import SELFTEST_AE
 from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
 from appliance.services.orders import hear_orders, hl7_ports
 from appliance.services.process import STOP_SECONDS, inherited_sockets, service
+from appliance.services.selftest import LOOPBACK, listens_on_loopback, write_port
 from appliance.settings import Intake, Settings, SettingsError
 from dicom_io.errors import ScansideError
 from dicom_io.scp import Listener, ServerOptions, start_server
@@ -29,6 +32,9 @@ log = logging.getLogger(__name__)
 
 ACCEPT_SECONDS = 15.0
 """Longest that a thread that accepts connections may be busy with one; it is milliseconds."""
+
+
+_THIS_MACHINE = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 
 def run_intake(settings: Settings) -> None:
@@ -74,9 +80,10 @@ def run_intake(settings: Settings) -> None:
         wake_engine = Ringer(settings.run_directory, "engine")
         receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
         watchdog, inherited = Watchdog(), inherited_sockets()
-        listeners = _listeners(settings.intake, watchdog, inherited)
+        listeners = _listeners(settings, watchdog, inherited)
         orders = hear_orders(settings, ledger, watchdog, inherited, wake_engine, shortage, stopping)
         server = start_server(_server_options(settings.intake), listeners, receiver)
+        write_port(settings, server.ports[-1])
         reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
         for reporter in reporters:
             reporter.start()
@@ -105,8 +112,9 @@ def _server_options(intake: Intake) -> ServerOptions:
     return ServerOptions(
         ae_title=intake.ae_title,
         storage_classes=storage_classes(intake.storage_classes),
-        accepted_calling=tuple(intake.accepted_calling_ae_titles),
-        accepted_addresses=tuple(intake.accepted_addresses),
+        # The self-test comes by a title of its own, from this machine.
+        accepted_calling=(*intake.accepted_calling_ae_titles, SELFTEST_AE) if intake.accepted_calling_ae_titles else (),
+        accepted_addresses=(*intake.accepted_addresses, *_THIS_MACHINE) if intake.accepted_addresses else (),
         require_called=intake.require_called_ae_title,
         maximum_associations=intake.maximum_associations,
         maximum_associations_per_address=intake.maximum_associations_per_address,
@@ -117,8 +125,10 @@ def _server_options(intake: Intake) -> ServerOptions:
     )
 
 
-def _listeners(intake: Intake, watchdog: Watchdog, inherited: Mapping[int, socket.socket]) -> list[Listener]:
-    """One for each port of the settings, on the socket of that port where one was inherited."""
+def _listeners(settings: Settings, watchdog: Watchdog, inherited: Mapping[int, socket.socket]) -> list[Listener]:
+    """One for each port of the settings, on the socket of that port where one was inherited; and one for the self-test
+    where none of them would let it in."""
+    intake = settings.intake
 
     def listener(port: int, certificates: ServerCertificates | None = None) -> Listener:
         turn = watchdog.loop(f"port {port}", ACCEPT_SECONDS)
@@ -137,4 +147,6 @@ def _listeners(intake: Intake, watchdog: Watchdog, inherited: Mapping[int, socke
             "intake.port, intake.tls.port, intake.hl7.port and intake.hl7.tls.port",
             "give the socket units (ListenStream=) the ports of the settings, and disable the one that is not needed",
         )
+    if not listens_on_loopback(settings):
+        listeners.append(Listener(LOOPBACK, 0, turn=watchdog.loop("the self-test's port", ACCEPT_SECONDS)))
     return listeners

@@ -37,6 +37,7 @@ from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
+from appliance.services.selftest import selftest_settings
 from appliance.services.telling import Message, marks, message, messages
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
@@ -78,6 +79,11 @@ class Issuer:
         elif not self._held_until:
             self._held_until = time.monotonic() + self._settings.budget.analysis_seconds
 
+    def _told(self, study_id: int) -> Settings:
+        """The settings with the destinations that hear of a study: the site's, or a self-test's own."""
+        test = self._ledger.selftest(study_id)
+        return self._settings if test is None else selftest_settings(self._settings, test)
+
     def spooled(self, instance: StoredInstance) -> Path:
         """The file of an instance."""
         return path_of(self._settings.spool_directory, instance.digest)
@@ -104,16 +110,20 @@ class Issuer:
         Raises:
             BoardMoved: the board has decided something since then; nothing was written down.
         """
-        shadow = verdict.mode == SHADOW
+        settings = self._told(row["study_id"])
+        test = settings is not self._settings
+        shadow = verdict.mode == SHADOW and not test
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
-        findings = self._alerts(row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source))
+        findings = self._alerts(
+            settings, row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source)
+        )
         for name in objects_for(verdict):
             kind = kind_of(name)
             takers = {
                 one.name: 10 * (1 + one.objects.index(kind))
-                for one in self._settings.destination
+                for one in settings.destination
                 if isinstance(one, ImageDestination)
                 and kind in one.objects
                 # Of a negative study there is nothing to show: its picture only stands in for a report.
@@ -124,7 +134,7 @@ class Issuer:
                 names = () if shadow else tuple(takers)
                 findings.append(NewFinding(name, uid, None, names, URGENCY[kind], urgencies=takers))
         last = self._ledger.last_instance_at(row["study_id"])
-        nobody = verdict.positive and not shadow and not self._settings.alert_destinations
+        nobody = verdict.positive and not shadow and not test and not settings.alert_destinations
         untold = "no destination of alerts is configured" if nobody else ""
         self._ledger.issue_verdict(
             row["id"],
@@ -133,14 +143,14 @@ class Issuer:
             issued_at,
             findings,
             admission=admission.to_json(),
-            late=seconds_between(last, issued_at) > self._settings.budget.seconds,
+            late=not test and seconds_between(last, issued_at) > settings.budget.seconds,
             untold=untold,
             board=board,
         )
         ring(self._settings.run_directory, "delivery")
         self.issued.set()
         answer = "positive" if verdict.positive else "negative"
-        told = "in shadow, nobody is told: " if shadow else ""
+        told = "a self-test: " if test else "in shadow, nobody is told: " if shadow else ""
         log.info("study %d: %s%s (%.2f), revision %d", row["study_id"], told, answer, verdict.probability, revision)
         if untold:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
@@ -159,7 +169,8 @@ class Issuer:
         )
         try:
             source = self.spooled(next(iter(instances.values())))
-            findings = self._alerts(standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
+            settings = self._told(study_id)
+            findings = self._alerts(settings, standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
         except (InvalidDicomError, FileNotFoundError, StopIteration):
             log.exception("study %d: its provisional alert could not be withdrawn, and stands", study_id)
             return
@@ -168,33 +179,47 @@ class Issuer:
         log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)
 
     def _alerts(
-        self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, source: Path
+        self,
+        settings: Settings,
+        analysis_id: int,
+        study_id: int,
+        verdict: Verdict,
+        revision: int,
+        issued_at: str,
+        source: Path,
     ) -> list[NewFinding]:
         """Write the message to each destination that this verdict tells something new; what to deliver."""
-        if verdict.mode == SHADOW:
+        if verdict.mode == SHADOW and settings is self._settings:
             return []
         told = self._ledger.told(analysis_id)
         header = pydicom.dcmread(source, stop_before_pixels=True)
-        made = messages(self._settings, told, study_id, verdict, revision, issued_at, header)
+        made = messages(settings, told, study_id, verdict, revision, issued_at, header)
         findings = [self._kept(study_id, verdict, revision, one) for one in made]
         try:
-            return [*findings, *self._marks(analysis_id, study_id, verdict, revision, issued_at, header)]
+            return [*findings, *self._marks(settings, analysis_id, study_id, verdict, revision, issued_at, header)]
         except Exception:
             # Whatever an image's header holds against a work item: no alert waits for it.
             log.exception("study %d: the worklist is not told of its verdict", study_id)
             return findings
 
     def _marks(
-        self, analysis_id: int, study_id: int, verdict: Verdict, revision: int, issued_at: str, header: pydicom.Dataset
+        self,
+        settings: Settings,
+        analysis_id: int,
+        study_id: int,
+        verdict: Verdict,
+        revision: int,
+        issued_at: str,
+        header: pydicom.Dataset,
     ) -> list[NewFinding]:
         """Write the change of each worklist that this verdict tells something new; what to deliver."""
         told = self._ledger.told(analysis_id, "worklist.")
         since = seconds_between(self._ledger.last_instance_at(study_id), issued_at)
-        late = since if since > self._settings.budget.seconds else None
+        late = since if since > settings.budget.seconds else None
         accession = str(header.get("AccessionNumber") or "").strip()
         orders, _ = self._ledger.orders_for([accession] if accession else [], verdict.study_instance_uid)
         findings = []
-        for one in marks(self._settings, told, study_id, verdict, revision, issued_at, header, late, orders):
+        for one in marks(settings, told, study_id, verdict, revision, issued_at, header, late, orders):
             path = _folder(study_id, verdict.package, revision) / one.file
             _write_durably(self._settings.findings_directory / path, one.content)
             if one.fault:
@@ -216,10 +241,9 @@ class Issuer:
         Args:
             source: an instance of the study; patient and order are its.
         """
-        wanted = [one for one in self._settings.destination if isinstance(one, Hl7Destination) and one.refusals]
-        archives = tuple(
-            one.name for one in self._settings.destination if isinstance(one, ImageDestination) and one.refusals
-        )
+        settings = self._told(study_id)
+        wanted = [one for one in settings.destination if isinstance(one, Hl7Destination) and one.refusals]
+        archives = tuple(one.name for one in settings.destination if isinstance(one, ImageDestination) and one.refusals)
         ours = any(not one.met and one.criterion in _OUR_FAULT for one in admission.criteria)
         if mode == SHADOW or ours or not (wanted or archives) or self._ledger.has_spoken(study_id, package.name):
             return None

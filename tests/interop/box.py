@@ -120,6 +120,14 @@ class Box:
         """kill -9 one service; the supervisor starts it again."""
         os.kill(self.pid(service), signal.SIGKILL)
 
+    def suspend(self, service: str) -> None:
+        """Let one service do nothing, as one that hangs."""
+        os.kill(self.pid(service), signal.SIGSTOP)
+
+    def resume(self, service: str) -> None:
+        """Let it go on."""
+        os.kill(self.pid(service), signal.SIGCONT)
+
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the scanside command on this box."""
         return subprocess.run(

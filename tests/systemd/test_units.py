@@ -155,7 +155,7 @@ def test_what_fails_is_started_again_and_told(name: str) -> None:
         assert name in read(UNITS / "scanside.target")["Unit"]["Wants"][0]
 
 
-@pytest.mark.parametrize("name", ["scanside-check.service", "scanside-audit.service"])
+@pytest.mark.parametrize("name", ["scanside-check.service", "scanside-audit.service", "scanside-selftest.service"])
 def test_a_check_that_fails_is_told(name: str) -> None:
     assert read(UNITS / name)["Unit"]["OnFailure"] == ["scanside-alarm@%n.service"]
     timer = name.replace(".service", ".timer")
