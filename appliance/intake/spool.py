@@ -49,9 +49,13 @@ class Lane:
         """
         if not self._ready:
             # Few for who sends one image, many for who sends a series.
-            paths = [f"{self._folder}/{next(self._numbers)}" for _ in range(self._ahead)]
-            for path in paths:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
+            paths: list[str] = []
+            while len(paths) < self._ahead:
+                path = f"{self._folder}/{next(self._numbers)}"
+                # One that an earlier process left, which nobody swept, is not ours to write.
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
+                    paths.append(path)
             sync_folder(self._folder)
             self._ready = paths[::-1]
             self._ahead = min(2 * self._ahead, NAMES_AHEAD)
