@@ -61,7 +61,7 @@ lock-training: ## Renew requirements/training.txt (uv must find torch's CPU buil
 model: $(TRAINING_VENV)/.ready ## Train the reference model again (an hour and a half; resumes where it was stopped)
 	ORT_DISABLE_TELEMETRY=1 $(TRAINING_VENV)/bin/python -m triton_models.training.train --out triton_models/ich_reference $(TRAIN)
 
-evaluate: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Measure the reference model, write docs/model (about an hour; resumes)
+evaluate: $(VENV)/.appliance $(TRITON_VENV)/.ready ## Measure the reference model, write docs/model (an hour, 17 GB; resumes)
 	$(VENV)/bin/python -m triton_models.training.evaluate $(EVALUATE)
 
 clean: ## Remove the environments and what the demo made

@@ -1,5 +1,5 @@
 {
   "algorithm": "Ed25519",
-  "key": "eb4b2c7a0c3a9597",
-  "signature": "M9oDQ2HtHJ5IDh4sjiioy2zrozt28DKvlSD8UNmKNtE3NEGk5yaEZU6GlJP/+kCHQlwCPcvNR9eEMgHIlR19AA=="
+  "key": "49807d3b1e5d2611",
+  "signature": "d6CMPML0b89R21Fti6vwmsiqPE0aBNV88D+6hR3VPn/7hRLbURNcA8oDLwVj6ZWdUOywA+4U9FE2Fmvrd6HADA=="
 }

@@ -143,13 +143,22 @@ def platt(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[float,
 
 
 def best_threshold(negative: Sequence[float], positive: Sequence[float], least_specificity: float) -> float:
-    """The threshold of the highest sensitivity at that specificity, half way to the next score below it."""
-    low = np.sort(np.asarray(negative))
-    allowed = int((1 - least_specificity) * len(low) + 1e-9)
-    floor = float(low[len(low) - 1 - allowed]) if len(low) else 0.0
-    above = [score for score in positive if score > floor]
-    ceiling = min(above) if above else 1.0
-    return float(np.clip((floor + ceiling) / 2, 0.01, 0.99))
+    """The threshold at which the lesser of sensitivity and specificity is greatest, at that specificity at least.
+
+    It lies half way between two studies' scores; where several serve as well, in the middle of them, as far as can be
+    from both kinds of error.
+    """
+    low, high = np.sort(np.asarray(negative, np.float64)), np.sort(np.asarray(positive, np.float64))
+    scores = np.unique([0.0, *low, *high, 1.0])
+    between = (scores[1:] + scores[:-1]) / 2
+    specificity = np.searchsorted(low, between) / max(len(low), 1)
+    sensitivity = 1 - np.searchsorted(high, between) / max(len(high), 1)
+    # Counted in studies: the share that is allowed may not be a number of them, nor exact as a sum of binary fractions.
+    enough = specificity * len(low) >= len(low) - int((1 - least_specificity) * len(low) + 1e-9) - 1e-9
+    lesser = np.where(enough, np.minimum(sensitivity, specificity if len(low) else 1.0), -1.0)
+    best = np.flatnonzero(lesser >= lesser.max() - 1e-12)
+    run = best[: int(np.argmax(np.diff(best, append=best[-1] + 2) > 1)) + 1]  # those that lie together
+    return float(np.clip((between[run[0]] + between[run[-1]]) / 2, 0.01, 0.99))
 
 
 def auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
@@ -158,17 +167,24 @@ def auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
     return float((p > n).mean() + 0.5 * (p == n).mean())
 
 
-def calibrate(answers: Sequence[Answer]) -> Calibration:
-    """Fit each label's slope and shift, then choose both thresholds."""
+def calibrate(answers: Sequence[Answer], least_threshold: float = 0.0) -> Calibration:
+    """Fit each label's slope and shift, then choose both thresholds.
+
+    Args:
+        answers: of the calibration studies.
+        least_threshold: of the study's probability, where more is known than these studies show.
+    """
     truth = np.array([answer.truth for answer in answers])
     logits = np.array([answer.logits for answer in answers])
     fits = [platt(logits[:, label], truth[:, label]) for label in range(logits.shape[1])]
     slope, shift = (np.array(values) for values in zip(*fits, strict=True))
     said = sigmoid(logits * slope + shift)[:, 0]
     negative, positive = said[~truth[:, 0]], said[truth[:, 0]]
-    threshold = round(best_threshold(list(negative), list(positive), LEAST_SPECIFICITY + MARGIN), 3)
+    chosen = round(best_threshold(list(negative), list(positive), LEAST_SPECIFICITY + MARGIN), 3)
+    threshold = max(chosen, least_threshold)
     lesion_threshold, error = best_lesion_threshold(answers, slope[0], shift[0], threshold)
     figures = {**summary(answers, slope, shift, threshold), "lesion_threshold": lesion_threshold}
+    figures["threshold_of_these_studies"] = chosen
     figures |= {
         "volume_error_factor": round(float(np.exp(error)), 3),
         "slope": np.round(slope, 4).tolist(),

@@ -2,9 +2,11 @@
 
     python -m triton_models.training.evaluate --out docs/model
 
-Every study is written as CT Image Storage and read back as the appliance reads one: headers, choice of the series,
-the gate, decoder, slabs, a real Triton server that serves the package, and the verdict. Each outcome is a line of a
-file in the work folder: a run that was cut short goes on from there. Another package or another simulator begins anew.
+Every study is simulated and written as CT Image Storage first, which takes most of the time and needs no package
+(``--only simulate``); some 17 GB of them stay in the work folder for the next package. Then each is read as the
+appliance reads one: headers, choice of the series, the gate, decoder, slabs, a real Triton server that serves the
+package, and the verdict. Each outcome is a line of a file in the work folder: a run that was cut short goes on from
+there. Another simulator begins anew; another package has the same studies read again.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -68,8 +71,8 @@ TRIES = 5
 """A long run outlives a server or a process that dies under it, as the server's Python backend now and then does."""
 SHOWN = 5
 """Pictures in each row of the card."""
-_NO_MATTER = {"calibrate", "card", "charts", "evaluate", "export", "measures", "network", "progress", "quantise",
-              "samples", "train"}  # fmt: skip
+_NO_MATTER = {"calibrate", "card", "charts", "evaluate", "export", "inherit", "measures", "network", "progress",
+              "quantise", "samples", "train"}  # fmt: skip
 """Modules beside this one that have no part in an outcome: the network is in the package, the rest is the simulator."""
 
 
@@ -156,22 +159,30 @@ def drawn(family: str, seed: int) -> Phantom:
     if family in KINDS:
         return simulate(seed, look_alikes=(family,), vendor=names(unseen=True)[0], size=SIZE)
     scanners: Family = "unseen" if family == "unseen" else "training"
-    return study(seed, positive=bool(seed % 2), family=scanners, size=SIZE, kernels=KERNELS_READ)
+    # A head stands once among those without blood and once among those with it.
+    person, positive = seed - seed % 2, bool(seed % 2)
+    return study(seed, person=person, positive=positive, family=scanners, size=SIZE, kernels=KERNELS_READ)
 
 
-def evaluated(reader: Reader, family: str, seed: int) -> tuple[Outcome, Phantom, Read]:
-    """Simulate a study, write it, and have the appliance's code read it.
+def prepared(studies: Path, family: str, seed: int) -> Path:
+    """A study's folder: its files, and ``facts.json``, an `Outcome` that nobody has read yet. Made if it is not there.
 
     Args:
-        family: "unseen" or "training", where every other seed bleeds; or a look-alike, which is then all there is.
+        studies: where all of them lie, those of one simulator.
+        family: "unseen" or "training", where every odd seed bleeds, in the head of the even one before it; or a
+            look-alike, which is then all there is.
         seed: of the phantom.
     """
+    folder = studies / f"{family}-{seed}"
+    if folder.exists():
+        return folder
     began = time.perf_counter()
     phantom = drawn(family, seed)
-    with tempfile.TemporaryDirectory(prefix="scanside-evaluate-") as folder:
-        read = reader.read(write_study(phantom, Path(folder)))
-    verdict = read.verdict
-    outcome = Outcome(
+    staged = studies / f"{folder.name}.part"
+    if staged.exists():
+        shutil.rmtree(staged)
+    write_study(phantom, staged)
+    facts = Outcome(
         seed=seed,
         family=family,
         volumes_ml={name: round(volume, 4) for name, volume in phantom.volume_ml.items()},
@@ -183,15 +194,41 @@ def evaluated(reader: Reader, family: str, seed: int) -> tuple[Outcome, Phantom,
         tilt_deg=phantom.tilt_deg,
         look_alikes=tuple(phantom.look_alikes),
         age=phantom.age,
+        refused="",
+        probability=0.0,
+        called_ml=0.0,
+        subtypes={},
+        points_at_blood=False,
+        seconds=round(time.perf_counter() - began, 2),
+    )
+    (staged / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
+    staged.rename(folder)
+    return folder
+
+
+def evaluated(reader: Reader, studies: Path, family: str, seed: int) -> tuple[Outcome, NDArray[np.uint8], Read]:
+    """Have the appliance's code read a study; arguments as of `prepared`.
+
+    Returns:
+        What came of it, the mask of its blood (slices, rows, columns), and the reading.
+    """
+    folder = prepared(studies, family, seed)
+    began = time.perf_counter()
+    facts = _outcome_of(json.loads((folder / "facts.json").read_text("utf-8")))
+    read = reader.read(sorted(folder.glob("*.dcm")))
+    with np.load(folder / "truth.npz") as truth:
+        mask = truth["mask"]
+    verdict = read.verdict
+    outcome = replace(
+        facts,
         refused=read.refused,
         probability=round(verdict.probability, 6) if verdict else 0.0,
         called_ml=round(verdict.volume_ml, 4) if verdict else 0.0,
         subtypes={name: round(one, 6) for name, one in verdict.subtypes.items()} if verdict else {},
-        points_at_blood=verdict is not None
-        and any(phantom.mask[list(read.members[slab])].any() for slab in verdict.key_slabs),
-        seconds=round(time.perf_counter() - began, 2),
+        points_at_blood=verdict is not None and any(mask[list(read.members[slab])].any() for slab in verdict.key_slabs),
+        seconds=round(facts.seconds + time.perf_counter() - began, 2),
     )
-    return outcome, phantom, read
+    return outcome, mask, read
 
 
 def _mean_hu(phantom: Phantom) -> float:
@@ -199,15 +236,15 @@ def _mean_hu(phantom: Phantom) -> float:
     return round(sum(b.hu * b.volume_ml for b in phantom.bleeds) / sum(b.volume_ml for b in phantom.bleeds), 1)
 
 
-def example(reader: Reader, family: str, seed: int) -> tuple[Outcome, NDArray[np.uint8]]:
+def example(reader: Reader, studies: Path, family: str, seed: int) -> tuple[Outcome, NDArray[np.uint8]]:
     """A study again, and its picture: its first key slab, or where none is positive the one with the most blood."""
-    outcome, phantom, read = evaluated(reader, family, seed)
+    outcome, mask, read = evaluated(reader, studies, family, seed)
     assert read.verdict is not None
-    blood = [int((phantom.mask[list(members)] > 0).sum()) for members in read.members]
+    blood = [int((mask[list(members)] > 0).sum()) for members in read.members]
     slab = read.verdict.key_slabs[0] if read.verdict.key_slabs else int(np.argmax(blood))
     members = list(read.members[slab])
-    hu = slab_hu(phantom.hu[members], f"seed {seed}")
-    truth = (phantom.mask[members] > 0).mean(axis=0) >= 0.5
+    hu = slab_hu(drawn(family, seed).hu[members], f"seed {seed}")
+    truth = (mask[members] > 0).mean(axis=0) >= 0.5
     return outcome, card.tile(hu, truth, read.verdict.slabs[slab].outlines, read.spacing_mm)
 
 
@@ -277,34 +314,54 @@ def serving(package: Package, environment: Path, home: Path) -> Iterator[str]:
         server.stop()
 
 
+def simulator() -> str:
+    """Tells simulators apart: studies of another one are not those that the present code would make."""
+    here = Path(__file__).parent
+    return _digest(path for path in (*here.glob("*.py"), *here.glob("*.npz")) if path.stem not in _NO_MATTER)
+
+
 def fingerprint(package: Package) -> str:
     """Tells apart what outcomes may stand together: by the package, and by the code that simulates and reads."""
-    digest = hashlib.sha256((package.folder / "package.toml").read_bytes())
-    here = Path(__file__).parent
-    parts = [path for path in (*here.glob("*.py"), *here.glob("*.npz")) if path.stem not in _NO_MATTER]
-    for path in sorted([*parts, *Path(inference.__file__).parent.glob("*.py")]):
+    read = _digest([package.folder / "package.toml", *Path(inference.__file__).parent.glob("*.py")])
+    return hashlib.sha256(f"{simulator()} {read}".encode()).hexdigest()[:16]
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 _reader: Reader | None = None
+_studies = Path()
 
 
-def _begin(package: Package, url: str) -> None:
-    """In each process of the pool."""
-    global _reader
+def _begin(studies: Path, package: Package | None, url: str) -> None:
+    """In each process of the pool; without a package it only simulates."""
+    global _reader, _studies
     cv2.setNumThreads(1)
-    _reader = Reader(package, url)
+    _studies = studies
+    _reader = Reader(package, url) if package else None
+
+
+def _prepare(family: str, seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        prepared(_studies, family, seed)
 
 
 def _outcome(family: str, seed: int) -> Outcome:
     assert _reader is not None
-    return evaluated(_reader, family, seed)[0]
+    return evaluated(_reader, _studies, family, seed)[0]
 
 
 def _example(family: str, seed: int) -> tuple[Outcome, NDArray[np.uint8]]:
     assert _reader is not None
-    return example(_reader, family, seed)
+    return example(_reader, _studies, family, seed)
+
+
+def _outcome_of(fields: dict[str, Any]) -> Outcome:
+    return Outcome(**{**fields, "look_alikes": tuple(fields["look_alikes"])})
 
 
 def stored(path: Path) -> list[Outcome]:
@@ -315,7 +372,7 @@ def stored(path: Path) -> list[Outcome]:
             fields = json.loads(line)
         except ValueError:
             continue
-        found.append(Outcome(**{**fields, "look_alikes": tuple(fields["look_alikes"])}))
+        found.append(_outcome_of(fields))
     return found
 
 
@@ -328,6 +385,23 @@ def more_alike(outcomes: Sequence[Outcome], least: int) -> dict[str, range]:
             first = FIRST_SEED["look-alike"] + 1000 * place
             wanted[kind] = range(first, first + least - there)
     return wanted
+
+
+def simulate_all(pool: Executor, studies: Path, wanted: dict[str, range]) -> None:
+    """Make the studies of the wanted seeds that are not there yet."""
+    # The two studies of a head one after the other, in one process.
+    pairs = [(family, these[n : n + 2]) for family, these in wanted.items() for n in range(0, len(these), 2)]
+    missing = [(family, two) for family, two in pairs if not all((studies / f"{family}-{n}").exists() for n in two)]
+    bar = Bar("simulating heads", len(pairs), len(pairs) - len(missing))
+    futures = [pool.submit(_prepare, family, two) for family, two in missing]
+    try:
+        for done, future in enumerate(as_completed(futures), len(pairs) - len(missing) + 1):
+            future.result()
+            bar.show(done)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 def run(pool: Executor, path: Path, wanted: dict[str, range], what: str) -> list[Outcome]:
@@ -371,8 +445,9 @@ def main() -> None:
     parser.add_argument("--package", type=Path, default=Path("triton_models/ich_reference"))
     parser.add_argument("--out", type=Path, default=Path("docs/model"), help="folder of the model card")
     parser.add_argument("--work", type=Path, default=Path("build/evaluate"), help="outcomes so far")
-    parser.add_argument("--studies", type=int, default=640, help="of the unseen family; a quarter as many of the other")
+    parser.add_argument("--studies", type=int, default=640, help="of the unseen family; a twelfth as many of the other")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", choices=("simulate",), help="stop after that; it needs neither package nor server")
     parser.add_argument("--environment", type=Path, default=Path(".venv-triton"), help="Triton's")
     parser.add_argument("--real", type=Path, default=_data() / "ge_head_28", help="a real head without haemorrhage")
     arguments = parser.parse_args()
@@ -395,19 +470,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     # Inherited by the pool, whose processes start anew: two of them share two cores with the server.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    counts = {"unseen": arguments.studies, "training": arguments.studies // 24 * 2}
+    wanted = {family: range(FIRST_SEED[family], FIRST_SEED[family] + n) for family, n in counts.items()}
+    studies = arguments.work / f"studies-{simulator()}"
+    studies.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+    with ProcessPoolExecutor(arguments.processes, context, initializer=_begin, initargs=(studies, None, "")) as pool:
+        simulate_all(pool, studies, wanted)
+    if arguments.only == "simulate":
+        return
     keys = read_keyring(Settings().trusted_keys)
     package = load(arguments.package, trusted=keys, allow_unsigned=True)
     threshold = package.operating_point.threshold
-    arguments.work.mkdir(parents=True, exist_ok=True)
     path = arguments.work / f"{package.name}-{fingerprint(package)}.jsonl"
-    counts = {"unseen": arguments.studies, "training": -(-arguments.studies // 4)}
-    wanted = {family: range(FIRST_SEED[family], FIRST_SEED[family] + n) for family, n in counts.items()}
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scanside-evaluate-")))
         url = stack.enter_context(serving(package, arguments.environment, home))
-        context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         pool = stack.enter_context(
-            ProcessPoolExecutor(arguments.processes, context, initializer=_begin, initargs=(package, url))
+            ProcessPoolExecutor(arguments.processes, context, initializer=_begin, initargs=(studies, package, url))
         )
         outcomes = run(pool, path, wanted, "studies")
         unseen = [one for one in outcomes if one.family == "unseen"]
@@ -419,7 +499,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             pictures[name] = [made.result() for made in [pool.submit(_example, "unseen", seed) for seed in seeds]]
         reader = Reader(package, url)
         stack.callback(reader.close)
-        real = real_head(reader, arguments.real)
+        real = {**real_head(reader, arguments.real), **_calibrated(package)}
     figures = {
         **measures.summary(unseen, threshold, alike),
         "training_family": measures.summary([one for one in outcomes if one.family == "training"], threshold),
@@ -442,6 +522,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if "skipped" in real:
         say(f"skipped the real head: {real['skipped']}")
     say(f"wrote {arguments.out}")
+
+
+def _calibrated(package: Package) -> dict[str, float]:
+    """The threshold that the calibration studies alone would have set, where the package's training tells it."""
+    path = package.folder / "metrics.json"
+    told = json.loads(path.read_text("utf-8")).get("calibration", {}) if path.exists() else {}
+    name = "threshold_of_these_studies"
+    return {"threshold_of_calibration": told[name]} if name in told else {}
 
 
 def _stated(package: Package) -> dict[str, Any]:

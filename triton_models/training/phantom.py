@@ -8,8 +8,10 @@ from __future__ import annotations
 import datetime
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +62,6 @@ class Phantom:
         bleeds: as they were painted.
         look_alikes: names in `lookalikes.KINDS`.
         seed: what it was drawn from.
-        scan: which scan of that head.
         age: years.
         sex: "F" or "M".
         vendor: a name in `vendors.VENDORS`.
@@ -80,7 +81,6 @@ class Phantom:
     bleeds: tuple[Bleed, ...]
     look_alikes: tuple[str, ...]
     seed: int
-    scan: int
     age: int
     sex: str
     vendor: str
@@ -155,12 +155,13 @@ def simulate(
         high_mm=HIGHEST_MM,
         motion_mm=0.0,
     )
-    return _scan(seed, 0, head, truth, tuple(bleeds), tuple(look_alikes), protocol)
+    return _scan(seed, head, truth, tuple(bleeds), tuple(look_alikes), protocol)
 
 
 def study(
     seed: int,
     *,
+    person: int | None = None,
     positive: bool | None = None,
     family: Family = "training",
     size: int = 256,
@@ -170,29 +171,16 @@ def study(
     """A study as one comes to an emergency department: everything about it is drawn from its seed.
 
     Args:
+        person: seed of the head that it is of; by default the study's own. Several studies of one head in a row cost
+            less than of several; their look-alikes, bleeds and scanners are each study's own.
         positive: whether it bleeds; drawn, one in two, where it is not given.
         family: whose scanners.
         size: rows and columns.
         thickness_mm: of a slice; drawn where it is not given.
         kernels: those that may be drawn, of the ones that the scanner has.
     """
-    (one,) = studies(seed, positive=positive, family=family, size=size, thickness_mm=thickness_mm, kernels=kernels)
-    return one
-
-
-def studies(
-    seed: int,
-    *,
-    scans: int = 1,
-    positive: bool | None = None,
-    family: Family = "training",
-    size: int = 256,
-    thickness_mm: float | None = None,
-    kernels: Sequence[str] = tuple(scanner.KERNELS),
-) -> Iterator[Phantom]:
-    """One such head as several scanners see it, each in another pose; arguments as of `study`."""
     rng = np.random.default_rng([seed, 6])
-    head = _person(seed, None)
+    head = _person(seed, None) if person is None else deepcopy(_kept(person))
     bleeding = bool(rng.random() < 0.5) if positive is None else positive
     kinds = []
     for kind in lookalikes.draw_kinds(rng, head.age):
@@ -203,19 +191,24 @@ def studies(
             continue
     truth = np.zeros(head.hu.shape, dtype=np.uint8)
     bleeds = tuple(haemorrhage.draw_study(rng, head, truth)) if bleeding else ()
-    for number in range(scans):
-        chance = np.random.default_rng([seed, 7, number])
-        vendor = str(chance.choice(names(unseen=family == "unseen")))
-        drawn = float(chance.choice(_THICKNESSES_MM, p=_HOW_OFTEN))
-        protocol = scanner.draw(
-            chance,
-            kernels=tuple(name for name in VENDORS[vendor].kernels if name in kernels),
-            vendor=vendor,
-            thickness_mm=drawn if thickness_mm is None else thickness_mm,
-            size=size,
-            padded=VENDORS[vendor].padding is not None,
-        )
-        yield _scan(seed, number, head, truth, bleeds, tuple(kinds), protocol)
+    chance = np.random.default_rng([seed, 7, 0])
+    vendor = str(chance.choice(names(unseen=family == "unseen")))
+    drawn = float(chance.choice(_THICKNESSES_MM, p=_HOW_OFTEN))
+    protocol = scanner.draw(
+        chance,
+        kernels=tuple(name for name in VENDORS[vendor].kernels if name in kernels),
+        vendor=vendor,
+        thickness_mm=drawn if thickness_mm is None else thickness_mm,
+        size=size,
+        padded=VENDORS[vendor].padding is not None,
+    )
+    return _scan(seed, head, truth, bleeds, tuple(kinds), protocol)
+
+
+@lru_cache(maxsize=1)
+def _kept(seed: int) -> Head:
+    """A head that nobody may change."""
+    return _person(seed, None)
 
 
 def _person(seed: int, age: int | None) -> Head:
@@ -226,14 +219,13 @@ def _person(seed: int, age: int | None) -> Head:
 
 def _scan(
     seed: int,
-    number: int,
     head: Head,
     truth: NDArray[np.uint8],
     bleeds: tuple[Bleed, ...],
     kinds: tuple[str, ...],
     protocol: scanner.Protocol,
 ) -> Phantom:
-    made = scanner.scan(np.random.default_rng([seed, 3, number]), head, truth, protocol)
+    made = scanner.scan(np.random.default_rng([seed, 3, 0]), head, truth, protocol)
     return Phantom(
         hu=made.hu,
         spacing_mm=(protocol.pixel_mm, protocol.pixel_mm),
@@ -246,7 +238,6 @@ def _scan(
         bleeds=bleeds,
         look_alikes=kinds,
         seed=seed,
-        scan=number,
         age=head.age,
         sex=head.sex,
         vendor=protocol.vendor,
@@ -292,7 +283,7 @@ def write_study(
     identity = "/".join(
         str(part)
         for part in (
-            seed, phantom.scan, kind, f"{sum(phantom.volume_ml.values()):.3f}", phantom.thickness_mm, phantom.hu.shape,
+            seed, kind, f"{sum(phantom.volume_ml.values()):.3f}", phantom.thickness_mm, phantom.hu.shape,
             phantom.age, *phantom.look_alikes, phantom.vendor, phantom.tilt_deg, patient_id, accession_number,
             when.isoformat(),
         )
@@ -361,7 +352,7 @@ def _shared(
     """What all instances of the study say."""
     vendor = VENDORS[phantom.vendor]
     kernel = vendor.kernels.get(phantom.kernel, phantom.kernel.upper())
-    said = words(np.random.default_rng([phantom.seed, 8, phantom.scan]), phantom.vendor, phantom.thickness_mm, kernel)
+    said = words(np.random.default_rng([phantom.seed, 8, 0]), phantom.vendor, phantom.thickness_mm, kernel)
     data = Dataset()
     data.SpecificCharacterSet = vendor.character_set
     data.ImageType = list(vendor.image_type)

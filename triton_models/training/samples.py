@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from dicom_io.volume import Plane, assemble
 from . import anatomy, haemorrhage, lookalikes, scanner, vendors
 from .anatomy import Head
 from .haemorrhage import SUBTYPES
-from .phantom import studies
+from .masses import NoRoom
 from .progress import Bar
 
 MAP_SIZE = 64
@@ -129,38 +130,42 @@ class Kind:
     Attributes:
         name: of its folder.
         first_seed: of its heads; they count on from it.
+        stories: what each scan of a head shows: "clean", a bleed as studies have it ("bleeds"), or one lesion or two
+            of any subtype and mostly small ("lesion"), which would be rare otherwise.
+        misleading: whether there are more look-alikes than a hospital sees.
     """
 
     name: str
     first_seed: int
+    stories: tuple[str, ...]
+    misleading: bool
 
 
-TRAIN = Kind("train", 10_000_000)
-CALIBRATION = Kind("calibration", 20_000_000)
-SCANS = 3
-"""Of a head that is trained on: the first without blood, the others with."""
+TRAIN = Kind("train", 10_000_000, ("clean", "bleeds", "bleeds", "lesion"), True)
+CALIBRATION = Kind("calibration", 20_000_000, ("clean", "bleeds"), False)
+_RARE = ("tumour", "tumour", "dense sinus", "dense artery", "basal ganglia", "calcified falx", "fresh infarct",
+         "old infarct", "drain", "clip", "coil", "craniotomy")  # fmt: skip
+"""What misleads and is rare: one of them is added to most clean heads that are trained on."""
 _THICKNESSES_MM = (0.6, 1.25, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0)
 _HOW_OFTEN = (0.01, 0.03, 0.08, 0.08, 0.12, 0.5, 0.1, 0.08)
 """Thin slices cost the most and end as the same slabs: fewer of them than a hospital has."""
 
 
 def _draw(kind: Kind, seed: int) -> Iterator[Study]:
-    """The scans of one head: of one that is trained on several, of another one as it comes to a hospital."""
-    if kind != TRAIN:
-        for one in studies(seed):
-            made = scanner.Scan(one.hu, one.mask, one.volume_ml, one.positions, one.orientation)
-            yield Study(made, one.spacing_mm, one.thickness_mm, one.look_alikes)
-        return
+    """The scans of one head."""
     rng = np.random.default_rng([seed, 0])
     plain = anatomy.draw(rng, int(rng.integers(20, 95)), str(rng.choice(("F", "M"))))
-    for number in range(SCANS):
-        yield _story(np.random.default_rng([seed, 1, number]), deepcopy(plain), bleeds=number > 0)
+    for number, story in enumerate(kind.stories):
+        yield _story(np.random.default_rng([seed, 1, number]), deepcopy(plain), story, misleading=kind.misleading)
 
 
-def _story(rng: np.random.Generator, head: Head, *, bleeds: bool) -> Study:
+def _story(rng: np.random.Generator, head: Head, story: str, *, misleading: bool) -> Study:
     """What happens to a head, in place, and what a scanner sees of it."""
-    # A network learns more from what misleads it than hospitals have of it: heads without blood have twice as much.
-    wanted = {kind for _ in range(1 if bleeds else 2) for kind in lookalikes.draw_kinds(rng, head.age)}
+    wanted = set(lookalikes.draw_kinds(rng, head.age))
+    if misleading and story == "clean":
+        wanted.update(lookalikes.draw_kinds(rng, head.age))
+    if misleading and rng.random() < (0.8 if story == "clean" else 0.3):
+        wanted.add(_RARE[int(rng.integers(len(_RARE)))])
     kinds = []
     for kind in sorted(wanted, key=lookalikes.KINDS.index):
         try:
@@ -169,8 +174,12 @@ def _story(rng: np.random.Generator, head: Head, *, bleeds: bool) -> Study:
         except ValueError:  # this head has no place for it
             continue
     truth = np.zeros(head.hu.shape, dtype=np.uint8)
-    if bleeds:
+    if story == "bleeds":
         haemorrhage.draw_study(rng, head, truth)
+    elif story == "lesion":
+        for _ in range(int(rng.integers(1, 3))):
+            with suppress(NoRoom):
+                haemorrhage.bleed(rng, head, truth, SUBTYPES[int(rng.integers(len(SUBTYPES)))])
     vendor = str(rng.choice(vendors.names(unseen=False)))
     habits = vendors.VENDORS[vendor]
     protocol = scanner.draw(
@@ -283,9 +292,11 @@ class Store:
 
 
 class Variety:
-    """Ways to see one sample otherwise: mirrored, turned, moved, upside down, noisier, sharper, at another level.
+    """Ways to see one sample otherwise: mirrored, turned, moved, bent, upside down or alone, noisier, sharper,
+    streaked, at another level or contrast, or cut off at a window's ends.
 
-    Grain and slow fields are drawn once, from the seed; each use cuts another piece.
+    Real images differ from simulated ones in more ways than these; what the network is not shown here it takes for
+    blood. Grain and slow fields are drawn once, from the seed; each use cuts another piece.
     """
 
     def __init__(self, seed: int) -> None:
@@ -324,26 +335,35 @@ class Variety:
         """
         rows, columns = crop
         picked = [0, 1, 2] if rng.random() < 0.5 else [2, 1, 0]
+        alone = rng.random() < 0.06
         for end in (0, 2):
-            if rng.random() < 0.06:  # as at the end of a scan
+            if alone or rng.random() < 0.06:  # as at the end of a scan
                 picked[end] = 1
         mirror = -1.0 if rng.random() < 0.5 else 1.0
         angle, scale = 0.0, 1.0
-        if rng.random() < 0.5:
-            angle, scale = np.deg2rad(rng.uniform(-15, 15)), float(rng.uniform(0.88, 1.12))
+        if rng.random() < 0.6:
+            angle, scale = np.deg2rad(rng.normal(0, 10)), float(rng.uniform(0.82, 1.15))
         down, across = 4 * rng.integers(-6, 7, 2)
         turned = scale * np.array([[mirror * np.cos(angle), -np.sin(angle)], [mirror * np.sin(angle), np.cos(angle)]])
         middle = np.array([columns / 2 + across - 0.5, rows / 2 + down - 0.5])
         move = np.column_stack([turned, middle - turned @ np.full(2, SIZE / 2 - 0.5)])
         stack = cv2.merge([fields[n] for n in picked]).astype(np.float32)
+        bent = self._bend(rng) if rng.random() < 0.25 else None
+        if bent is not None:
+            stack = cv2.remap(stack, *bent, cv2.INTER_LINEAR, borderValue=(-1024.0,) * 4)
         hu = _moved(stack, move, crop, -1024.0)
         blood = np.zeros((len(covered), rows // 4, columns // 4), dtype=np.float32)
         # The same in the map's pixels, of which four by four of the field's make one.
         on_map = np.column_stack([turned, (turned @ np.full(2, 1.5) + move[:, 2] - 1.5) / 4])
         for layer, target in zip(covered, blood, strict=True):
             if layer.any():
-                target[:] = _moved(layer.astype(np.float32) / 255, on_map, (rows // 4, columns // 4), 0.0)
-        chance = rng.random(5)
+                share = layer.astype(np.float32) / 255
+                if bent is not None:
+                    # As the field: the middle of a map's pixel lies 1.5 of the field's from its first.
+                    at = [(cv2.resize(way, share.shape, interpolation=cv2.INTER_AREA) - 1.5) / 4 for way in bent]
+                    share = np.asarray(cv2.remap(share, at[0], at[1], cv2.INTER_LINEAR), dtype=np.float32)
+                target[:] = _moved(share, on_map, (rows // 4, columns // 4), 0.0)
+        chance = rng.random(8)
         if chance[0] < 0.3:
             amount, sigma = np.float32(rng.uniform(-0.9, 1.3)), float(rng.uniform(0.6, 1.3))
             hu += amount * (hu - cv2.GaussianBlur(hu, (0, 0), sigma))
@@ -354,9 +374,49 @@ class Variety:
         if chance[2] < 0.2:
             slow = self._slow[rng.integers(len(self._slow)), :rows, :columns]
             hu += slow[:, :, None] * np.float32(rng.uniform(0, 4))
+        if chance[3] < 0.12:
+            hu += self._streaks(rng, rows, columns)[:, :, None] * np.float32(rng.uniform(1, 7))
+        if chance[4] < 0.3:  # kernels and filters change how far grey stands from white matter
+            hu += np.float32(rng.uniform(-0.2, 0.25)) * (np.clip(hu, 0, 80) - 34) * (hu > 0)
+        if chance[6] < 0.6:
+            _against_bone(rng, hu)
         hu *= np.float32(rng.normal(1, 0.03))
-        hu += np.float32(rng.normal(0, 2.5))
+        hu += np.float32(rng.normal(0, 4))
+        if chance[5] < 0.05:  # an image that was stored through a window
+            width = float(rng.uniform(80, 400))
+            np.clip(hu, 40 - width / 2, 40 + width / 2, out=hu)
         return hu, blood
+
+    def _bend(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Where each pixel of the field comes from, column and row, as in a head of another shape."""
+        row, column = np.indices((SIZE, SIZE), dtype=np.float32)
+        far = rng.uniform(1, 4)
+        ways = self._slow[rng.integers(len(self._slow), size=2)] * np.float32(far)
+        return column + ways[0], row + ways[1]
+
+    def _streaks(self, rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:
+        """Bands of unit spread in one direction, near a line across the image."""
+        angle = rng.normal(0, 0.25) if rng.random() < 0.7 else rng.uniform(0, np.pi)
+        row, column = np.indices((rows, columns), dtype=np.float32)
+        across = np.float32(np.cos(angle)) * (row - rows / 2) + np.float32(np.sin(angle)) * (column - columns / 2)
+        bands = cv2.GaussianBlur(rng.standard_normal((2 * max(rows, columns), 1), dtype=np.float32), (0, 0), 2)
+        place = np.clip(np.rint(across) + len(bands) / 2, 0, len(bands) - 1).astype(np.intp)
+        near = np.exp(-(((across - rng.uniform(-60, 60)) / 30) ** 2))
+        return np.asarray(bands[place, 0] / bands.std() * near, dtype=np.float32)
+
+
+def _against_bone(rng: np.random.Generator, hu: NDArray[np.float32]) -> None:
+    """Brain close to the skull without fluid between, and the brightness that bone lends to what lies beside it.
+
+    The simulated heads have a dark seam there that many real ones lack: a network that has only seen it takes a bright
+    seam for a subdural bleed.
+    """
+    bone = np.clip((hu - 150) / 350, 0, 1)
+    near = np.clip(2.2 * cv2.GaussianBlur(bone, (0, 0), rng.uniform(1.5, 6)), 0, 1)
+    near *= (hu > -60) & (hu < 150)
+    if rng.random() < 0.6:
+        hu -= near * np.float32(rng.uniform(0.4, 1)) * np.minimum(hu - np.float32(rng.uniform(22, 40)), 0)
+    hu += near * np.float32(rng.uniform(-2, 25))
 
 
 def _moved(

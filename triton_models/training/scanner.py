@@ -25,6 +25,8 @@ COVERED = 0.4
 METAL_HU = 2500.0
 _COARSE_MM = 2.0
 """Beam hardening and streaks are smooth: they are made on pixels of about this size."""
+_PLANES_MM = 1.6
+"""How far apart, about, the planes lie that a slice is averaged from; each takes in 1 mm of the grid on both sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +251,7 @@ class _Cut:
         cosine, sine = float(np.cos(tilt)), float(np.sin(tilt))
         along = protocol.step_mm / cosine  # the table moves along z, whatever the gantry does
         across, down = np.array([pixel, 0, 0]), np.array([0, cosine, -sine]) * pixel
-        planes = max(1, round(protocol.thickness_mm / 1.25))
+        planes = max(1, round(protocol.thickness_mm / _PLANES_MM))
         places = (np.arange(planes) - (planes - 1) / 2) * protocol.thickness_mm / planes
         return cls(
             count=max(1, int((protocol.high_mm - protocol.low_mm) / along)),

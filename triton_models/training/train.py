@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ from appliance.inference.preprocess import WINDOWS, window_constants
 
 from . import calibrate, quantise
 from .export import export, to_onnx
+from .inherit import inherit
 from .network import INPUTS, Network
 from .progress import Bar, say
 from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Store, Variety, make
@@ -48,6 +50,8 @@ SURE_MM2 = 48.0
 BLOCK = 100
 """Steps between two looks at which negative slabs are the hard ones."""
 EMA = 0.998
+WARM = 300
+"""Steps in which the learning rate rises."""
 AHEAD = 4
 """Batches that are prepared while the network is busy."""
 
@@ -147,7 +151,7 @@ class _Average:
                     mine.copy_(other)
 
 
-def measured_steps(minutes: float, batch: int) -> int:
+def measured_steps(minutes: float, batch: int, half: bool) -> int:
     """How many steps fit into so many minutes on this machine, from the time of some."""
     network = Network().to(memory_format=torch.channels_last)
     slabs = torch.rand(batch, INPUTS, *CROP).to(memory_format=torch.channels_last)
@@ -155,41 +159,81 @@ def measured_steps(minutes: float, batch: int) -> int:
     for n in range(25):
         if n == 5:
             started = time.monotonic()
-        maps, logits = network(slabs)
-        loss(maps, logits, covered).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            maps, logits = network(slabs)
+        loss(maps.float(), logits.float(), covered).backward()
     seconds = (time.monotonic() - started) / 20
     # Optimiser, batches in the background and the whole fields came to about a sixth where it was tried.
     return max(BLOCK, round(minutes * 60 / (1.17 * seconds) / BLOCK) * BLOCK)
 
 
-def fit(store: Store, work: Path, *, seed: int, steps: int, batch: int, rate: float) -> tuple[Network, float]:
+def cooling(steps: int) -> int:
+    """The step from which on the rate sinks."""
+    return round(0.6 * steps)
+
+
+def pace(step: int, steps: int) -> float:
+    """The learning rate of a step as a share of the highest: up at first, level for long, down to the end."""
+    if step < WARM:
+        return (step + 1) / WARM
+    left = (steps - step) / max(steps - cooling(steps), 1)
+    return min(1.0, max(left, 0.005))
+
+
+def fit(
+    store: Store,
+    work: Path,
+    *,
+    seed: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    half: bool,
+    start: Path | None,
+    heads: int,
+) -> tuple[Network, float, list[list[int]]]:
     """Train, from the work folder's checkpoint if it holds one of the same run.
 
+    As long as the rate has not begun to sink, a run may go on with more steps in all and with more heads; one that is
+    asked for no more steps than it has had ends there.
+
+    Args:
+        store: what to train on.
+        heads: how many that are.
+        work: folder of the checkpoint.
+        seed, steps, batch, rate, half: as the command has them.
+        start: a model whose weights come first; None begins at random.
+
     Returns:
-        The average of the last weights, in evaluation mode, and the seconds that training took in all.
+        The average of the last weights, in evaluation mode; the seconds that training took in all; and from which step
+        on there were how many heads.
     """
     torch.manual_seed(seed)
     network = Network().to(memory_format=torch.channels_last)
+    variety = Variety(seed)
+    sampler = Sampler(store)
+    if start is not None:
+        some = sampler.draw(np.random.default_rng([seed, 13]), 1, 96)[0]
+        inherit(network, start, _batch(store, variety, (seed, 14), some, (256, 256))[0])
     average = _Average(network)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=steps + 1, pct_start=0.12, final_div_factor=100
-    )
-    sampler = Sampler(store)
-    checkpoint = work / f"checkpoint-{seed}-{len(store)}-{steps}-{batch}-{rate:g}.pt"
-    done, spent = 0, 0.0
+    checkpoint = work / f"checkpoint-{seed}-{batch}-{rate:g}-{'half' if half else 'single'}.pt"
+    done, spent, joined = 0, 0.0, [[0, heads]]
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        done, spent, joined = int(state["steps"]), float(state["seconds"]), state["joined"]
+        if cooling(int(state["of"])) < done < steps and int(state["of"]) != steps:
+            raise SystemExit(f"{checkpoint} was ending a training of {state['of']} steps; it cannot go on to {steps}")
         network.load_state_dict(state["network"])
         average.network.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        sampler.suspicion[:] = state["suspicion"].numpy()
-        done, spent = int(state["steps"]), float(state["seconds"])
+        known = state["suspicion"].numpy()
+        sampler.suspicion[: len(known)] = known
+        if joined[-1][1] != heads:
+            joined.append([done, heads])
         say(f"goes on after step {done}")
-    variety = Variety(seed)
     network.train()
     bar = Bar("training", steps, done)
     started, saved = time.monotonic(), time.monotonic()
@@ -200,13 +244,15 @@ def fit(store: Store, work: Path, *, seed: int, steps: int, batch: int, rate: fl
             picked = sampler.draw(np.random.default_rng([seed, 11, first]), count, batch)
             total = 0.0
             for n, (slabs, covered) in enumerate(_batches(pool, store, variety, seed, first, picked)):
-                maps, logits = network(slabs)
-                value = loss(maps, logits, covered)
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                    maps, logits = network(slabs)
+                value = loss(maps.float(), logits.float(), covered)
+                for group in optimiser.param_groups:
+                    group["lr"] = rate * pace(first + n, steps)
                 optimiser.zero_grad()
                 value.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 5.0)
                 optimiser.step()
-                schedule.step()
                 average.follow(network, first + n)
                 said = torch.sigmoid(logits[:, 0].detach()).numpy()
                 sampler.suspicion[picked[n]] = 0.5 * sampler.suspicion[picked[n]] + 0.5 * said
@@ -219,16 +265,17 @@ def fit(store: Store, work: Path, *, seed: int, steps: int, batch: int, rate: fl
                     "network": network.state_dict(),
                     "average": average.network.state_dict(),
                     "optimiser": optimiser.state_dict(),
-                    "schedule": schedule.state_dict(),
                     "suspicion": torch.from_numpy(sampler.suspicion),
                     "steps": first + count,
+                    "of": steps,
+                    "joined": joined,
                     "seconds": spent + saved - started,
                 }
                 staged = checkpoint.with_suffix(".part")
                 torch.save(state, staged)
                 staged.replace(checkpoint)
     trained: Network = average.network.to(memory_format=torch.contiguous_format)
-    return trained, spent + time.monotonic() - started
+    return trained, spent + time.monotonic() - started, joined
 
 
 def main() -> None:
@@ -237,12 +284,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model package")
     parser.add_argument("--work", type=Path, default=Path("build/ich_reference"), help="samples and checkpoints")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=800, help="to train on, two scans each")
-    parser.add_argument("--calibration", type=int, default=160, help="studies that calibrate and set the thresholds")
-    parser.add_argument("--minutes", type=float, default=50, help="to train; becomes a number of steps")
+    parser.add_argument("--heads", type=int, default=400, help="to train on, four scans each")
+    parser.add_argument(
+        "--calibration", type=int, default=120, help="heads whose two studies calibrate and set the thresholds"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="to train; becomes a number of steps")
     parser.add_argument("--steps", type=int, default=0, help="to train, whatever the minutes")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
+    parser.add_argument("--start", type=Path, help="a package's model_fp32.onnx to begin with, of the same network")
+    parser.add_argument("--half", action=argparse.BooleanOptionalAction, default=True, help="convolve in bfloat16")
+    parser.add_argument("--least-threshold", type=float, default=0.0, help="of the study's probability")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="and processes that simulate")
     parser.add_argument("--only", choices=("simulate",), help="stop after that")
     arguments = parser.parse_args()
@@ -252,34 +304,46 @@ def main() -> None:
     cv2.setNumThreads(1)
     work: Path = arguments.work
     make(work, TRAIN, arguments.seed, arguments.heads, processes=arguments.threads)
-    make(work, CALIBRATION, arguments.seed, arguments.calibration, processes=arguments.threads)
-    clock["simulated"] = time.monotonic()
     if arguments.only == "simulate":
+        make(work, CALIBRATION, arguments.seed, arguments.calibration, processes=arguments.threads)
         return
+    clock["simulated"] = time.monotonic()
 
     store = Store(work, TRAIN, arguments.seed, arguments.heads)
     plan = work / f"steps-{arguments.seed}-{arguments.minutes:g}-{arguments.batch}"
     if not arguments.steps and not plan.exists():
-        plan.write_text(str(measured_steps(arguments.minutes, arguments.batch)), encoding="ascii")
+        plan.write_text(str(measured_steps(arguments.minutes, arguments.batch, arguments.half)), encoding="ascii")
     steps = arguments.steps or int(plan.read_text(encoding="ascii"))
     say(f"{steps} steps of {arguments.batch} on {len(store)} slabs")
-    network, seconds = fit(store, work, seed=arguments.seed, steps=steps, batch=arguments.batch, rate=arguments.rate)
+    network, seconds, joined = fit(
+        store,
+        work,
+        seed=arguments.seed,
+        steps=steps,
+        batch=arguments.batch,
+        rate=arguments.rate,
+        half=arguments.half,
+        start=arguments.start,
+        heads=arguments.heads,
+    )
+    make(work, CALIBRATION, arguments.seed, arguments.calibration, processes=arguments.threads)
     clock["trained"] = time.monotonic()
 
     say("calibrating")
     difference = to_onnx(network, work / "uncalibrated.onnx")
     studies = Store(work, CALIBRATION, arguments.seed, arguments.calibration)
     answers = calibrate.ask(calibrate.predictor(work / "uncalibrated.onnx"), studies)
-    calibration = calibrate.calibrate(answers)
+    calibration = calibrate.calibrate(answers, arguments.least_threshold)
     to_onnx(network, work / "fp32.onnx", slope=calibration.slope, shift=calibration.shift)
     say("quantising")
     choice = quantise.choose(work, store, studies, calibration)
     clock["calibrated"] = time.monotonic()
 
-    commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only")}
+    commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only", "start")}
     figures: dict[str, Any] = {
         "command": "python -m triton_models.training.train --out triton_models/ich_reference "
-        + " ".join(f"--{name} {value}" for name, value in commands.items()),
+        + " ".join(_option(name, value) for name, value in commands.items()),
+        "started_from": hashlib.sha256(arguments.start.read_bytes()).hexdigest() if arguments.start else None,
         "seed": arguments.seed,
         "steps": steps,
         "versions": {
@@ -295,6 +359,7 @@ def main() -> None:
         "threads": arguments.threads,
         "parameters": sum(p.numel() for p in network.parameters()),
         "heads_simulated": arguments.heads,
+        "heads_from_step": joined,
         "scans_simulated": len(store.scans),
         "slabs_simulated": len(store),
         "slabs_seen": steps * arguments.batch,
@@ -317,6 +382,13 @@ def main() -> None:
     )
     (arguments.out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     say(f"wrote {arguments.out}: {choice.name}, AUC on the calibration studies {calibration.figures['auc']}")
+
+
+def _option(name: str, value: object) -> str:
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def _processor() -> str:

@@ -128,28 +128,53 @@ def test_a_real_head_is_negative_and_the_gate_says_why_it_is_not_admitted(reader
 
 @pytest.mark.interop
 @pytest.mark.slow
-def test_a_study_is_read_as_the_appliance_reads_it(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_is_read_as_the_appliance_reads_it(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     made = simulate(7, bleed="intraparenchymal", size=256)
     monkeypatch.setattr(evaluate, "drawn", lambda family, seed: made)
     seed = made.seed
-    outcome, phantom, read = evaluate.evaluated(reader, "training", seed)
+    outcome, mask, read = evaluate.evaluated(reader, tmp_path, "training", seed)
     assert outcome.refused == "" and read.verdict is not None and outcome.bleeds
     assert outcome.probability == pytest.approx(max(slab.probabilities["any"] for slab in read.verdict.slabs), abs=1e-6)
     assert outcome.called_ml == pytest.approx(read.verdict.volume_ml, abs=1e-3)
-    assert sum(outcome.volumes_ml.values()) == pytest.approx(sum(phantom.volume_ml.values()), abs=1e-3)
+    assert sum(outcome.volumes_ml.values()) == pytest.approx(sum(made.volume_ml.values()), abs=1e-3)
+    assert np.array_equal(mask, made.mask)
     # Every slice belongs to one slab, foot to head.
-    assert sorted(place for members in read.members for place in members) == list(range(len(phantom.hu)))
-    again, picture = evaluate.example(reader, "training", seed)
+    assert sorted(place for members in read.members for place in members) == list(range(len(made.hu)))
+    again, picture = evaluate.example(reader, tmp_path, "training", seed)
     assert replace(again, seconds=0.0) == replace(outcome, seconds=0.0)
     assert (picture == np.array(card.TRUTH)).all(axis=2).any()
 
 
-def test_every_other_study_bleeds_on_its_familys_scanners(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "study", lambda seed, **asked: (seed, asked["positive"], asked["family"]))
+def test_a_study_is_simulated_once_and_a_half_written_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = simulate(7, bleed="subdural", size=64, thickness_mm=10)
+    drawn: list[int] = []
+    monkeypatch.setattr(evaluate, "drawn", lambda family, seed: drawn.append(seed) or made)
+    (tmp_path / "unseen-4.part").mkdir()
+    (tmp_path / "unseen-4.part" / "IMG9999.dcm").touch()  # the power went
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(evaluate, "_studies", tmp_path)
+        evaluate.simulate_all(pool, tmp_path, {"unseen": range(2, 5)})
+        evaluate.simulate_all(pool, tmp_path, {"unseen": range(2, 6)})
+    assert drawn == [2, 3, 4, 5]
+    assert len(list((tmp_path / "unseen-4").glob("*.dcm"))) == len(made.hu)
+    facts = evaluate._outcome_of(json.loads((tmp_path / "unseen-3" / "facts.json").read_text("utf-8")))
+    assert facts.volumes_ml == pytest.approx(made.volume_ml, abs=1e-4) and facts.probability == 0 and not facts.refused
+
+
+def test_each_head_stands_once_without_and_once_with_blood_on_its_familys_scanners(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        evaluate, "study", lambda seed, **asked: (seed, asked["person"], asked["positive"], asked["family"])
+    )
     monkeypatch.setattr(evaluate, "simulate", lambda seed, **asked: (seed, asked["look_alikes"], asked["vendor"]))
     assert [evaluate.drawn("unseen", 2), evaluate.drawn("unseen", 3), evaluate.drawn("training", 3)] == [
-        (2, False, "unseen"),
-        (3, True, "unseen"),
-        (3, True, "training"),
+        (2, 2, False, "unseen"),
+        (3, 2, True, "unseen"),
+        (3, 2, True, "training"),
     ]
     assert evaluate.drawn("clip", 4) == (4, ("clip",), "neusoft")

@@ -35,6 +35,14 @@ def test_one_seed_one_phantom_bit_for_bit() -> None:
     assert first.volume_ml == second.volume_ml
 
 
+def test_two_studies_of_one_head_leave_it_as_it_was() -> None:
+    first, other = (study(seed, person=2, positive=seed == 2, size=32, thickness_mm=7.0) for seed in (2, 3))
+    assert (first.age, first.sex, other.seed) == (other.age, other.sex, 3)
+    assert first.volume_ml and not other.volume_ml
+    alone = study(2, positive=True, size=32, thickness_mm=7.0)
+    assert np.array_equal(alone.hu, first.hu) and alone.volume_ml == first.volume_ml
+
+
 def test_a_head_has_a_heads_attenuations() -> None:
     hu = phantom().hu
     assert hu.min() >= -1024 and hu.max() <= 3071

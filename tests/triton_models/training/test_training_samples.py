@@ -113,10 +113,11 @@ def test_however_a_sample_is_varied_its_truth_moves_along(variety: Variety, seed
     hu, blood = variety(np.random.default_rng(seed), fields, covered)
     assert hu.shape == (*CROP, 3) and blood.shape == (5, CROP[0] // 4, CROP[1] // 4)
     assert not blood[[0, 1, 3, 4]].any()
-    light = np.clip(hu[:, :, 1] - 500, 0, None)
+    level = hu[:, :, 1].max() / 2  # whatever window it was cut off at
+    light = np.clip(hu[:, :, 1] - level, 0, None)
     inner = cv2.erode((blood[2] > 0.99).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     enlarged = np.kron(inner, np.ones((4, 4))) > 0
-    assert (hu[:, :, 1][enlarged] > 500).all()
+    assert (hu[:, :, 1][enlarged] > level).all()
     for axis in (0, 1):
         of_hu, of_map = np.indices(light.shape)[axis], np.indices(blood[2].shape)[axis]
         told = 4 * (of_map * blood[2]).sum() / blood[2].sum() + 1.5
