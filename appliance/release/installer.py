@@ -43,6 +43,10 @@ def install(box: Box, path: Path, keys: Sequence[PublicKey], keep: int, say: Say
     Raises:
         ReleaseError: it may not be installed here, or cannot be.
     """
+    releases = box.home / "releases"
+    releases.mkdir(parents=True, exist_ok=True)
+    for left in (*releases.glob(".*.part"), *releases.glob(".*.work")):
+        shutil.rmtree(left)
     say(f"checking {path.name}")
     bundle = signed(path, keys)
     if (box.release(bundle.version) / RELEASE).exists():
@@ -53,10 +57,6 @@ def install(box: Box, path: Path, keys: Sequence[PublicKey], keep: int, say: Say
             "give every build a version of its own",
         )  # fmt: skip
     _may_follow(bundle, path, box.current(), box.notes().floor)
-    releases = box.home / "releases"
-    releases.mkdir(parents=True, exist_ok=True)
-    for left in (*releases.glob(".*.part"), *releases.glob(".*.work")):
-        shutil.rmtree(left)
     part, work = releases / ".new.part", releases / ".new.work"
     try:
         part.mkdir()

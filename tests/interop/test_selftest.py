@@ -25,6 +25,7 @@ def test_it_passes_and_only_the_box_itself_hears_of_it(box: Box, tmp_path: Path)
     heard, issued = len(box.hospital.heard()), counted(box, 'scanside_events_total{event="verdict.issued"}')
     uid, files = study(tmp_path, "subdural", "BESIDETEST")
     command = [sys.executable, "-m", "appliance.cli", "--config", str(box.config), "selftest", "--json"]
+    command += ["--seconds", "300"]  # of a busy machine
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as test:
         wait_for(
             lambda: True if any(one.calling_ae == SELFTEST_AE for one in box.ledger.arriving_studies()) else None,

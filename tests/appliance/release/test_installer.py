@@ -21,6 +21,7 @@ import pytest
 
 from appliance.ledger import migration
 from appliance.ledger.store import Ledger, NewInstance
+from appliance.release.box import clean_environment
 from appliance.release.minisign import SUFFIX, SecretKey
 from tests.builders import head_series
 from tests.peers import program
@@ -102,9 +103,11 @@ class Box:
     def boots(self) -> str:
         """What a start of the services comes to: the release that is current opens the ledger; its version."""
         command = [str(self.home / "venv/bin/scanside"), "--config", str(self.root / "etc/scanside/scanside.toml")]
-        done = subprocess.run([*command, "ledger", "upgrade"], capture_output=True, text=True, timeout=60)
+        # As on a box: nothing but the release itself says where its code is.
+        options: dict[str, Any] = {"capture_output": True, "text": True, "env": clean_environment(), "cwd": self.root}
+        done = subprocess.run([*command, "ledger", "upgrade"], timeout=120, **options)
         assert done.returncode == 0, done.stderr
-        return subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout.split()[-1]
+        return str(subprocess.run([command[0], "--version"], **options).stdout.split()[-1])
 
     def receives(self, name: str) -> None:
         """An image comes: a row in the ledger, in whatever schema that is."""
