@@ -643,7 +643,7 @@ def test_an_approval_of_another_version_does_not_count(site: Site, tmp_path: Pat
     report = site.wait(site.scan(**NOBODY_KNOWS), "refused")
     assert criterion(report, "age")["outcome"] == "unknown", "the exception was for the version before"
     # Nor does that of the same version with another threshold.
-    publish("threshold = 0.7", "threshold = 0.6")
+    publish(f"threshold = {site.packages[0].operating_point.threshold}", "threshold = 0.6")
     report = site.wait(site.scan(), "refused")
     assert "approved was 9.0.0 with another package.toml" in criterion(report, "approval")["value"]
 

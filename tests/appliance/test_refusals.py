@@ -120,7 +120,7 @@ def test_an_archive_that_wants_it_gets_one_report_that_finds_nothing_out(tmp_pat
     (group,) = srread(path).content.get_image_measurement_groups()
     assert group.finding_type is None and group.get_measurements() == []
     (result,) = group.get_qualitative_evaluations()
-    assert result.value.value == "TRIAGE-NOTANALYSED"
+    assert result.value.value == "NOT-ANALYSED"
     done = subprocess.run([program("dsrdump"), "+Pl", str(path)], capture_output=True, text=True, check=True)
     assert "paediatric (age 009Y; label: 18 years or older)" in done.stdout
     assert "Nothing is said of haemorrhage" in done.stdout

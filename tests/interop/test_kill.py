@@ -88,6 +88,7 @@ def test_an_engine_that_fell_behind_begins_with_the_most_urgent(box: Box, tmp_pa
         report = box.report(urgent)
         assert report is not None
         assert (report["instances"], report["verdicts"]) == (len(files), [])
+        time.sleep(2.0)  # all three are complete by then, and only their urgency tells them apart
     finally:
         os.kill(engine, signal.SIGCONT)
 

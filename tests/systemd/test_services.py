@@ -115,8 +115,8 @@ def test_a_service_says_that_it_is_ready_lives_and_stops(manager: Manager, name:
 
 HANGS = {
     "engine": "import time; from appliance.services import engine; engine.Engine.step = lambda _: time.sleep(999); ",
-    "deliver": "import time; from appliance.services import delivery; delivery._report_overdue = lambda *_: "
-    "time.sleep(999); ",
+    "deliver": "import time; from appliance.services import delivery; delivery.TURN_SECONDS = 0.5; "
+    "delivery._report_overdue = lambda *_: time.sleep(999); ",  # its other loops turn, and sign, meanwhile
 }
 """Service → what makes its loop hang while the rest of the process lives."""
 

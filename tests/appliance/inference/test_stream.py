@@ -269,7 +269,7 @@ def test_what_the_server_dies_of_costs_no_other_study_anything(alone: Package) -
         mine = [ask(made, alone, frame(value), owner=1) for value in range(30, 40)]
         deadly = ask(made, alone, frame(10_000), owner=2)
         others = [ask(made, alone, frame(value), owner=3) for value in range(40, 50)]
-        time.sleep(0.2)
+        time.sleep(1.5)  # until all are decoded, so that the deadly one shares a batch
         model.gate.set()
         with pytest.raises(TritonError, match="died"):
             deadly.result(10)
