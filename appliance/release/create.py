@@ -189,8 +189,8 @@ def _rest(source: Path, models: Sequence[Path], images: Sequence[Path]) -> dict[
     files |= {f"systemd/{name}": path for name, path in _below(source / "systemd")}
     files |= {f"docs/{path.name}": path for path in sorted((source / "docs").glob("*.md"))}
     files |= {f"images/{image.name}": image for image in images}
-    files["install/scanside_install.py"] = source / "install/scanside_install.py"
     inside = source / "appliance/release"
+    files["install/scanside_install.py"] = inside / "scanside_install.py"
     files["install/scanside_release/__init__.py"] = inside / "__init__.py"
     files |= {f"install/scanside_release/{name}.py": inside / f"{name}.py" for name in _ON_THE_BOX}
     for name, path in files.items():

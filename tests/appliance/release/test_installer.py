@@ -405,7 +405,7 @@ def test_a_box_without_the_library_takes_it_from_the_wheels_beside(tmp_path: Pat
 
     folder = tmp_path / "install"
     (folder / "scanside_release").mkdir(parents=True)
-    shutil.copy(ROOT / "install/scanside_install.py", folder)
+    shutil.copy(ROOT / "appliance/release/scanside_install.py", folder)
     for name in ("__init__", "errors", "minisign", "bundle", "box", "installer"):
         shutil.copy(ROOT / f"appliance/release/{name}.py", folder / "scanside_release")
     command = [

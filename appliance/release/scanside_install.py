@@ -35,7 +35,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
     bring_cryptography()
     try:
-        from scanside_release.installer import main
+        from scanside_release.installer import main  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         sys.exit(f"scanside-install: {error}: install Debian's python3-cryptography, or copy the whole folder here")
     sys.exit(main())
