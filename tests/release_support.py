@@ -64,7 +64,7 @@ def small_source(folder: Path) -> tuple[Path, Path]:
     source, wheels = folder / "source", folder / "wheels"
     wheels.mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__", ".*", "ich_reference")
-    for name in ("appliance", "dicom_io", "triton_models", "systemd", "install", "docs"):
+    for name in ("appliance", "dicom_io", "triton_models", "systemd", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
