@@ -256,6 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
         finally:
             end.cancel()
+            end.join()  # or its thread may outlive this request while the next one has one of its own
 
     def _end(self) -> None:
         with contextlib.suppress(OSError):
