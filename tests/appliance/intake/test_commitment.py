@@ -90,7 +90,7 @@ class Bench:
             name: count for name, count in event_counts(self.ledger).items() if count and name.startswith("commitment.")
         }
 
-    def reporting(self, device: Device, done: Callable[[], bool]) -> None:
+    def reporting(self, device: Callable[[Peer, str, CommitmentReport], int], done: Callable[[], bool]) -> None:
         """Run the worker until something is so."""
         worker = Reporter(self.ledger, self.provider, KNOWN, send=device)
         worker.start()
@@ -325,9 +325,13 @@ def test_a_late_report_tells_what_is_there_now(bench: Bench) -> None:
     bench.file(1).rename(bench.folder / "away")
     waiting(bench)
     device = Device(PeerError("it cannot be reached"))
-    bench.reporting(device, lambda: len(device.heard) == 1)
-    (bench.folder / "away").rename(bench.file(1))
-    bench.reporting(device, lambda: bench.row()["state"] == "acknowledged")
+
+    def send(peer: Peer, our_ae: str, report: CommitmentReport) -> int:
+        if not device.heard:  # here, as the next try may come before anybody else could do it
+            (bench.folder / "away").rename(bench.file(1))
+        return device(peer, our_ae, report)
+
+    bench.reporting(send, lambda: bench.row()["state"] == "acknowledged")
     assert [len(report.failed) for _, _, report in device.heard] == [1, 0]
     assert bench.row()["failed"] == []
 
