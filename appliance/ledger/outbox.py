@@ -21,18 +21,29 @@ INSTEAD = {"report": "capture.summary"}
 class Outbox(Escalation):
     """The part of the ledger that findings and delivery work with."""
 
-    def unrendered_findings(self, attempts: int) -> Sequence[Row]:
-        """Findings without a file that were tried less often than that, with their verdict's and study's columns."""
+    def unrendered_finding(self, attempts: int, but: Collection[int] = ()) -> Row | None:
+        """The next finding without a file that was tried less often than that, with its verdict's and study's columns.
+
+        Those of positive verdicts come first, then the oldest: whoever was alerted wants to see why.
+
+        Args:
+            but: findings that are left out.
+        """
         f, v, a = t.finding.c, t.verdict.c, t.analysis.c
         columns = (f.id, f.object, f.uid, v.revision, v.result, v.inputs, v.issued_at, v.analysis_id, a.study_id)
-        query = (
-            sa.select(*columns, a.package)
-            .select_from(t.finding.join(t.verdict).join(t.analysis))
-            .where(f.path.is_(None), f.removed_at.is_(None), f.attempts < attempts)
-            .order_by(f.id)
+        joined = t.finding.join(t.verdict).join(t.analysis)
+        # Apart, so that no verdict is read but the one that is wanted.
+        first = (
+            sa.select(f.id)
+            .select_from(joined)
+            .where(f.path.is_(None), f.removed_at.is_(None), f.attempts < attempts, f.id.not_in(but))
+            .order_by(v.positive.desc(), f.id)
+            .limit(1)
+            .correlate(None)
         )
+        query = sa.select(*columns, a.package).select_from(joined).where(f.id == first.scalar_subquery())
         with self.read() as connection:
-            return connection.execute(query).mappings().all()
+            return connection.execute(query).mappings().first()
 
     def start_rendering(self, finding_id: int) -> None:
         """Count a try before it is made, so that a finding that ends the engine is not tried for ever."""

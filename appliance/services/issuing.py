@@ -318,9 +318,14 @@ class Issuer:
         )
 
     def render(self) -> None:
-        """Make the file of every finding that has none yet, most urgent first."""
+        """Make the file of every finding that has none yet, the most urgent first, also of those that come meanwhile.
+
+        One that cannot be made is tried again at the next call.
+        """
         attempts = self._settings.models.attempts
-        for row in self._ledger.unrendered_findings(attempts):
+        failed: list[int] = []
+        # One by one: however many wait, one verdict with its outlines is in memory.
+        while (row := self._ledger.unrendered_finding(attempts, failed)) is not None:
             if time.monotonic() < self._held_until:
                 return
             self._ledger.start_rendering(row["id"])
@@ -328,6 +333,7 @@ class Issuer:
                 self._render_one(row)
             except Exception as error:
                 log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
+                failed.append(row["id"])
                 self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
         self._ledger.abandon_findings(attempts)
 

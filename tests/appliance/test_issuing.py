@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
 
+from appliance.findings.render import render
 from appliance.governance.indication import Admission
 from appliance.governance.package import load_configured
 from appliance.ledger.records import Verdict
@@ -48,7 +50,7 @@ class Issued:
         path = self.left.pop(0)
         assert self.box.store(read_header(path), path.read_bytes()) == "stored"
 
-    def issue(self, verdict: Verdict) -> None:
+    def issue(self, verdict: Verdict, *, draw: bool = True) -> None:
         ledger = self.box.ledger
         (arriving,) = ledger.arriving_studies()
         ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
@@ -61,7 +63,8 @@ class Issued:
         row = ledger.take_analysis([verdict.package])
         assert row is not None
         self.issuer.issue(row, verdict, Admission(()), stored[0])
-        self.issuer.render()
+        if draw:
+            self.issuer.render()
 
     def report(self, revision: int) -> pydicom.Dataset:
         (path,) = self.box.settings.findings_directory.glob(f"*-{revision}/report.dcm")
@@ -111,6 +114,32 @@ def test_of_a_negative_study_the_picture_stands_in_for_a_report(tmp_path: Path) 
     (report, *_) = [one for one in study_report(issued.box.ledger, 1)["deliveries"] if one["object"] == "report"]
     assert (report["state"], report["reason"]) == ("rejected", "it accepts none of what was proposed")
     issued.box.ledger.close()
+
+
+def test_of_all_pictures_that_wait_those_of_a_positive_study_come_first_and_none_waits_for_one_that_fails(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issued.issue(replace(verdict_on(issued.series, positive=False), slabs=()), draw=False)
+    issued.arrive()
+    issued.issue(seen(issued), draw=False)
+    asked: list[tuple[int, str]] = []
+    make = render
+
+    def drawn(name: str, verdict: Verdict, *, revision: int, **how: Any) -> pydicom.Dataset:
+        asked.append((revision, name))
+        if name == "capture.1" and len(asked) < 10:
+            raise ValueError("no ink")
+        return make(name, verdict, revision=revision, **how)
+
+    monkeypatch.setattr("appliance.services.issuing.render", drawn)
+    issued.issuer.render()
+    revisions = [revision for revision, _ in asked]
+    assert revisions == sorted(revisions, reverse=True) and set(revisions) == {1, 2}
+    assert len(asked) == len(set(asked))
+    before = len(asked)
+    asked.extend([(0, "")] * 10)  # the ink is there
+    issued.issuer.render()
+    assert asked[before + 10 :] == [(2, "capture.1")]
 
 
 def test_a_picture_stands_in_once(issued: Issued) -> None:
