@@ -17,6 +17,7 @@ from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
 from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, rest, webhook
+from appliance.services.orders import worklist_peer
 from appliance.services.telling import try_template
 from appliance.settings import (
     Destination,
@@ -25,6 +26,7 @@ from appliance.settings import (
     Hl7Destination,
     Hl7Tls,
     MailDestination,
+    ModalityWorklist,
     OrderDestination,
     RestDestination,
     Settings,
@@ -34,6 +36,7 @@ from appliance.settings import (
     WorklistDestination,
 )
 from dicom_io.errors import ScansideError
+from dicom_io.mwl import asking
 from dicom_io.scu import Peer, echo
 from dicom_io.tls import ServerCertificates
 from dicom_io.web import reach
@@ -105,6 +108,7 @@ def run_checks(settings: Settings) -> list[Check]:
             )
         return f"{url} serves {', '.join(package.name for package in packages)}"
 
+    asked = settings.intake.modality_worklist
     checks = [
         _check("folders", folders),
         _check("ledger", ledger),
@@ -112,6 +116,7 @@ def run_checks(settings: Settings) -> list[Check]:
         *([_check("intake", intake)] if settings.intake.plain else []),
         *([_check("intake TLS", partial(_tls, settings.intake.tls, host))] if settings.intake.tls is not None else []),
         *_orders(settings, host),
+        *([_check("modality worklist", partial(_modality_worklist, asked, title))] if asked is not None else []),
         _check("triton", triton),
         *([_check("worklist", partial(_worklist, settings.worklist))] if settings.worklist is not None else []),
     ]
@@ -161,6 +166,14 @@ def _orders(settings: Settings, host: str) -> list[Check]:
         return []
     checks = [_check("HL7 intake", partial(_port, host, hl7.port))] if hl7.plain else []
     return [*checks, *([_check("HL7 intake TLS", partial(_tls, hl7.tls, host))] if hl7.tls is not None else [])]
+
+
+def _modality_worklist(section: ModalityWorklist, title: str) -> str:
+    """It takes a question; of an accession number that nobody has."""
+    peer = worklist_peer(section)
+    with asking(peer, section.calling_ae_title or title, section.answer_seconds) as query:
+        query.find("AccessionNumber", "SCANSIDE-CHECK")
+    return f"{peer} answers"
 
 
 def _template(settings: Settings, destination: Hl7Destination) -> str:

@@ -195,6 +195,19 @@ class Intake(_Section):
     )
     tls: Tls | None = Field(None, description="Listen with TLS, too.")
     hl7: Hl7Intake | None = Field(None, description="Listen for HL7 messages, too.")
+    modality_worklist: ModalityWorklist | None = Field(
+        None, description="The hospital's modality worklist, which is asked what the order of each study says."
+    )
+
+    @property
+    def hears_orders(self) -> bool:
+        """Whether orders come to this box at all."""
+        return self.hl7 is not None or self.modality_worklist is not None
+
+    @property
+    def authority(self) -> str:
+        """Who assigns patient IDs where neither a message nor an image says; "" if that is not known."""
+        return self.hl7.authority if self.hl7 else ""
 
     @field_validator("storage_classes")
     @classmethod
@@ -344,6 +357,24 @@ class ClientTls(_Section):
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together")
         return self
+
+
+class ModalityWorklist(_Section):
+    """The hospital's modality worklist (C-FIND), which is asked what the order of a study says. Absent: none is."""
+
+    ae_title: AeTitle = Field(description="Its application entity title.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+    calling_ae_title: AeTitle | None = Field(None, description="What we call ourselves there; unset: as intake does.")
+    answer_seconds: float = Field(10.0, gt=0, le=120, description="Longest wait for it, at each step.")
+    give_up_seconds: float = Field(
+        600.0, gt=0, le=86400, description="So long after its first image a study is asked about, until it is found."
+    )
+    urgent_priorities: list[str] = Field(
+        default_factory=lambda: ["STAT"],
+        description="Requested Procedure Priorities (0040,1003) whose study goes before all others.",
+    )
+    tls: ClientTls | None = Field(None, description="Speak DICOM over TLS (PS3.15 B.12).")
 
 
 ObjectKind = Literal["report", "capture", "segmentation", "presentation", "selection"]

@@ -137,6 +137,14 @@ def study_view(report: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+_ASKED = {
+    "waiting": "asked again soon",
+    "found": "it has the order",
+    "none": "[red]it has no order of this study[/]",
+    "failed": "[red]it was asked in vain[/]",
+}
+
+
 def _said(said: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
     """What the hospital says of the study over HL7, in lines."""
     lines = []
@@ -149,6 +157,8 @@ def _said(said: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
         lines.append((f"order {one['id']}", ", ".join((one["accession"], *filter(None, facts)))))
     for one in said.get("others", []):
         lines.append((f"[bold red]order {one['id']}[/]", f"{one['accession']}, of another patient"))
+    for one in said.get("asked", []):
+        lines.append(("modality worklist", ": ".join(filter(None, (_ASKED[one["state"]], escape(one["reason"]))))))
     for one in said.get("reports", []):
         words = " ".join(one["text"].split())
         lines.append((f"report {escape(one['status'])}", words if len(words) <= 200 else f"{words[:200]}…"))

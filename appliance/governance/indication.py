@@ -445,10 +445,10 @@ def admit(
           max(leans) <= (label.maximum_tilt_degrees or 0))  # fmt: skip
     patients = len({header.patient for header in headers})
     said = "the same in every image" if patients == 1 else f"{patients} different"
-    said += "".join(f", but another one in PID-3 of order {one.id}, which has this study's number"
+    said += "".join(f", but another one in {one.patient_source}, which has this study's number"
                     for one in ordered.others)  # fmt: skip
     judge("patient", ", ".join(["PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
-                                *(f"PID-3 of order {one.id}" for one in ordered.others)]),
+                                *(one.patient_source for one in ordered.others)]),
           said, patients == 1 and not ordered.others)  # fmt: skip
     placed = sum(bool(header.frames) for header in headers)
     judge("geometry", "ImagePositionPatient, ImageOrientationPatient, PixelSpacing",

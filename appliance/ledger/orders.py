@@ -1,4 +1,4 @@
-"""The ledger's queries of what the hospital says over HL7: messages, orders, merged patients, reports.
+"""The ledger's queries of what the hospital says over HL7, or its modality worklist: orders, merged patients, reports.
 
 A message is written down before it is acknowledged, with all that it changes, in one transaction. Orders are matched to
 studies when somebody asks, so it does not matter which of the two came first.
@@ -6,8 +6,8 @@ studies when somebody asks, so it does not matter which of the two came first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -16,6 +16,8 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.database import Database, Row, now
 
+QUERIED = "C-FIND MWL"
+"""The kind of what a modality worklist answered."""
 LONGEST_CHAIN = 50
 """Merges of merged patients that are followed."""
 
@@ -101,7 +103,17 @@ class NewReport:
     text: str
 
 
-Change = NewOrder | Update | Merge | NewReport
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """What a modality worklist says of an order when it is asked.
+
+    It may be older than what HL7 said: it never makes an order less urgent, and takes its patient no identifier away.
+    """
+
+    order: NewOrder
+
+
+Change = NewOrder | Scheduled | Update | Merge | NewReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +149,7 @@ class Order:
 
     Attributes:
         birth_source: where the birth date stands, such as "PID-7 of order 12".
+        patient_source: likewise the patient's identifiers.
     """
 
     id: int
@@ -146,6 +159,7 @@ class Order:
     cancelled: bool
     birth_date: str
     birth_source: str
+    patient_source: str
     priority: str
     urgent: bool
     reason: str
@@ -171,45 +185,54 @@ class Orders(Database):
             if earlier is not None and earlier.digest == new.digest:
                 self._append(connection, Event.MESSAGE_DUPLICATE, None, message=earlier.id)
                 return "duplicate"
-            code, reason, changes = new.code, new.reason, new.changes
             if earlier is not None:
-                code, changes = "AE", ()
                 reason = f"MSH-10 was used for another message, number {earlier.id}"
-            result = connection.execute(
-                t.hl7_message.insert().values(
-                    received_at=now(),
-                    peer=new.peer,
-                    sender=new.sender,
-                    control_id=new.control_id,
-                    kind=new.kind,
-                    digest=new.digest,
-                    code=code,
-                    reason=reason,
-                    content=new.content,
-                )
-            )
-            key = int(result.inserted_primary_key[0])  # type: ignore[index]
-            if code == "AA":
-                self._append(connection, Event.MESSAGE_TAKEN, None, message=key, kind=new.kind)
-            else:
-                self._append(connection, Event.MESSAGE_REFUSED, None, message=key, kind=new.kind, code=code)
-            for change in changes:
-                match change:
-                    case NewOrder():
-                        self._take_order(connection, key, change)
-                    case Update():
-                        self._update_patient(connection, key, change)
-                    case Merge():
-                        self._merge_patients(connection, key, change)
-                    case NewReport():
-                        self._take_report(connection, key, change)
+                new = replace(new, code="AE", reason=reason, changes=())
+            self._take(connection, new)
             return "taken" if earlier is None else "reused"
 
-    def _take_order(self, connection: sa.Connection, message: int, new: NewOrder) -> None:
+    def _take(self, connection: sa.Connection, new: NewMessage) -> None:
+        """Write a message down with what it changes."""
+        result = connection.execute(
+            t.hl7_message.insert().values(
+                received_at=now(),
+                peer=new.peer,
+                sender=new.sender,
+                control_id=new.control_id,
+                kind=new.kind,
+                digest=new.digest,
+                code=new.code,
+                reason=new.reason,
+                content=new.content,
+            )
+        )
+        key = int(result.inserted_primary_key[0])  # type: ignore[index]
+        if new.code == "AA":
+            self._append(connection, Event.MESSAGE_TAKEN, None, message=key, kind=new.kind)
+        else:
+            self._append(connection, Event.MESSAGE_REFUSED, None, message=key, kind=new.kind, code=new.code)
+        for change in new.changes:
+            match change:
+                case NewOrder():
+                    self._take_order(connection, key, change)
+                case Scheduled():
+                    self._take_order(connection, key, change.order, queried=True)
+                case Update():
+                    self._update_patient(connection, key, change)
+                case Merge():
+                    self._merge_patients(connection, key, change)
+                case NewReport():
+                    self._take_report(connection, key, change)
+
+    def _take_order(self, connection: sa.Connection, message: int, new: NewOrder, *, queried: bool = False) -> None:
         c = t.imaging_order.c
+        same = c.accession == new.accession
+        if not new.accession:
+            # Without a number it is known by the study; a message of HL7 must have one.
+            same = sa.and_(same, c.study_instance_uid == new.study_instance_uid)
         found = [
             row
-            for row in connection.execute(sa.select(t.imaging_order).where(c.accession == new.accession)).mappings()
+            for row in connection.execute(sa.select(t.imaging_order).where(same)).mappings()
             if _one_authority(_patient(row["patient"]), new.patient)
         ]
         values = {
@@ -225,6 +248,12 @@ class Orders(Database):
             silent += [] if new.priority else ["priority", "urgent"]
             silent += [] if new.birth_date else ["birth_date", "birth_message_id"]
             silent += [] if new.onset else ["onset", "onset_earliest", "onset_latest"]
+            if queried:
+                silent += ["priority", "urgent"] if row["urgent"] else []
+                before = _patient(row["patient"])
+                if any(one.names(other) for one in before for other in new.patient):
+                    more = [one for one in new.patient if not any(one.names(other) for other in before)]
+                    values["patient"] = [asdict(one) for one in (*before, *more)]
             values |= {name: row[name] for name in silent}
         facts = ("patient", "birth_date", "cancelled", "onset_earliest", "onset_latest", "urgent", "study_instance_uid")
         if row is None or any(row[name] != values[name] for name in facts):
@@ -306,17 +335,10 @@ class Orders(Database):
         with self.read() as connection:
             heard = _newest(connection)
             rows = connection.execute(query).mappings().all() if heard else []
-            return [_order(row, self._birth_source(connection, row)) for row in rows], heard
-
-    @staticmethod
-    def _birth_source(connection: sa.Connection, row: Row) -> str:
-        if not row["birth_date"]:
-            return ""
-        if row["birth_message_id"] == row["message_id"]:
-            return f"PID-7 of order {row['id']}"
-        c = t.hl7_message.c
-        kind = connection.scalar(sa.select(c.kind).where(c.id == row["birth_message_id"]))
-        return f"PID-7 of order {row['id']} by {kind}" if kind == "ADT^A08" else f"PID-7 of order {row['id']}"
+            c = t.hl7_message.c
+            said = {row[name] for row in rows for name in ("message_id", "birth_message_id")}
+            kinds = {one.id: one.kind for one in connection.execute(sa.select(c.id, c.kind).where(c.id.in_(said)))}
+            return [_order(row, kinds) for row in rows], heard
 
     def names(self, patient: Patient) -> Patient:
         """Every identifier that stands for one of these after all merges, these among them."""
@@ -450,9 +472,14 @@ def _one_authority(ours: Patient, theirs: Patient) -> bool:
     return not (ours and theirs) or any(one.same_authority(other) is not False for one in ours for other in theirs)
 
 
-def _order(row: Row, birth_source: str) -> Order:
+def _order(row: Row, kinds: Mapping[int, str]) -> Order:
+    """An order, with the kinds of the messages that it is of."""
+    kind, birth = kinds.get(row["message_id"], ""), kinds.get(row["birth_message_id"], "")
+    where = "Patient's Birth Date" if birth == QUERIED else "PID-7"
+    by = f" by {birth}" if birth == "ADT^A08" else ""
     return Order(
-        birth_source=birth_source,
+        birth_source=f"{where} of order {row['id']}{by}" if row["birth_date"] else "",
+        patient_source=f"{'Patient ID' if kind == QUERIED else 'PID-3'} of order {row['id']}",
         patient=_patient(row["patient"]),
         **{
             name: row[name]

@@ -242,6 +242,18 @@ imaging_order = Table(
     Column("changed_at", String, nullable=False),
 )
 
+# What came of asking a modality worklist about a study.
+order_query = Table(
+    "order_query",
+    metadata,
+    Column("study_id", ForeignKey("study.id"), primary_key=True),
+    Column("state", String, nullable=False),  # waiting, found, none or failed
+    Column("answered", Boolean, nullable=False),  # whether the last time it answered at all
+    Column("due_at", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Index("ix_order_query_waiting", "due_at", sqlite_where=sa.text("state = 'waiting'")),
+)
+
 patient_merge = Table(
     "patient_merge",
     metadata,

@@ -19,8 +19,8 @@ from appliance.ledger.ingest import Ingest
 from appliance.ledger.ingest import NewInstance as NewInstance
 from appliance.ledger.keeping import Keeping
 from appliance.ledger.marks import Marks
-from appliance.ledger.orders import Orders
 from appliance.ledger.performed import Performed
+from appliance.ledger.queries import Queries
 from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.selftest import Selftests
@@ -112,7 +112,7 @@ class Told:
     uid: str = field(default="", compare=False)
 
 
-class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Deadlines, Orders, Marks):
+class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Deadlines, Queries, Marks):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- study ------------------------------------------------------------------------------------------

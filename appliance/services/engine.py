@@ -112,9 +112,9 @@ class Engine:
         self._issuer = issuer
         self._answering = ThreadPoolExecutor(ANALYSES + URGENT_ANALYSES, "answer")
         self._working: dict[int, tuple[int, Future[None]]] = {}
-        hl7 = settings.intake.hl7
-        self._arrivals = Arrivals(ledger, hl7.authority if hl7 else None)
-        self._heeded = Heeded(ledger, hl7 is not None)
+        hears = settings.intake.hears_orders
+        self._arrivals = Arrivals(ledger, settings.intake.authority if hears else None)
+        self._heeded = Heeded(ledger, hears)
         self._looked: dict[int, tuple[Arriving, float, float]] = {}
         self._ahead: dict[int, dict[_Name, Future[SlabAnswer]]] = {}
         # Work ahead costs no try. What was arriving when an engine ended may be what ended it: it waits for its

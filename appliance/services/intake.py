@@ -18,7 +18,7 @@ from appliance.ledger.doorbell import Ringer
 from appliance.ledger.selftest import SELFTEST_AE
 from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
-from appliance.services.orders import hear_orders, hl7_ports
+from appliance.services.orders import ask_for_orders, hear_orders, hl7_ports
 from appliance.services.process import STOP_SECONDS, inherited_sockets, service
 from appliance.services.selftest import LOOPBACK, listens_on_loopback, write_port
 from appliance.settings import Intake, Settings, SettingsError
@@ -82,6 +82,7 @@ def run_intake(settings: Settings) -> None:
         watchdog, inherited = Watchdog(), inherited_sockets()
         listeners = _listeners(settings, watchdog, inherited)
         orders = hear_orders(settings, ledger, watchdog, inherited, wake_engine, shortage, stopping)
+        asker = ask_for_orders(settings, ledger, watchdog, wake_engine)
         server = start_server(_server_options(settings.intake), listeners, receiver)
         write_port(settings, server.ports[-1])
         reporters += [Reporter(ledger, commitments, peer) for peer in peers.values()]
@@ -100,6 +101,8 @@ def run_intake(settings: Settings) -> None:
         )
         notify("READY=1", f"STATUS=listens on {' and '.join(map(str, server.ports))}")
         stopping.wait()
+        if asker is not None:
+            asker.stop()
         for reporter in reporters:
             reporter.stop()
         server.stop(STOP_SECONDS / 2)

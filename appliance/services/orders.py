@@ -1,4 +1,4 @@
-"""The part of `scanside intake` that hears what the hospital says over HL7."""
+"""The part of `scanside intake` that hears of orders: over HL7, and from the modality worklist."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from appliance.governance.ordered import accessions, match_orders, patient_of
 from appliance.intake.hl7_listener import POLL_SECONDS, Limits, Listener, Port
 from appliance.intake.hl7_message import Rules
 from appliance.intake.hl7_receiver import OrderReceiver
+from appliance.intake.scheduled import LONGEST_PAUSE, Asker
 from appliance.ledger.database import later
 from appliance.ledger.orders import Identifier
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog
-from appliance.settings import Hl7Intake, Intake, Settings
+from appliance.services.delivery import context_of
+from appliance.settings import Hl7Intake, Intake, ModalityWorklist, Settings
+from dicom_io.scu import Peer
 from dicom_io.tls import ServerCertificates
 
 log = logging.getLogger(__name__)
@@ -83,12 +86,43 @@ def hear_orders(
     return listener
 
 
-def said_of(settings: Settings, ledger: Ledger, study_id: int) -> dict[str, list[dict[str, Any]]]:
-    """What orders and radiologists' reports say of a study, JSON-ready: ``orders``, ``others``, ``reports``.
+def ask_for_orders(settings: Settings, ledger: Ledger, watchdog: Watchdog, ring: Callable[[], None]) -> Asker | None:
+    """Ask the modality worklist about every study that arrives, where the settings name one."""
+    section = settings.intake.modality_worklist
+    if section is None:
+        return None
+    asker = Asker(
+        ledger,
+        lambda: worklist_peer(section),
+        section.calling_ae_title or settings.intake.ae_title,
+        section.urgent_priorities,
+        settings.intake.authority,
+        ring,
+        answer_seconds=section.answer_seconds,
+        give_up_seconds=section.give_up_seconds,
+        turn=watchdog.loop("the modality worklist", LONGEST_PAUSE + 6 * section.answer_seconds + 60.0),
+    )
+    asker.start()
+    log.info("intake: asks %s@%s:%d about orders", section.ae_title, section.host, section.port)
+    return asker
 
-    ``others`` has the orders with the study's number that are of another patient.
+
+def worklist_peer(section: ModalityWorklist) -> Peer:
+    """The modality worklist; files for TLS are read anew.
+
+    Raises:
+        ScansideError: one of them cannot be used.
     """
-    authority = settings.intake.hl7.authority if settings.intake.hl7 else ""
+    return Peer(section.ae_title, section.host, section.port, context_of(section.tls) if section.tls else None)
+
+
+def said_of(settings: Settings, ledger: Ledger, study_id: int) -> dict[str, list[dict[str, Any]]]:
+    """What orders and radiologists' reports say of a study, JSON-ready: ``orders``, ``others``, ``reports``, ``asked``.
+
+    ``others`` has the orders with the study's number that are of another patient, ``asked`` what came of asking the
+    modality worklist.
+    """
+    authority = settings.intake.authority
     headers = [one.header for one in ledger.instances(study_id)]
     uid, first = ledger.begun(study_id)
     numbers = accessions(headers)
@@ -103,6 +137,7 @@ def said_of(settings: Settings, ledger: Ledger, study_id: int) -> dict[str, list
         "orders": [asdict(one) for one in found.orders],
         "others": [asdict(one) for one in found.others],
         "reports": reports,
+        "asked": [{"state": asked[0], "reason": asked[1]}] if (asked := ledger.query_state(study_id)) else [],
     }
 
 

@@ -35,10 +35,10 @@ def new_box(folder: Path) -> Box:
     return box
 
 
-def engine_of(box: Box) -> tuple[Engine, Asked]:
-    """An engine that hears orders; nothing is ever answered by its model."""
+def engine_of(box: Box, **hears: Any) -> tuple[Engine, Asked]:
+    """An engine that hears orders, over HL7 if nothing else is said; nothing is ever answered by its model."""
     package = dataclasses.replace(load_configured(Settings())[0], name="pkg")
-    intake = box.settings.intake.model_copy(update={"hl7": Hl7Intake()})
+    intake = box.settings.intake.model_copy(update=hears or {"hl7": Hl7Intake()})
     study = StudySettings(settle_seconds=0, quiet_seconds=0.001)
     settings = box.settings.model_copy(update={"study": study, "intake": intake})
     asked, issuer = Asked(), Issuer(settings, box.ledger, [package])

@@ -25,6 +25,7 @@ P1 = (Identifier("P1", "HOSP"),)
 def an_order(number: int = 1, **changes: Any) -> Order:
     base = Order(
         id=number, accession="A1", study_instance_uid="", patient=P1, cancelled=False, birth_date="", birth_source="",
+        patient_source=f"PID-3 of order {number}",
         priority="R", urgent=False, reason="", onset="", onset_earliest="", onset_latest="",
     )  # fmt: skip
     born = changes.get("birth_date")
