@@ -18,7 +18,7 @@ from appliance.ledger.doorbell import Ringer
 from appliance.ledger.selftest import SELFTEST_AE
 from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
-from appliance.services.orders import ask_for_orders, hear_orders, hl7_ports
+from appliance.services.orders import ask_for_orders, hear_orders, hl7_ports, tidy_orders
 from appliance.services.process import STOP_SECONDS, inherited_sockets, service
 from appliance.services.selftest import LOOPBACK, listens_on_loopback, write_port
 from appliance.settings import Intake, Settings, SettingsError
@@ -81,7 +81,8 @@ def run_intake(settings: Settings) -> None:
         receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
         watchdog, inherited = Watchdog(), inherited_sockets()
         listeners = _listeners(settings, watchdog, inherited)
-        orders = hear_orders(settings, ledger, watchdog, inherited, wake_engine, shortage, stopping)
+        orders = hear_orders(settings, ledger, watchdog, inherited, wake_engine, shortage)
+        tidy_orders(settings, ledger, stopping)
         asker = ask_for_orders(settings, ledger, watchdog, wake_engine)
         server = start_server(_server_options(settings.intake), listeners, receiver)
         write_port(settings, server.ports[-1])

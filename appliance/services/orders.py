@@ -51,7 +51,6 @@ def hear_orders(
     inherited: Mapping[int, socket.socket],
     ring: Callable[[], None],
     shortage: Callable[[], str],
-    stopping: threading.Event,
 ) -> Listener | None:
     """Listen for HL7, where the settings say so.
 
@@ -81,9 +80,15 @@ def hear_orders(
     receiver = OrderReceiver(ledger, rules_of(hl7), settings.box.name, hl7.maximum_message_bytes, ring, shortage)
     listener = Listener(ports, limits, receiver.take, receiver.unreadable)
     numbers = listener.start()
-    threading.Thread(target=_tidy, args=(ledger, hl7.keep_days, stopping), name="hl7 tidy", daemon=True).start()
     log.info("intake: hears HL7 on %s:%s", settings.intake.host, " and ".join(map(str, numbers)))
     return listener
+
+
+def tidy_orders(settings: Settings, ledger: Ledger, stopping: threading.Event) -> None:
+    """Remove the text of old messages, and of what the modality worklist answered, from time to time."""
+    if settings.intake.hears_orders:
+        days = (settings.intake.hl7 or Hl7Intake()).keep_days
+        threading.Thread(target=_tidy, args=(ledger, days, stopping), name="hl7 tidy", daemon=True).start()
 
 
 def ask_for_orders(settings: Settings, ledger: Ledger, watchdog: Watchdog, ring: Callable[[], None]) -> Asker | None:
