@@ -19,6 +19,7 @@ from appliance.settings import Intake, Tls
 from dicom_io import _association as association
 from dicom_io import commitment, performed, sop_classes, tls
 from dicom_io._upper_layer import LONGEST_PDU, MAXIMUM_PDU, Rejection
+from dicom_io.scp import PENDING_CONNECTIONS
 
 STATUSES: dict[int, tuple[str, str]] = {
     association.SUCCESS: (
@@ -99,6 +100,11 @@ def acceptor() -> str:
             "associations at once",
             f"`intake.maximum_associations` (default {_default('maximum_associations')}), "
             f"`intake.maximum_associations_per_address` (default {_default('maximum_associations_per_address')})",
+        ),
+        (
+            "connections without an association",
+            f"{PENDING_CONNECTIONS} at once, {PENDING_CONNECTIONS // 4} from one address, and as many that the peer "
+            "has still to close; more are closed at once",
         ),
         ("calling AE", "everybody, or `intake.accepted_calling_ae_titles`"),
         ("called AE", "any, or only our own with `intake.require_called_ae_title`"),

@@ -108,7 +108,7 @@ class _Invalid(Exception):
 class _Message:
     """A DIMSE message that is coming in (PS3.8 Annex E)."""
 
-    __slots__ = ("answer", "began", "command", "command_bytes", "context_id", "data", "fill", "sink", "size")
+    __slots__ = ("answer", "began", "came", "command", "command_bytes", "context_id", "data", "fill", "sink", "size")
 
     def __init__(self, context_id: int) -> None:
         self.context_id = context_id
@@ -117,8 +117,9 @@ class _Message:
         self.command: dimse.Command | None = None
         self.sink: Sink | None = None
         self.answer: Answer | None = None  # known before the data came: a refusal
+        self.came = 0  # bytes of its fragments
         self.fill = 0  # of the association's buffer
-        self.size = 0  # of the data set, as far as it came
+        self.size = 0  # of the data set, as far as it was announced
         self.data = bytearray()  # of a request that is no C-STORE
 
 
@@ -179,8 +180,7 @@ class Association(threading.Thread):
             self._discard()
             if self.session is not None:
                 self._ended(self.session)
-            self._server.ended(self)
-            if self.state is State.AWAITING_CLOSE:
+            if self._server.ended(self) and self.state is State.AWAITING_CLOSE:
                 self._await_close()
             self._close()
             self._server.forget(self)
@@ -284,7 +284,7 @@ class Association(threading.Thread):
             view = view[count:]
             if not view:
                 return
-        given = deadline
+        given, wanted = deadline, len(view)
         if given:
             self._allow(max(given - time.monotonic(), 0.001))
         try:
@@ -299,8 +299,10 @@ class Association(threading.Thread):
                 view = view[got:]
                 if not view:
                     return
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline:
                     raise _Expired
+                self._keep_pace(now, wanted - len(view))
                 if given:
                     self._allow(max(given - time.monotonic(), 0.001))
                 if not self._tls:
@@ -311,6 +313,21 @@ class Association(threading.Thread):
         except OSError as error:
             raise _Closed from error
         raise _Closed
+
+    def _keep_pace(self, now: float, more: int = 0) -> None:
+        """Give up on a message that comes too slowly, by what really came of it.
+
+        Args:
+            now: the monotonic clock.
+            more: bytes of the read that is under way.
+        """
+        message = self._message
+        if message is None:
+            return
+        elapsed = now - message.began
+        if elapsed > SLOW_AFTER_SECONDS and message.came + more < self._options.minimum_bytes_per_second * elapsed:
+            logger.warning("association %d sends too slowly", self.number)
+            raise _Expired
 
     def _receive(self, view: memoryview) -> int:
         """Read into the view; how many bytes of it there are now. Of what follows, the two headers that stand between
@@ -441,14 +458,12 @@ class Association(threading.Thread):
             message = self._message = _Message(context_id)
         elif context_id != message.context_id:
             raise _Invalid("a message changes its presentation context")
-        elapsed = time.monotonic() - message.began
-        if elapsed > SLOW_AFTER_SECONDS and message.size < self._options.minimum_bytes_per_second * elapsed:
-            logger.warning("association %d sends too slowly", self.number)
-            raise _Expired
+        self._keep_pace(time.monotonic())
         if control & 1:
             if message.command is not None or len(message.command_bytes) + size > dimse.MAXIMUM_COMMAND:
                 raise _Invalid("a command set that does not end")
             self._read_into(message.command_bytes, size)
+            message.came += size
             if control & 2:
                 self._begin(message)
         elif message.command is None:
@@ -474,6 +489,7 @@ class Association(threading.Thread):
             if message.size > MAXIMUM_REQUEST_BYTES:
                 raise _Invalid("a request other than C-STORE that does not end")
             self._read_into(message.data, size)
+            message.came += size
             return
         buffer = self._buffer
         while size:
@@ -484,6 +500,7 @@ class Association(threading.Thread):
             part = min(size, room)
             self._read(buffer[message.fill : message.fill + part])
             message.fill += part
+            message.came += part
             size -= part
 
     def _pass_on(self, message: _Message) -> None:

@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from pynetdicom import build_context
 from pynetdicom.presentation import PresentationContext
 
 from dicom_io._association import NO_TLS, Association
-from dicom_io._upper_layer import Rejection, State
+from dicom_io._upper_layer import Rejection
 from dicom_io.errors import ScansideError
 from dicom_io.handlers import Handlers
 from dicom_io.sop_classes import (
@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 PENDING_CONNECTIONS = 64
-"""Connections at most that have not asked for an association yet; ``artim_seconds`` ends each."""
+"""Connections at most without an association yet, and as many whose peer has still to close them; a quarter of either
+from one address. ``artim_seconds`` ends each."""
 
 _TURN_SECONDS = 1.0
 
@@ -118,6 +119,7 @@ class StorageServer:
         self._lock = threading.Lock()
         self._connections: set[Association] = set()
         self._admitted: set[Association] = set()
+        self._closing: set[Association] = set()
         self._stopping = False
         self._sockets: list[socket.socket] = []
         self._woken, self._wake = socket.socketpair()  # closing the one ends the acceptors' wait on the other
@@ -221,12 +223,8 @@ class StorageServer:
         if allowed and not any(ipaddress.ip_address(address) in network for network in allowed):
             return _NOT_ACCEPTED
         with self._lock:
-            asked = (State.IDLE, State.AWAITING_REQUEST)
-            pending = [one for one in self._connections - self._admitted if one.state in asked]
-            mine = sum(one.address == address for one in pending)
-        if len(pending) >= PENDING_CONNECTIONS or mine >= PENDING_CONNECTIONS // 4:
-            return _TOO_MANY
-        return ""
+            full = _is_full(self._connections - self._admitted - self._closing, address)
+        return _TOO_MANY if full else ""
 
     # --- for the associations ---------------------------------------------------------------------------
 
@@ -257,16 +255,20 @@ class StorageServer:
         except Exception:
             logger.exception("a rejected association could not be recorded")
 
-    def ended(self, association: Association) -> None:
-        """It counts no longer; its connection may wait for the peer to close it."""
+    def ended(self, association: Association) -> bool:
+        """It counts no longer; whether its connection may wait for the peer to close it, or too many do already."""
         with self._lock:
             self._admitted.discard(association)
+            may_wait = not _is_full(self._closing, association.address)
+            if may_wait:
+                self._closing.add(association)
+        return may_wait
 
     def forget(self, association: Association) -> None:
         """Nothing is left of it."""
         with self._lock:
-            self._connections.discard(association)
-            self._admitted.discard(association)
+            for kept in (self._connections, self._admitted, self._closing):
+                kept.discard(association)
 
 
 def start_server(options: ServerOptions, listeners: Sequence[Listener], handlers: Handlers) -> StorageServer:
@@ -306,6 +308,12 @@ def _listen(listener: Listener) -> socket.socket:
         where = f"{listener.host or '*'}:{listener.port}"
         what = f"cannot listen ({error.strerror or error})"
         raise ScansideError(what, where, "choose another address or port") from error
+
+
+def _is_full(connections: Set[Association], address: str) -> bool:
+    """Whether one more from this address is too much."""
+    mine = sum(one.address == address for one in connections)
+    return len(connections) >= PENDING_CONNECTIONS or mine >= PENDING_CONNECTIONS // 4
 
 
 def _plain(address: str) -> str:

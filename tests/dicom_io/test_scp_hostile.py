@@ -11,8 +11,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from dicom_io._association import Association
 from dicom_io._dimse import Command, Field, decode, encode
 from dicom_io._upper_layer import abort, p_data
 from dicom_io.commitment import CommitmentReport, Reference
-from dicom_io.scp import StorageServer
+from dicom_io.scp import PENDING_CONNECTIONS, StorageServer
 from tests.dicom_io.support import Recorder, ct, data_set, head, save, serving
 from tests.dicom_io.test_scp import _Peer, association_request, is_closed, store
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 RELEASE = struct.pack(">BxI4x", 5, 4)
+PER_ADDRESS = PENDING_CONNECTIONS // 4
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,13 @@ def slice_(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def message(path: Path, fragment: int = 16_000, uid: str = "1.2.3") -> bytes:
     """A C-STORE request with its data set, in fragments of that size."""
+    data = p_data(1, data_set(path.read_bytes()), command=False, maximum=fragment + 6)
+    return store_command(fragment, uid) + data
+
+
+def store_command(fragment: int = 16_000, uid: str = "1.2.3") -> bytes:
     command = Command(Field.C_STORE_RQ, 1, data_set_type=1, affected_class=CTImageStorage, affected_instance=uid)
-    return p_data(1, encode(command), command=True, maximum=fragment + 6) + p_data(
-        1, data_set(path.read_bytes()), command=False, maximum=fragment + 6
-    )
+    return p_data(1, encode(command), command=True, maximum=fragment + 6)
 
 
 @contextmanager
@@ -250,6 +254,27 @@ def test_a_message_that_trickles_is_aborted(slice_: Path, monkeypatch: pytest.Mo
     assert (recorder.closed_calls[0].outcome, recorder.received) == ("aborted", [])
 
 
+@pytest.mark.parametrize("command", [False, True], ids=["data set", "command set"])
+def test_a_fragment_that_trickles_is_aborted_before_its_end(monkeypatch: pytest.MonkeyPatch, command: bool) -> None:
+    """What was announced and did not come does not count."""
+    monkeypatch.setattr("dicom_io._association.SLOW_AFTER_SECONDS", 0.3)
+    recorder = Recorder()
+    size = 10_000 if command else 60_000
+    fragment = struct.pack(">BxIIBB", 4, size + 6, size + 2, 1, int(command))
+    opening = b"" if command else store_command()
+    with serving(recorder, minimum_bytes_per_second=1000) as server, raw(server) as connection:
+        connection.sendall(opening + fragment)
+        sent = 0
+        with suppress(OSError):
+            while sent < 500 and not recorder.closed_calls:
+                connection.sendall(b"\0")
+                sent += 1
+                time.sleep(0.02)
+        recorder.wait(closed=1)
+    assert sent < 500 and recorder.closed_calls[0].outcome == "aborted"
+    assert recorder.discarded == (not command)
+
+
 def test_peers_that_hang_cannot_shut_out_another(slice_: Path) -> None:
     recorder = Recorder()
     with serving(recorder, maximum_associations=8, maximum_associations_per_address=4, artim_seconds=30) as server:
@@ -269,6 +294,41 @@ def test_peers_that_hang_cannot_shut_out_another(slice_: Path) -> None:
         "local limit exceeded",
         "too many connections without an association",
     }
+
+
+def test_what_waits_for_the_close_of_a_hostile_peer_is_bounded(slice_: Path) -> None:
+    """It breaks the protocol with the first PDU, closes nothing and goes on to send: few such connections are kept."""
+    recorder = Recorder()
+    with serving(recorder, artim_seconds=60) as server, ExitStack() as stack:
+        held = []
+        for _ in range(3 * PER_ADDRESS):
+            connection = stack.enter_context(raw(server, b"", source="127.0.0.3"))
+            connection.sendall(struct.pack(">BxI", 0x47, 4))
+            held.append(connection)
+        until(lambda: sum(map(still_open, held)) <= PER_ADDRESS)
+        with raw(server, source="127.0.0.3"):  # nobody is refused for it
+            serves_well(server, recorder, slice_)
+
+
+def still_open(connection: socket.socket) -> bool:
+    """Send a byte more and drop what came; whether the peer has not closed the connection."""
+    connection.setblocking(False)
+    try:
+        connection.send(b"\0")
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    return False
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_an_address_that_is_not_accepted_is_hung_up_on() -> None:
