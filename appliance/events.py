@@ -45,6 +45,7 @@ class Event(StrEnum):
     DELIVERY_PARKED = "delivery.parked"
     DELIVERY_REQUEUED = "delivery.requeued"
     DELIVERY_REJECTED = "delivery.rejected"
+    DELIVERY_REPLACED = "delivery.replaced"
     DELIVERY_DEAD = "delivery.dead"
     DELIVERY_WITHDRAWN = "delivery.withdrawn"
     DELIVERY_ESCALATED = "delivery.escalated"

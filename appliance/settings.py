@@ -380,6 +380,30 @@ class ModalityWorklist(_Section):
 ObjectKind = Literal["report", "capture", "segmentation", "presentation", "selection"]
 _PLAIN: tuple[ObjectKind, ...] = ("report", "capture")
 _EVERYTHING: tuple[ObjectKind, ...] = get_args(ObjectKind)
+SopClass = Literal[
+    "Comprehensive3DSRStorage",
+    "ComprehensiveSRStorage",
+    "SecondaryCaptureImageStorage",
+    "SegmentationStorage",
+    "GrayscaleSoftcopyPresentationStateStorage",
+    "KeyObjectSelectionDocumentStorage",
+]
+_CLASSES = (
+    "SOP classes that it takes; nothing of another one is sent there. A report goes there as the first of "
+    "Comprehensive3DSRStorage and ComprehensiveSRStorage that is named and that it does not decline, else the summary."
+)
+TransferSyntax = Literal[
+    "ExplicitVRLittleEndian",
+    "ImplicitVRLittleEndian",
+    "DeflatedExplicitVRLittleEndian",
+    "RLELossless",
+    "JPEG2000Lossless",
+]
+_UNCOMPRESSED: tuple[TransferSyntax, ...] = ("ExplicitVRLittleEndian",)
+_SYNTAXES = (
+    "Transfer syntaxes to store in, the best first: an object goes in the first that it can have and that is accepted. "
+    "RLELossless is for captures, JPEG2000Lossless for captures and segmentations. "
+)
 _OBJECTS = (
     "Which objects it receives, the first first: report (SR), capture (pictures: a summary and each key slab), "
     "segmentation (SEG), presentation (GSPS of each key slab), selection (key object selection). Where it takes no "
@@ -396,6 +420,11 @@ class DicomDestination(_Section):
     host: str = Field(description="Its address.")
     port: Port = Field(description="Its DICOM port.")
     objects: list[ObjectKind] = Field(default_factory=lambda: list(_PLAIN), description=_OBJECTS)
+    sop_classes: list[SopClass] = Field(default_factory=lambda: list(get_args(SopClass)), description=_CLASSES)
+    transfer_syntaxes: list[TransferSyntax] = Field(
+        default_factory=lambda: list(_UNCOMPRESSED),
+        description=_SYNTAXES + "Implicit VR Little Endian is always offered, as the last.",
+    )
     commitment: Literal["if_offered", "required", "no"] = Field(
         "if_offered",
         description="Storage commitment: a delivery is done once the peer has committed itself to keep it; if_offered: "
@@ -420,6 +449,11 @@ class DicomwebDestination(_Section):
         description="Its DICOMweb service, such as https://archive/dicom-web: https, or http to this machine.",
     )
     objects: list[ObjectKind] = Field(default_factory=lambda: list(_EVERYTHING), description=_OBJECTS)
+    sop_classes: list[SopClass] = Field(default_factory=lambda: list(get_args(SopClass)), description=_CLASSES)
+    transfer_syntaxes: list[TransferSyntax] = Field(
+        default_factory=lambda: list(_UNCOMPRESSED),
+        description=_SYNTAXES + "Explicit VR Little Endian is always tried, as the last.",
+    )
     username: str = Field("", description="Name to log in with (Basic); empty: no such login.")
     password_file: Path | None = Field(None, description="File that holds the password, and nothing else.")
     token_file: Path | None = Field(None, description="File that holds a bearer token, and nothing else.")

@@ -248,6 +248,6 @@ def _coloured(state: str) -> str:
     colours = {
         "acknowledged": "green", "issued": "green", "met": "green", "excepted": "yellow", "dead": "bold red",
         "rejected": "bold red", "withdrawn": "yellow", "failed": "bold red", "refused": "yellow", "violated": "red",
-        "unknown": "red",
+        "unknown": "red", "replaced": "yellow",
     }  # fmt: skip
     return f"[{colours[state]}]{state}[/]" if state in colours else state

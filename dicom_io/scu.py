@@ -7,12 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 from pynetdicom import AE, _config, evt
 from pynetdicom.pdu import A_ASSOCIATE_RJ
@@ -23,6 +24,7 @@ from dicom_io._elements import parse, parse_meta, reading
 from dicom_io._part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_io._transport import acknowledge_at_once, send_at_once
 from dicom_io.errors import HeaderError, NotAccepted, PeerError
+from dicom_io.transcode import fitting, transcoded
 
 # Files are sent as they are: read in pieces and never parsed, so not changed by a parser either.
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -58,12 +60,14 @@ class SendResult:
         sop_instance_uid: '' where the file could not be read.
         status: the DIMSE status of the peer's answer (PS3.4 B.2.3), None where there was none.
         error: why it is not stored; '' if it is, that is on Success and on a warning (0xBxxx).
+        note: in which transfer syntax it went out, where the peer did not accept the one that was wanted most.
     """
 
     path: Path
     sop_instance_uid: str
     status: int | None
     error: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,17 @@ class _Item:
     sop_instance_uid: str
     transfer_syntax_uid: str
     unpadded: bool  # a deflated data set of odd length
+    wanted: tuple[str, ...] = ()  # transfer syntaxes that it can be written in, the best first
 
     @property
     def contexts(self) -> tuple[tuple[str, str], ...]:
-        """(class, syntax) to propose: as it is, and for what is not compressed also the default syntax."""
+        """(class, syntax) to propose, the best first: as it is, and for what is not compressed also the default syntax.
+
+        Where some are wanted: those, and the default syntax, which is always proposed (PS3.5 10.1).
+        """
+        if self.wanted:
+            every = dict.fromkeys((*self.wanted, str(ImplicitVRLittleEndian)))
+            return tuple((self.sop_class_uid, syntax) for syntax in every)
         own = (self.sop_class_uid, self.transfer_syntax_uid)
         syntax = UID(self.transfer_syntax_uid)
         if syntax.is_private or syntax.is_compressed or syntax == ImplicitVRLittleEndian:
@@ -105,8 +116,9 @@ def send(
     *,
     on_sent: Callable[[SendResult], None] | None = None,
     timeout: float = 30.0,
+    syntaxes: Sequence[str] = (),
 ) -> list[SendResult]:
-    """Send Part 10 files by C-STORE, each in the transfer syntax that it has.
+    """Send Part 10 files by C-STORE, each in the transfer syntax that it has, or in the first of some that fits.
 
     A file without compression is converted to Implicit VR Little Endian if that is all the peer accepts; any
     other conversion is not tried, the result says which syntax the peer refused. An answer that does not come
@@ -115,6 +127,9 @@ def send(
 
     Args:
         on_sent: called after each file, in this thread.
+        syntaxes: of `dicom_io.transcode.SYNTAXES`, the best first: for files of ours, which are not compressed. Each
+            goes in the first of them that it can be written in and the peer accepts, at last in Implicit VR Little
+            Endian.
 
     Returns:
         a result for each file, in the order of ``files``.
@@ -126,8 +141,8 @@ def send(
     paths = list(files)
     results: dict[int, SendResult] = {}
 
-    def finish(index: int, item: _Item | None, status: int | None, error: str) -> None:
-        result = SendResult(paths[index], item.sop_instance_uid if item else "", status, error)
+    def finish(index: int, item: _Item | None, status: int | None, error: str, note: str = "") -> None:
+        result = SendResult(paths[index], item.sop_instance_uid if item else "", status, error, note)
         results[index] = result
         if on_sent is not None:
             on_sent(result)
@@ -135,7 +150,7 @@ def send(
     waiting: deque[tuple[int, _Item]] = deque()
     for index, path in enumerate(paths):
         try:
-            waiting.append((index, _identify(path)))
+            waiting.append((index, _identify(path, syntaxes)))
         except HeaderError as problem:
             finish(index, None, None, str(problem))
 
@@ -150,7 +165,7 @@ def send(
                 while waiting and proposed >= set(waiting[0][1].contexts):
                     index, item = waiting[0]
                     started = time.monotonic()
-                    status, refusal = _store(association, item)
+                    status, refusal, note = _store(association, item)
                     if status is None and not refusal:
                         failed += 1
                         if failed < 2 or time.monotonic() - started >= timeout:
@@ -158,7 +173,7 @@ def send(
                         refusal = f"{peer} ended the association instead of an answer, twice"
                     waiting.popleft()
                     failed = 0
-                    finish(index, item, status, refusal)
+                    finish(index, item, status, refusal, note)
         except PeerError as problem:
             if not associated:
                 raise
@@ -197,7 +212,7 @@ def identity(path: Path) -> tuple[str, str]:
     return item.sop_class_uid, item.sop_instance_uid
 
 
-def _identify(path: Path) -> _Item:
+def _identify(path: Path, wanted: Sequence[str] = ()) -> _Item:
     """Raises HeaderError if the file is no instance, or its File Meta Information is another instance's."""
     with reading(str(path)), path.open("rb") as stream:
         meta = parse_meta(stream)
@@ -214,7 +229,12 @@ def _identify(path: Path) -> _Item:
             raise HeaderError("its File Meta Information names another instance than its data set")
         if odd and syntax != DeflatedExplicitVRLittleEndian:
             raise HeaderError("it has an odd number of bytes, so it is damaged")
-        return item
+    if wanted:
+        try:
+            item = replace(item, wanted=fitting(path, wanted) or (str(ImplicitVRLittleEndian),))
+        except (InvalidDicomError, ValueError) as error:
+            raise HeaderError(f"it cannot be written in another transfer syntax: {error}") from error
+    return item
 
 
 def _contexts(items: Iterable[_Item]) -> Set[tuple[str, str]]:
@@ -228,29 +248,42 @@ def _contexts(items: Iterable[_Item]) -> Set[tuple[str, str]]:
     return contexts.keys()
 
 
-def _store(association: Any, item: _Item) -> tuple[int | None, str]:
-    """The status and why the item was not stored; (None, '') if there was no answer."""
+def _store(association: Any, item: _Item) -> tuple[int | None, str, str]:
+    """The status, why the item was not stored, and in what it went out; the first two are None and '' if there was no
+    answer."""
     accepted = {(cx.abstract_syntax, cx.transfer_syntax[0]) for cx in association.accepted_contexts}
     name = UID(item.transfer_syntax_uid).name
     if accepted.isdisjoint(item.contexts):
-        return None, f"the peer does not accept {UID(item.sop_class_uid).name} in {name}"
+        wanted = ", ".join(UID(syntax).name for _, syntax in item.contexts) if item.wanted else name
+        return None, f"the peer does not accept {UID(item.sop_class_uid).name} in {wanted}", ""
+    chosen = next(syntax for cls, syntax in item.contexts if (cls, syntax) in accepted)
+    note = ""
+    if item.wanted and chosen != item.wanted[0]:
+        note = f"in {UID(chosen).name}: it does not accept {UID(item.wanted[0]).name}"
     try:
         with TemporaryDirectory() as folder:
             # A path goes out as it is; of a data set pynetdicom may change the encoding.
-            source = item.path if item.contexts[0] in accepted else dcmread(item.path)
-            if item.unpadded and source is item.path:
+            source: Path | Any = item.path
+            if chosen != item.transfer_syntax_uid:
+                if item.wanted:
+                    source = Path(folder) / "transcoded.dcm"
+                    transcoded(item.path, source, chosen)
+                else:
+                    source = dcmread(item.path)
+            elif item.unpadded:
                 source = Path(folder) / "padded.dcm"
                 source.write_bytes(item.path.read_bytes() + b"\0")
             status = association.send_c_store(source).get("Status")
     except RuntimeError:
-        return None, ""  # the association has ended
+        return None, "", ""  # the association has ended
     except Exception as error:
         association.abort()  # part of a message may have gone out already
-        return None, f"it cannot be sent ({type(error).__name__}: {error})"
+        return None, f"it cannot be sent ({type(error).__name__}: {error})", ""
     if status is None:
-        return None, ""
+        return None, "", ""
     category = code_to_category(status)
-    return status, "" if category in ("Success", "Warning") else f"the peer answered 0x{status:04X} ({category})"
+    refusal = "" if category in ("Success", "Warning") else f"the peer answered 0x{status:04X} ({category})"
+    return status, refusal, note
 
 
 @contextmanager

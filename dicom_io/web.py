@@ -55,6 +55,7 @@ class Stored:
         referenced: whether its answer names the instance as stored.
         failure: Failure Reason (0008,1197; PS3.18 10.5.3) of the instance, None if it names none.
         warning: Warning Reason (0008,1196) of the instance, None if it names none.
+        told: whether it holds a data set at all.
     """
 
     status: int
@@ -62,10 +63,14 @@ class Stored:
     referenced: bool
     failure: int | None
     warning: int | None
+    told: bool
 
 
 def store(archive: Archive, path: Path, sop_instance_uid: str) -> Stored:
     """Send one Part 10 file, as it is, in a request of its own.
+
+    The media type does not name the transfer syntax, which the file does: Orthanc's DICOMweb 1.7 leaves out a part that
+    has a parameter, and answers 200.
 
     Raises:
         PeerError: no connection, or no answer; the archive may have the instance.
@@ -78,14 +83,15 @@ def store(archive: Archive, path: Path, sop_instance_uid: str) -> Stored:
         "Accept": "application/dicom+json",
     }
     with _asking(archive, "POST", "/studies", head + path.read_bytes() + tail, headers) as (status, said, content):
-        told = _told(content)
-        kept, failed = _item(told, _REFERENCED, sop_instance_uid), _item(told, _FAILED, sop_instance_uid)
+        answer = _told(content)
+        kept, failed = _item(answer, _REFERENCED, sop_instance_uid), _item(answer, _FAILED, sop_instance_uid)
         return Stored(
             status,
             said,
             referenced=kept is not None,
             failure=None if failed is None else _number(failed, _FAILURE, PROCESSING_FAILURE),
             warning=None if kept is None else _number(kept, _WARNING, None),
+            told=bool(answer),
         )
 
 

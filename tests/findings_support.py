@@ -199,6 +199,7 @@ def renamed(verdict: Verdict, **changes: Any) -> Verdict:
 
 _KNOWN = (
     "Comprehensive3DSR",
+    "ComprehensiveSR",
     "SCImage",
     "CTImage",
     "Segmentation",

@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from appliance.delivery.dicom import DUPLICATE, PASSING
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+from appliance.delivery.dicom import DUPLICATE, PASSING, unusable
 from appliance.delivery.outbox import Result
 from dicom_io.errors import ScansideError
-from dicom_io.web import Archive, store
+from dicom_io.transcode import fitting, transcoded
+from dicom_io.web import Archive, Stored, store
 
 _PASSING = (401, 403, 408, 425, 429)
 """Statuses of HTTP below 500 that are worth another try: a login that is being mended, and what passes by itself."""
-UNSUPPORTED = (0x0122, 0xC122)
-"""SOP Class, or transfer syntax, not supported (PS3.18 I.2)."""
+SYNTAX = 0xC122
+"""Transfer syntax not supported (PS3.18 I.2)."""
 
 
-def store_web(path: Path, uid: str, archive: Archive) -> Result:
-    """STOW-RS one file (PS3.18 10.5). It is stored if the answer names it as stored, or is a 200 that names no failure.
+def store_web(path: Path, uid: str, archive: Archive, syntaxes: Sequence[str] = ()) -> Result:
+    """STOW-RS one file, in the first of some transfer syntaxes that the archive takes.
 
-    A reason that says that it was there before counts as stored: our UIDs are derived from what they name. Lack of
-    resources (0xA7xx), a processing failure, and an answer from 500 on are worth another try; so is a 202 that does
-    not say what became of the instance.
+    There is no negotiation: if it answers that it does not support one (0xC122, 415) the next is tried at once.
+
+    Args:
+        syntaxes: of `dicom_io.transcode.SYNTAXES`, the best first; after them comes Explicit VR Little Endian, which
+            our files have.
 
     Raises:
         PeerError: no connection or no answer.
     """
-    answer = store(archive, path, uid)
+    wanted = dict.fromkeys((*(fitting(path, syntaxes) if syntaxes else ()), str(ExplicitVRLittleEndian)))
+    refused = ""
+    for syntax in wanted:
+        with TemporaryDirectory() as folder:
+            written = path
+            if syntax != ExplicitVRLittleEndian:
+                written = Path(folder) / "transcoded.dcm"
+                transcoded(path, written, syntax)
+            answer = store(archive, written, uid)
+        outcome, said = _judged(answer)
+        if answer.failure != SYNTAX and not (answer.failure is None and answer.status == 415):
+            break
+        refused = refused or UID(syntax).name
+    if refused and outcome == "acknowledge":
+        said = ", ".join(filter(None, (said, f"in {UID(syntax).name}: it does not accept {refused}")))
+    return outcome, said
+
+
+def _judged(answer: Stored) -> Result:
+    """What an answer means (PS3.18 10.5): stored, if it names the instance as stored or is a 200 without a data set.
+
+    A reason that says that it was there before counts as stored: our UIDs are derived from what they name. Lack of
+    resources (0xA7xx), a processing failure, and an answer from 500 on are worth another try; so is one that does
+    not say what became of the instance. "decline" is a verdict on all such objects.
+    """
     said = f"HTTP {answer.status} {answer.said}".strip()
     if answer.failure is not None:
         reason = f"{said}, failure 0x{answer.failure:04X}"
@@ -34,10 +65,10 @@ def store_web(path: Path, uid: str, archive: Archive) -> Result:
             return "acknowledge", f"it was stored before ({reason})"
         if answer.failure & 0xFF00 == 0xA700 or answer.failure in PASSING:
             return "retry", reason
-        return ("decline" if answer.failure in UNSUPPORTED else "reject"), reason
+        return ("decline" if unusable(answer.failure) else "reject"), reason
     if answer.referenced and 200 <= answer.status < 300:
         return "acknowledge", "" if answer.warning is None else f"{said}, warning 0x{answer.warning:04X}"
-    if answer.status == 200:
+    if answer.status == 200 and not answer.told:
         return "acknowledge", said
     if 200 <= answer.status < 300:
         return "retry", f"{said}, and it does not say whether the instance is stored"

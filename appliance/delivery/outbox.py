@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,6 +42,8 @@ class Worker(threading.Thread):
         steps: names of the destinations that are steps of the escalation.
         order_seconds: see `Ledger.take_delivery`.
         turn: called at every turn of the loop, so between two tries.
+        instead: object → what is delivered in its place where the destination declines it: the first of them that the
+            verdict has.
         ask: called when no delivery is due: asks for storage commitment of what is; whether anything was.
     """
 
@@ -58,6 +60,7 @@ class Worker(threading.Thread):
         steps: Collection[str] = (),
         order_seconds: float = 0.0,
         turn: Callable[[], None] = lambda: None,
+        instead: Callable[[str], Sequence[str]] = lambda _: (),
         ask: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(name=f"deliver-{destination}", daemon=True)
@@ -72,6 +75,7 @@ class Worker(threading.Thread):
         self._order = order_seconds
         self._pause = POLL_SECONDS
         self._turn = turn
+        self._instead = instead
         self._ask = ask
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -120,12 +124,15 @@ class Worker(threading.Thread):
         self._pause = min(POLL_SECONDS, wait) if outcome == "retry" else POLL_SECONDS
         budget = self._budget if row["object"].startswith("alert.") else None
         self._settle(row, outcome, reason, wait_seconds=wait, budget_seconds=budget)
-        log.info(
-            "study %d: %s to %s: %s%s",
+        instead = " or ".join(self._instead(row["object"])) if outcome == "decline" else ""
+        log.log(
+            logging.WARNING if outcome in ("reject", "decline") else logging.INFO,
+            "study %d: %s to %s: %s%s%s",
             row["study_id"],
             row["object"],
             self._destination,
             _SAID[outcome].format(wait=wait),
+            f", {instead} goes there instead" if instead else "",
             f" ({reason})" if reason else "",
         )
 
@@ -146,7 +153,13 @@ class Worker(threading.Thread):
             self._turn()
             try:
                 nobody = self._ledger.settle_delivery(
-                    row, outcome, reason, wait_seconds=wait_seconds, budget_seconds=budget_seconds, steps=self._steps
+                    row,
+                    outcome,
+                    reason,
+                    wait_seconds=wait_seconds,
+                    budget_seconds=budget_seconds,
+                    steps=self._steps,
+                    instead=self._instead(row["object"]),
                 )
                 if nobody:
                     log.error("study %d: NOBODY WAS REACHED by its alert", row["study_id"])

@@ -18,7 +18,7 @@ from dicom_io.header import FramePlane, Header, read_header
 from dicom_io.objects import capture, codes
 from dicom_io.objects.common import Algorithm, Device, ImageReference, Place
 from dicom_io.objects.presentation import build_presentation
-from dicom_io.objects.report import Quantity, Report, ReportFinding, build_report
+from dicom_io.objects.report import Drawn, Quantity, Report, ReportFinding, build_report
 from dicom_io.objects.segmentation import Marked, Segment, build_segmentation
 from dicom_io.objects.selection import build_selection
 from dicom_io.objects.uids import derived_uid
@@ -32,8 +32,19 @@ REPORT, CAPTURE, SEGMENTATION, PRESENTATION, SELECTION = KINDS = (
     "selection",
 )
 """The kinds of objects, in order of urgency. Captures and presentations are numbered as the key slabs are."""
+REPORT_2D = f"{REPORT}.2d"
+"""The report as a Comprehensive SR, without coordinates in space, for who does not take Comprehensive 3D SR."""
 SUMMARY = f"{CAPTURE}.summary"
 """The first picture of the captures, and the only one of a negative verdict."""
+CLASSES = {
+    REPORT: "Comprehensive3DSRStorage",
+    REPORT_2D: "ComprehensiveSRStorage",
+    CAPTURE: "SecondaryCaptureImageStorage",
+    SEGMENTATION: "SegmentationStorage",
+    PRESENTATION: "GrayscaleSoftcopyPresentationStateStorage",
+    SELECTION: "KeyObjectSelectionDocumentStorage",
+}
+"""Object or kind of objects → keyword of its SOP class."""
 _NUMBERED = re.compile(rf"({CAPTURE}|{PRESENTATION})\.([1-9][0-9]*)")
 _TITLES = {
     REPORT: "report",
@@ -67,12 +78,18 @@ def objects_for(verdict: Verdict) -> tuple[str, ...]:
         *((SEGMENTATION,) if any(slab.outlines for slab in verdict.slabs) else ()),
         *(f"{PRESENTATION}.{number}" for number in numbers),
         *((SELECTION,) if numbers else ()),
+        REPORT_2D,  # mostly for nobody
     )
 
 
 def kind_of(object_name: str) -> str:
     """The kind of an object of that name: "capture" of "capture.2"."""
     return object_name.split(".")[0]
+
+
+def class_of(object_name: str) -> str:
+    """The keyword of the SOP class of an object of that name."""
+    return CLASSES.get(object_name) or CLASSES[kind_of(object_name)]
 
 
 def object_uid(uid_root: str, study_uid: str, package: str, version: str, revision: int, object_name: str) -> str:
@@ -117,7 +134,7 @@ def render(
         analysed: SOP Instance UIDs of the analysed images, in order.
         device: see `package_device`.
         before: revision and verdict of what was issued before and was not withheld; the report says that it follows
-            the newest report of these.
+            the newest report of these, in the same class.
 
     Returns: a data set with file meta, Explicit VR Little Endian.
     Raises: ValueError for a name that is none of this verdict's, OSError or InvalidDicomError for a source that
@@ -133,7 +150,7 @@ def render(
         *_uids(uid_root, verdict, revision, object_name),
         series_number=_SERIES_NUMBER + 10 * revision + 1 + KINDS.index(kind),
         # Of the captures the summary is the first.
-        instance_number=number + (kind == CAPTURE and object_name != SUMMARY),
+        instance_number=number + (kind == CAPTURE and object_name != SUMMARY) + (object_name == REPORT_2D),
         series_description=f"{verdict.package} {_TITLES[kind]}{revised} (unverified)",
         created=issued_at.astimezone(),
     )
@@ -150,9 +167,10 @@ def render(
             _header(sources(analysed[0])),
             procedure=codes.CT_HEAD,
             algorithm=algorithm,
-            predecessor=_uids(uid_root, earlier[-1][1], earlier[-1][0], REPORT) if earlier else None,
+            predecessor=_uids(uid_root, earlier[-1][1], earlier[-1][0], object_name) if earlier else None,
             device=device,
             place=place,
+            in_space=object_name == REPORT,
         )
     if kind == SEGMENTATION:
         return _segmentation(verdict, revision, sources, analysed, uid_root, algorithm, device, place)
@@ -209,21 +227,24 @@ def render(
     )
 
 
-def render_refusal(verdict: Verdict, source: Dataset, *, issued_at: datetime, uid_root: str, device: Device) -> Dataset:
+def render_refusal(
+    object_name: str, verdict: Verdict, source: Dataset, *, issued_at: datetime, uid_root: str, device: Device
+) -> Dataset:
     """The report of a study that was not analysed: that, and why.
 
     Args:
+        object_name: REPORT or REPORT_2D.
         verdict: one that is withdrawn, of the reason, and has no slabs.
         source: header of any image of the study.
         issued_at, uid_root, device: as for `render`.
 
     Returns: a data set with file meta, Explicit VR Little Endian.
     """
-    uids = _uids(uid_root, verdict, 1, REPORT)
+    uids = _uids(uid_root, verdict, 1, object_name)
     return build_report(
         Report(
             label="intracranial haemorrhage",
-            uid=derived_uid(uid_root, "tracking", *uids),
+            uid=derived_uid(uid_root, "tracking", *_uids(uid_root, verdict, 1, REPORT)),
             finding=None,
             result=codes.NOT_ANALYSED,
             impression=wording.not_analysed(verdict),
@@ -241,10 +262,11 @@ def render_refusal(verdict: Verdict, source: Dataset, *, issued_at: datetime, ui
         place=Place(
             *uids,
             series_number=_SERIES_NUMBER + 11,
-            instance_number=1,
+            instance_number=1 + (object_name == REPORT_2D),
             series_description=f"{verdict.package} report (not analysed)",
             created=issued_at.astimezone(),
         ),
+        in_space=object_name == REPORT,
     )
 
 
@@ -398,7 +420,11 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
         images=tuple(ImageReference(header.sop_class_uid, uid) for uid, header in headers.items()),
         complete=not assemble([plane for header in headers.values() for plane in planes_of(header)]).gaps,
         outlines=tuple(
-            _in_space(headers[slab.sop_instance_uid].frames[slab.frame], outline)
+            Drawn(
+                _image(headers[slab.sop_instance_uid], slab.frame),
+                outline,
+                _in_space(headers[slab.sop_instance_uid].frames[slab.frame], outline),
+            )
             for slab in sorted(verdict.slabs, key=lambda one: one.index not in verdict.key_slabs[:1])
             for outline in slab.outlines
         ),

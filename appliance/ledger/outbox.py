@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -13,9 +13,6 @@ from appliance.ledger.board import VERSION
 from appliance.ledger.database import LedgerError, Row, later, now, seconds_between
 from appliance.ledger.escalation import Escalation
 from appliance.ledger.states import DELIVERY, step
-
-INSTEAD = {"report": "capture.summary"}
-"""What a destination gets that takes no object of the kind of the first: a picture that says the same."""
 
 
 class Outbox(Escalation):
@@ -191,14 +188,17 @@ class Outbox(Escalation):
         wait_seconds: float = 0.0,
         budget_seconds: float | None = None,
         steps: Collection[str] = (),
+        instead: Sequence[str] = (),
     ) -> bool:
         """Record what became of a taken delivery; a retry is due after ``wait_seconds``.
 
-        "decline" is a rejection because the destination takes no such objects; see `INSTEAD`. With ``budget_seconds``,
-        an acknowledgement later than that after the study's last instance marks the verdict late.
+        "decline" says that the destination takes no such objects: a rejection, unless another one can take its place.
+        With ``budget_seconds``, an acknowledgement later than that after the study's last instance marks the verdict
+        late.
 
         Args:
             steps: names of the destinations that are steps of the escalation.
+            instead: objects of which the first that the verdict has is delivered in place of a declined one.
 
         Returns:
             Whether an alert has reached nobody now, because this was its last hope.
@@ -208,15 +208,17 @@ class Outbox(Escalation):
             "store": Event.DELIVERY_STORED,
             "retry": Event.DELIVERY_RETRIED,
             "reject": Event.DELIVERY_REJECTED,
-            "decline": Event.DELIVERY_REJECTED,
             "give_up": Event.DELIVERY_DEAD,
         }
         values: dict[str, Any] = {"reason": reason, "due_at": later(wait_seconds)}
         if outcome == "acknowledge":
             values["acknowledged_at"] = now()
         with self._write() as connection:
-            declined = outcome == "decline"
-            self._move_delivery(connection, row["id"], "reject" if declined else outcome, **values)
+            if outcome == "decline":
+                if self._replace(connection, row, instead, reason):
+                    return False
+                outcome = "reject"
+            self._move_delivery(connection, row["id"], outcome, **values)
             self._append(
                 connection,
                 names[outcome],
@@ -230,28 +232,45 @@ class Outbox(Escalation):
                 self._mark_late(connection, row, budget_seconds)
             if outcome == "acknowledge":
                 self._spare_steps(connection, row, steps)
-            if declined and row["object"] in INSTEAD:
-                self._instead(connection, row, INSTEAD[row["object"]])
             return outcome in ("reject", "give_up") and self._failed_all(connection, row["finding_id"])
 
-    def _instead(self, connection: sa.Connection, row: Row, name: str) -> None:
-        """Deliver another object of the same verdict to the destination that takes none of this kind, once."""
+    def _replace(self, connection: sa.Connection, row: Row, names: Sequence[str], reason: str) -> bool:
+        """Deliver the first of other objects of the same verdict, once, to a destination that takes none of this kind.
+
+        Returns:
+            Whether the verdict has one of them.
+        """
         d, f = t.delivery.c, t.finding.c
         verdict_id = sa.select(f.verdict_id).where(f.id == row["finding_id"]).scalar_subquery()
-        key = connection.scalar(sa.select(f.id).where(f.verdict_id == verdict_id, f.object == name))
-        there = sa.select(d.id).where(d.finding_id == key, d.destination == row["destination"])
-        if key is None or connection.execute(there).first() is not None:
-            return
-        connection.execute(
-            t.delivery.insert().values(
-                finding_id=key,
-                destination=row["destination"],
-                urgency=row["urgency"],
-                state=step(DELIVERY, "", "create"),
-                due_at=now(),
-                reason=f"in place of the {row['object']}",
-            )
+        query = sa.select(f.object, f.id).where(f.verdict_id == verdict_id, f.object.in_(names))
+        found = {one.object: one.id for one in connection.execute(query)}
+        name = next((one for one in names if one in found), None)
+        if name is None:
+            return False
+        self._move_delivery(connection, row["id"], "replace", reason=reason)
+        self._append(
+            connection,
+            Event.DELIVERY_REPLACED,
+            row["study_id"],
+            delivery=row["id"],
+            object=row["object"],
+            destination=row["destination"],
+            instead=name,
+            reason=reason,
         )
+        there = sa.select(d.id).where(d.finding_id == found[name], d.destination == row["destination"])
+        if connection.execute(there).first() is None:
+            connection.execute(
+                t.delivery.insert().values(
+                    finding_id=found[name],
+                    destination=row["destination"],
+                    urgency=row["urgency"],
+                    state=step(DELIVERY, "", "create"),
+                    due_at=now(),
+                    reason=f"in place of the {row['object']}",
+                )
+            )
+        return True
 
     def _mark_late(self, connection: sa.Connection, row: Row, budget_seconds: float) -> None:
         last = connection.scalar(sa.select(t.study.c.last_instance_at).where(t.study.c.id == row["study_id"]))
@@ -287,7 +306,7 @@ class Outbox(Escalation):
             return len(rows)
 
     def requeue_delivery(self, delivery_id: int, destinations: Collection[str]) -> None:
-        """Send a dead, rejected or withdrawn delivery once more, because somebody asked for it.
+        """Send a dead, rejected, replaced or withdrawn delivery once more, because somebody asked for it.
 
         Args:
             destinations: those that are configured.
@@ -305,7 +324,7 @@ class Outbox(Escalation):
             if row is None:
                 raise LedgerError("there is no such delivery", where, "`scanside study UID` lists a study's deliveries")
             if (row.state, "requeue") not in DELIVERY:
-                said = f"it is {row.state}, not dead, rejected or withdrawn"
+                said = f"it is {row.state}, not dead, rejected, replaced or withdrawn"
                 raise LedgerError(said, where, "there is nothing to send again")
             if row.destination not in destinations:
                 raise LedgerError(f"{row.destination} is not configured", where, "configure it again under that name")

@@ -299,7 +299,7 @@ def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iter
         .where(
             kept,
             f.removed_at.is_(None),
-            d.state.not_in(("acknowledged", "withdrawn", "spared")),
+            d.state.not_in(("acknowledged", "withdrawn", "spared", "replaced")),
             d.state.not_in(_UNSUCCESSFUL) | ~newer,
         )
         .order_by(d.id)

@@ -57,6 +57,8 @@ DELIVERY: Final = {
     ("sending", "retry"): "pending",
     ("sending", "park"): "pending",
     ("sending", "reject"): "rejected",
+    # The destination takes no such objects, and gets another one of the same verdict instead.
+    ("sending", "replace"): "replaced",
     ("sending", "give_up"): "dead",
     # The peer has it and is asked to commit itself to keeping it; written down before it is asked.
     ("sending", "store"): "stored",
@@ -72,6 +74,7 @@ DELIVERY: Final = {
     ("dead", "requeue"): "pending",
     ("rejected", "requeue"): "pending",
     ("withdrawn", "requeue"): "pending",
+    ("replaced", "requeue"): "pending",
 }
 
 COMMITMENT: Final = {

@@ -248,7 +248,11 @@ def timeline(report: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     newest: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
     stored = {one["id"] for one in report["deliveries"] if one["state"] == "acknowledged"}
-    wanted = {one["id"] for one in report["deliveries"] if not one["object"].startswith(("alert.", "worklist."))}
+    wanted = {
+        one["id"]
+        for one in report["deliveries"]
+        if not one["object"].startswith(("alert.", "worklist.")) and one["state"] != "replaced"
+    }
     for event in report["events"]:
         detail, name = event["detail"], event["name"]
         is_alert = str(detail.get("object", "")).startswith("alert.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from appliance.ledger.selftest import SELFTEST_ALERTS, SELFTEST_DESTINATIONS
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog, notify
 from appliance.services.process import STOP_SECONDS, service
+from appliance.services.routing import in_place_of
 from appliance.services.selftest import alerts_of, objects_of
 from appliance.settings import (
     ClientTls,
@@ -32,6 +33,7 @@ from appliance.settings import (
     DicomDestination,
     DicomwebDestination,
     Hl7Destination,
+    ImageDestination,
     MailDestination,
     OrderDestination,
     RestDestination,
@@ -41,6 +43,7 @@ from appliance.settings import (
 )
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer
+from dicom_io.transcode import SYNTAXES
 from dicom_io.web import Archive
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ def run_delivery(settings: Settings) -> None:
                 order_seconds=settings.delivery.order_seconds,
                 turn=watchdog.loop(f"delivery to {destination.name}", TRY_SECONDS),
                 ask=_asker(settings, ledger, destination),
+                instead=_instead(destination),
             )
             worker.start()
             workers.append(worker)
@@ -202,6 +206,13 @@ def archive(destination: DicomwebDestination) -> Archive:
     return Archive(destination.url.rstrip("/"), context, login, destination.answer_seconds)
 
 
+def _instead(destination: Destination) -> Callable[[str], Sequence[str]]:
+    """What goes to a destination in place of an object that it declines."""
+    if not isinstance(destination, ImageDestination):
+        return lambda _: ()
+    return lambda name: in_place_of(destination, name)
+
+
 def _asker(settings: Settings, ledger: Ledger, destination: Destination) -> Callable[[], bool]:
     """What asks a destination for storage commitment; of another kind than DICOM there is nothing to ask."""
     if not isinstance(destination, DicomDestination):
@@ -288,11 +299,17 @@ def _deliverer(
     match destination:
         case DicomDestination():
             promised = destination.commitment != "no"
+            wanted = _uids(destination.transfer_syntaxes)
             return lambda row: store(
-                folder / row["path"], dicom_peer(destination), settings.intake.ae_title, commitment=promised
+                folder / row["path"],
+                dicom_peer(destination),
+                settings.intake.ae_title,
+                commitment=promised,
+                syntaxes=wanted,
             )
         case DicomwebDestination():
-            return lambda row: store_web(folder / row["path"], row["uid"], archive(destination))
+            wanted = _uids(destination.transfer_syntaxes)
+            return lambda row: store_web(folder / row["path"], row["uid"], archive(destination), wanted)
         case Hl7Destination():
             return _hl7_sender(folder, destination, stack)
         case MailDestination():
@@ -313,6 +330,10 @@ def _deliverer(
             return lambda row: send_request(
                 folder / row["path"], row["uid"], rest(destination), destination.header, destination.secret_file
             )
+
+
+def _uids(keywords: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(one) for keyword in keywords for one in SYNTAXES if one.keyword == keyword)
 
 
 def _show(settings: Settings, ledger: Ledger, path: Path) -> Result:

@@ -19,7 +19,7 @@ from appliance.findings.render import (
     CAPTURE,
     KINDS,
     REPORT,
-    SUMMARY,
+    REPORT_2D,
     kind_of,
     object_uid,
     objects_for,
@@ -37,6 +37,7 @@ from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
+from appliance.services.routing import needs_2d, report_form, routed
 from appliance.services.selftest import selftest_settings
 from appliance.services.telling import Message, marks, message, messages
 from appliance.settings import Hl7Destination, ImageDestination, Settings
@@ -119,17 +120,13 @@ class Issuer:
         findings = self._alerts(
             settings, row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source)
         )
+        archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
+        routes = {one.name: routed(one, verdict) for one in archives}
+        spare_2d = any(map(needs_2d, archives))
         for name in objects_for(verdict):
             kind = kind_of(name)
-            takers = {
-                one.name: 10 * (1 + one.objects.index(kind))
-                for one in settings.destination
-                if isinstance(one, ImageDestination)
-                and kind in one.objects
-                # Of a negative study there is nothing to show: its picture only stands in for a report.
-                and (verdict.positive or name != SUMMARY or REPORT not in one.objects)
-            }
-            if takers or kind in _ALWAYS:
+            takers = {one: urgencies[name] for one, urgencies in routes.items() if name in urgencies}
+            if takers or (spare_2d if name == REPORT_2D else kind in _ALWAYS):
                 uid = object_uid(self._settings.box.uid_root, *key, revision, name)
                 names = () if shadow else tuple(takers)
                 findings.append(NewFinding(name, uid, None, names, URGENCY[kind], urgencies=takers))
@@ -243,7 +240,7 @@ class Issuer:
         """
         settings = self._told(study_id)
         wanted = [one for one in settings.destination if isinstance(one, Hl7Destination) and one.refusals]
-        archives = tuple(one.name for one in settings.destination if isinstance(one, ImageDestination) and one.refusals)
+        archives = [one for one in settings.destination if isinstance(one, ImageDestination) and one.refusals]
         ours = any(not one.met and one.criterion in _OUR_FAULT for one in admission.criteria)
         if mode == SHADOW or ours or not (wanted or archives) or self._ledger.has_spoken(study_id, package.name):
             return None
@@ -263,11 +260,15 @@ class Issuer:
         made = [message(self._settings, one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
         findings = [self._kept(study_id, verdict, 1, one) for one in made]
         if archives:
-            findings.append(self._refused(study_id, package, verdict, issued_at, header, archives))
+            for name in (REPORT, REPORT_2D):
+                takers = tuple(one.name for one in archives if report_form(one) == name)
+                if takers or (name == REPORT_2D and any(map(needs_2d, archives))):
+                    findings.append(self._refused(name, study_id, package, verdict, issued_at, header, takers))
         return Notice(verdict, issued_at, findings)
 
     def _refused(
         self,
+        name: str,
         study_id: int,
         package: Package,
         verdict: Verdict,
@@ -278,19 +279,19 @@ class Issuer:
         """Write the report of a study that was not analysed; what to deliver, or why it never will be."""
         box = self._settings.box
         key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-        uid = object_uid(box.uid_root, *key, 1, REPORT)
+        uid = object_uid(box.uid_root, *key, 1, name)
         try:
             device = package_device(verdict, uid_root=box.uid_root, station=box.name, manufacturer=package.manufacturer)
             at = datetime.fromisoformat(issued_at)
-            made = render_refusal(verdict, header, issued_at=at, uid_root=box.uid_root, device=device)
-            path = _folder(study_id, verdict.package, 1) / f"{REPORT}.dcm"
+            made = render_refusal(name, verdict, header, issued_at=at, uid_root=box.uid_root, device=device)
+            path = _folder(study_id, verdict.package, 1) / f"{name}.dcm"
             _write_durably(self._settings.findings_directory / path, part10(made))
         except OSError:
             raise
         except Exception as error:  # a header that no report can be made of must not keep others from being told
             log.exception("study %d: the report that it was not analysed could not be made", study_id)
-            return NewFinding(REPORT, uid, None, archives, OTHER_URGENCY, failed=f"{type(error).__name__}: {error}")
-        return NewFinding(REPORT, uid, str(path), archives, OTHER_URGENCY)
+            return NewFinding(name, uid, None, archives, OTHER_URGENCY, failed=f"{type(error).__name__}: {error}")
+        return NewFinding(name, uid, str(path), archives, OTHER_URGENCY)
 
     def _kept(self, study_id: int, verdict: Verdict, revision: int, told: Message) -> NewFinding:
         """Write one message's file; what to deliver, or why it never will be."""
@@ -342,7 +343,7 @@ class Issuer:
         instances = self.files(row["study_id"], row["inputs"])
         before = [
             (one["revision"], Verdict.from_json(one["result"]))
-            for one in (self._ledger.verdicts(row["analysis_id"]) if row["object"] == REPORT else ())
+            for one in (self._ledger.verdicts(row["analysis_id"]) if kind_of(row["object"]) == REPORT else ())
             if one["revision"] < row["revision"]
         ]
         dataset = render(

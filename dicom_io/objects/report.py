@@ -1,4 +1,4 @@
-"""A measurement report: Comprehensive 3D SR after PS3.16 TID 1500."""
+"""A measurement report: Comprehensive 3D SR, or Comprehensive SR, after PS3.16 TID 1500."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import Comprehensive3DSRStorage
+from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage
 
 from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
@@ -57,6 +57,20 @@ class ReportFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """A closed polygon, in its image and in space.
+
+    Attributes:
+        outline: of (column, row), pixel centres at integers.
+        in_space: the same points as (x, y, z) in mm of the frame of reference.
+    """
+
+    image: ImageReference
+    outline: tuple[tuple[float, float], ...]
+    in_space: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What the report says.
 
@@ -72,8 +86,8 @@ class Report:
         limitations: what was not analysed or is doubtful.
         images: every analysed image, all of one series, in order; empty only of a study that was not analysed.
         complete: whether the images are all of that series, as far as can be seen.
-        outlines: all that the volume was measured in, first what the first finding outlines: closed polygons, each in
-            one plane, of (x, y, z) in mm of the frame of reference. (OHIF draws the first of them on that image.)
+        outlines: all that the volume was measured in, first what the first finding outlines. (OHIF draws the first of
+            them on that image.)
     """
 
     label: str
@@ -88,7 +102,7 @@ class Report:
     images: tuple[ImageReference, ...]
     complete: bool = True
     actionable: Concept | None = None
-    outlines: tuple[tuple[tuple[float, float, float], ...], ...] = ()
+    outlines: tuple[Drawn, ...] = ()
 
 
 def build_report(
@@ -100,27 +114,33 @@ def build_report(
     predecessor: tuple[str, str] | None = None,
     device: Device,
     place: Place,
+    in_space: bool = True,
 ) -> Dataset:
     """An unverified, preliminary TID 1500 report on one series.
 
     Its Completion Flag is PARTIAL where images of the series are missing. The result for the study is a TID 1501 group.
     Its probability is inferred (TID 320) from the outlines on the first finding's image, its volume from all outlines,
-    closed polylines in space. (The volume surface of a TID 1411 group would have to be of polygons, and OHIF 3.13 shows
-    an error page instead of a report that has one.) A number that no outline belongs to is inferred from the border of
-    its whole image, since OHIF 3.13 shows nothing at all of a report that has a group without coordinates.
+    closed polylines in space, or where that is not wanted on their images. (The volume surface of a TID 1411 group
+    would have to be of polygons, and OHIF 3.13 shows an error page instead of a report that has one.) A number that no
+    outline belongs to is inferred from the border of its whole image, since OHIF 3.13 shows nothing at all of a report
+    that has a group without coordinates.
 
     Args:
         source: header of an analysed image, or of any image of a study that was not analysed; the report takes patient
             and study from it.
         procedure: the imaging procedure that is reported on.
-        predecessor: SOP Instance UID and Series Instance UID of the report in this study that this one supersedes.
+        predecessor: SOP Instance UID and Series Instance UID of the report in this study that this one supersedes, of
+            the same class.
+        in_space: Comprehensive 3D SR; else Comprehensive SR, which has no coordinates in space (PS3.3 A.35.3.3.1.2) and
+            says everything else alike.
 
     Returns: a data set with file meta, ready to be written; the same for the same arguments.
     Raises: ValueError if `report.images` is empty and the result is another than that nothing was analysed.
     """
     if not report.images and report.result != codes.NOT_ANALYSED:
         raise ValueError("a report needs at least one analysed image")
-    made = begin(Comprehensive3DSRStorage, "SR", source, device, place)
+    sop_class = Comprehensive3DSRStorage if in_space else ComprehensiveSRStorage
+    made = begin(sop_class, "SR", source, device, place)
     made.CompletionFlag = "COMPLETE" if report.complete else "PARTIAL"
     if not report.images:
         made.CompletionFlagDescription = "The study was not analysed"
@@ -135,7 +155,7 @@ def build_report(
         made.CurrentRequestedProcedureEvidenceSequence = in_study(study, series, report.images)
     if predecessor is not None:
         instance_uid, series_uid = predecessor
-        earlier = ImageReference(Comprehensive3DSRStorage, instance_uid)
+        earlier = ImageReference(sop_class, instance_uid)
         made.PredecessorDocumentsSequence = in_study(study, series_uid, [earlier])
     declare_private_scheme(made)
 
@@ -145,7 +165,7 @@ def build_report(
         manufacturer=fit(made, algorithm.manufacturer),
         parameters=[fit(made, parameter) for parameter in algorithm.parameters] or None,
     )
-    groups: list[Any] = [_study_group(made, report, source, identification)]
+    groups: list[Any] = [_study_group(made, report, source, identification, in_space)]
     groups += [_finding_group(made, finding, source, identification) for finding in report.findings]
     tree = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer(made, device)),
@@ -208,27 +228,36 @@ def _seen_in(finding: ReportFinding, source: Dataset) -> Any:
     )
 
 
-def _in_space(source: Dataset, report: Report) -> list[Any]:
-    """The outlines in the frame of reference of the source; none where it has none."""
+def _measured_in(source: Dataset, report: Report, in_space: bool) -> list[Any]:
+    """The outlines on their images, or in the frame of reference of the source; none there where it has none."""
+    if not in_space:
+        return [
+            sr.CoordinatesForMeasurement(
+                graphic_type=sr.GraphicTypeValues.POLYLINE,
+                graphic_data=_points(one.outline),
+                source_image=_on_image(one.image),
+            )
+            for one in report.outlines
+        ]
     if not source.get("FrameOfReferenceUID"):
         return []
     return [
         sr.CoordinatesForMeasurement3D(
             graphic_type=sr.GraphicTypeValues3D.POLYLINE,
-            graphic_data=np.array([*polygon, polygon[0]], dtype=np.float64),
+            graphic_data=np.array([*one.in_space, one.in_space[0]], dtype=np.float64),
             frame_of_reference_uid=source.FrameOfReferenceUID,
         )
-        for polygon in report.outlines
+        for one in report.outlines
     ]
 
 
-def _study_group(made: Dataset, report: Report, source: Dataset, identification: Any) -> Any:
+def _study_group(made: Dataset, report: Report, source: Dataset, identification: Any, in_space: bool) -> Any:
     # The study's probability is that of its most suspicious slab.
     seen_in = {
         codes.PROBABILITY_ANY: [
             _seen_in(one, source) for one in report.findings if one.image == report.findings[0].image
         ],
-        codes.VOLUME: _in_space(source, report),
+        codes.VOLUME: _measured_in(source, report, in_space),
     }
     measurements = [_measured(one, seen_in.get(one.name)) for one in report.quantities]
     group = sr.MeasurementsAndQualitativeEvaluations(

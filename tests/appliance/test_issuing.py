@@ -10,13 +10,15 @@ from typing import Any
 
 import pydicom
 import pytest
+from pydicom.uid import ComprehensiveSRStorage
 
 from appliance.findings.render import render
 from appliance.governance.indication import Admission
 from appliance.governance.package import load_configured
 from appliance.ledger.records import Verdict
-from appliance.ledger.views import study_report
+from appliance.ledger.views import event_counts, study_report, troubles
 from appliance.services.issuing import Issuer
+from appliance.services.routing import in_place_of
 from appliance.settings import DicomDestination, Settings
 from dicom_io.header import read_header
 from tests.appliance.intake.test_retention import Box
@@ -29,12 +31,13 @@ PICTURES = ["capture.summary", "capture.1", "capture.2"]
 class Issued:
     """A box with two archives, one of which takes everything, and a study that is analysed again and again."""
 
-    def __init__(self, folder: Path, **objects: list[str]) -> None:
+    def __init__(self, folder: Path, *, classes: list[str] | None = None, **objects: list[str]) -> None:
         self.box = Box(folder)
         self.box.settings.run_directory.mkdir(exist_ok=True)
         destinations = [
             DicomDestination.model_validate(
                 {"kind": "dicom", "name": name, "ae_title": "PACS", "host": "h", "port": 104, "objects": wanted}
+                | ({"sop_classes": classes} if classes else {})
             )
             for name, wanted in objects.items()
         ]
@@ -66,9 +69,23 @@ class Issued:
         if draw:
             self.issuer.render()
 
-    def report(self, revision: int) -> pydicom.Dataset:
-        (path,) = self.box.settings.findings_directory.glob(f"*-{revision}/report.dcm")
+    def report(self, revision: int, name: str = "report") -> pydicom.Dataset:
+        (path,) = self.box.settings.findings_directory.glob(f"*-{revision}/{name}.dcm")
         return pydicom.dcmread(path)
+
+    def decline(self, destination: str, expected: str) -> None:
+        """The destination takes no objects such as the next one."""
+        row = self.box.ledger.take_delivery(destination)
+        assert row is not None and row["object"] == expected
+        (there,) = [one for one in self.box.settings.destination if one.name == destination]
+        assert isinstance(there, DicomDestination)
+        instead = in_place_of(there, expected)
+        self.box.ledger.settle_delivery(row, "decline", f"it takes no {expected}", instead=instead)
+
+    def states(self, destination: str) -> dict[str, tuple[str, str]]:
+        """Object → state of its delivery there, and why."""
+        rows = study_report(self.box.ledger, 1)["deliveries"]
+        return {one["object"]: (one["state"], one["reason"]) for one in rows if one["destination"] == destination}
 
     def delivered(self, destination: str) -> list[str]:
         """The objects in the order in which that destination gets them."""
@@ -106,13 +123,22 @@ def test_each_archive_gets_what_it_takes_in_its_own_order(issued: Issued) -> Non
 def test_of_a_negative_study_the_picture_stands_in_for_a_report(tmp_path: Path) -> None:
     issued = Issued(tmp_path, plain=["report", "capture"], pictures=["capture"], marks=["segmentation"])
     issued.issue(replace(verdict_on(issued.series, positive=False), slabs=()))
-    row = issued.box.ledger.take_delivery("plain")
-    assert row is not None and row["object"] == "report"
-    issued.box.ledger.settle_delivery(row, "decline", "it accepts none of what was proposed")
+    issued.decline("plain", "report")
+    issued.decline("plain", "report.2d")
     assert issued.delivered("plain") == issued.delivered("pictures") == ["capture.summary"]
     assert issued.delivered("marks") == []
-    (report, *_) = [one for one in study_report(issued.box.ledger, 1)["deliveries"] if one["object"] == "report"]
-    assert (report["state"], report["reason"]) == ("rejected", "it accepts none of what was proposed")
+    assert issued.states("plain") == {
+        "report": ("replaced", "it takes no report"),
+        "report.2d": ("replaced", "it takes no report.2d"),
+        "capture.summary": ("acknowledged", ""),
+    }
+    events = [one for one in study_report(issued.box.ledger, 1)["events"] if one["name"] == "delivery.replaced"]
+    assert [(one["detail"]["object"], one["detail"]["instead"]) for one in events] == [
+        ("report", "report.2d"),
+        ("report.2d", "capture.summary"),
+    ]
+    assert event_counts(issued.box.ledger)["delivery.replaced"] == 2  # so Prometheus sees it
+    assert troubles(issued.box.ledger)["deliveries"] == []
     issued.box.ledger.close()
 
 
@@ -142,11 +168,54 @@ def test_of_all_pictures_that_wait_those_of_a_positive_study_come_first_and_none
     assert asked[before + 10 :] == [(2, "capture.1")]
 
 
+def test_the_report_without_space_is_made_where_somebody_may_need_it(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.arrive()
+    issued.issue(seen(issued))
+    (path,) = issued.box.settings.findings_directory.glob("*-2/report.2d.dcm")
+    made, first = pydicom.dcmread(path), issued.report(1, "report.2d")
+    assert made.SOPClassUID == first.SOPClassUID == ComprehensiveSRStorage
+    assert made.SOPInstanceUID not in {issued.report(1).SOPInstanceUID, issued.report(2).SOPInstanceUID}
+    [document] = made.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
+    assert document.ReferencedSOPInstanceUID == first.SOPInstanceUID
+    assert document.ReferencedSOPClassUID == ComprehensiveSRStorage
+
+
+def test_only_classes_that_a_destination_takes_go_there(tmp_path: Path) -> None:
+    wanted = ["ComprehensiveSRStorage", "SecondaryCaptureImageStorage"]
+    issued = Issued(tmp_path, classes=wanted, all=EVERYTHING, plain=["report"], marks=["segmentation"])
+    issued.issue(seen(issued))
+    assert issued.delivered("all") == [*PICTURES, "report.2d"]
+    issued.decline("plain", "report.2d")
+    assert issued.delivered("plain") == ["capture.summary"]
+    assert issued.delivered("marks") == []
+    issued.box.ledger.close()
+
+
+def test_what_takes_no_report_at_all_gets_the_summary_and_nothing_takes_its_place(tmp_path: Path) -> None:
+    issued = Issued(tmp_path, classes=["SecondaryCaptureImageStorage"], plain=["report"], both=["report", "capture"])
+    issued.issue(seen(issued))
+    assert issued.delivered("both") == PICTURES
+    issued.decline("plain", "capture.summary")
+    assert issued.states("plain") == {"capture.summary": ("rejected", "it takes no capture.summary")}
+    made = {path.stem for path in issued.box.settings.findings_directory.rglob("*.dcm")}
+    assert "report.2d" not in made
+    issued.box.ledger.close()
+
+
+def test_a_segmentation_that_is_declined_is_reported(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    for name in ("selection", "presentation.1", "presentation.2", "segmentation"):
+        issued.decline("all", name)
+    assert issued.states("all")["segmentation"] == ("rejected", "it takes no segmentation")
+    assert event_counts(issued.box.ledger)["delivery.rejected"] == 4
+    assert issued.delivered("all") == [*PICTURES, "report"]
+
+
 def test_a_picture_stands_in_once(issued: Issued) -> None:
     issued.issue(seen(issued))
-    row = issued.box.ledger.take_delivery("plain")
-    assert row is not None and row["object"] == "report"
-    issued.box.ledger.settle_delivery(row, "decline", "no")
+    issued.decline("plain", "report")
+    issued.decline("plain", "report.2d")
     assert issued.delivered("plain") == PICTURES
 
 
@@ -155,7 +224,7 @@ def test_what_is_refused_for_itself_is_not_replaced(tmp_path: Path) -> None:
     issued.issue(seen(issued))
     row = issued.box.ledger.take_delivery("plain")
     assert row is not None
-    issued.box.ledger.settle_delivery(row, "reject", "0xC000")
+    issued.box.ledger.settle_delivery(row, "reject", "0x0124", instead=["report.2d"])
     assert issued.delivered("plain") == []
     issued.box.ledger.close()
 

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from highdicom.sr import srread
 from pydicom import dcmread
+from pydicom.uid import ComprehensiveSRStorage
 
 from appliance.accounting import account
 from appliance.governance.board import make_exception, revoke
 from appliance.ledger.views import event_counts, study_report
+from appliance.services.routing import in_place_of
 from appliance.settings import DicomDestination, Hl7Destination, Limit, Provisional
 from appliance.settings import Study as StudySettings
 from appliance.show import study_view, summary
@@ -112,19 +114,27 @@ def test_an_archive_that_wants_it_gets_one_report_that_finds_nothing_out(tmp_pat
     assert messages(box) == []
     (delivery,) = study_report(box.ledger, 1)["deliveries"]
     assert (delivery["object"], delivery["destination"], delivery["state"]) == ("report", "pacs", "pending")
-    (path,) = box.settings.findings_directory.rglob("*.dcm")
-    made = dcmread(path)
-    assert made.SOPInstanceUID == delivery["uid"]
-    assert (made.CompletionFlag, made.VerificationFlag) == ("PARTIAL", "UNVERIFIED")
-    assert dciodvfy_errors(path) == []
-    (group,) = srread(path).content.get_image_measurement_groups()
-    assert group.finding_type is None and group.get_measurements() == []
-    (result,) = group.get_qualitative_evaluations()
-    assert result.value.value == "NOT-ANALYSED"
-    done = subprocess.run([program("dsrdump"), "+Pl", str(path)], capture_output=True, text=True, check=True)
-    assert "paediatric (age 009Y; label: 18 years or older)" in done.stdout
-    assert "Nothing is said of haemorrhage" in done.stdout
-    assert "No hemorrhage" not in done.stdout and "Probability" not in done.stdout
+    paths = {path.stem: path for path in box.settings.findings_directory.rglob("*.dcm")}
+    assert set(paths) == {"report", "report.2d"}
+    assert dcmread(paths["report"]).SOPInstanceUID == delivery["uid"]
+    assert dcmread(paths["report.2d"]).SOPClassUID == ComprehensiveSRStorage
+    for path in paths.values():
+        made = dcmread(path)
+        assert (made.CompletionFlag, made.VerificationFlag) == ("PARTIAL", "UNVERIFIED")
+        assert dciodvfy_errors(path) == []
+        (group,) = srread(path).content.get_image_measurement_groups()
+        assert group.finding_type is None and group.get_measurements() == []
+        (result,) = group.get_qualitative_evaluations()
+        assert result.value.value == "NOT-ANALYSED"
+        done = subprocess.run([program("dsrdump"), "+Pl", str(path)], capture_output=True, text=True, check=True)
+        assert "paediatric (age 009Y; label: 18 years or older)" in done.stdout
+        assert "Nothing is said of haemorrhage" in done.stdout
+        assert "No hemorrhage" not in done.stdout and "Probability" not in done.stdout
+    row = box.ledger.take_delivery("pacs")
+    assert row is not None
+    box.ledger.settle_delivery(row, "decline", "it takes none", instead=in_place_of(archives[0], "report"))
+    (row,) = [one for one in study_report(box.ledger, 1)["deliveries"] if one["state"] == "pending"]
+    assert row["object"] == "report.2d"
     box.ledger.close()
 
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 T = TypeVar("T")
 URGENT_AE = "EMERGENCY"
 """A scanner whose studies go before all others."""
-SETTLED = ("acknowledged", "rejected", "dead")
+SETTLED = ("acknowledged", "rejected", "replaced", "dead")
 
 
 def triton_environment() -> Path:

@@ -30,9 +30,10 @@ from tests.peers import program
         (0xA700, "retry"),
         (0x0110, "retry"),
         (0x0213, "retry"),
-        (0xA900, "reject"),
-        (0xC000, "reject"),
-        (0x0122, "reject"),
+        (0xA900, "decline"),
+        (0xC000, "decline"),
+        (0x0122, "decline"),
+        (0x0124, "reject"),
     ],
 )
 def test_each_status_has_its_outcome(tmp_path: Path, status: int, outcome: str) -> None:

@@ -40,9 +40,9 @@ def zone() -> Iterator[None]:
 def test_a_positive_verdict_has_every_object_and_a_negative_one_report_and_summary(series: Series) -> None:
     assert objects_for(verdict_on(series)) == (
         *("report", "capture.summary", "capture.1", "capture.2"),
-        *("segmentation", "presentation.1", "presentation.2", "selection"),
+        *("segmentation", "presentation.1", "presentation.2", "selection", "report.2d"),
     )
-    assert objects_for(verdict_on(series, positive=False)) == ("report", "capture.summary")
+    assert objects_for(verdict_on(series, positive=False)) == ("report", "capture.summary", "report.2d")
 
 
 def test_where_nothing_is_outlined_there_is_no_segmentation(series: Series) -> None:
@@ -100,7 +100,7 @@ def test_rendering_twice_gives_the_same_bytes(name: str, series: Series) -> None
 def test_each_object_is_its_own_instance_and_each_revision_another(series: Series) -> None:
     verdict = verdict_on(series)
     made = [rendered(series, verdict, name, revision=revision) for name in objects_for(verdict) for revision in (1, 2)]
-    assert len({ds.SOPInstanceUID for ds in made}) == 16
+    assert len({ds.SOPInstanceUID for ds in made}) == 18
     assert len({ds.SeriesInstanceUID for ds in made}) == 10  # the kinds of objects, of either revision
     assert len({ds.SeriesNumber for ds in made}) == 10
     assert {ds.StudyInstanceUID for ds in made} == {series.study_uid}

@@ -16,6 +16,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sr._concepts_dict import concepts
 from pydicom.sr.coding import Code
+from pydicom.uid import ComprehensiveSRStorage
 
 from appliance.ledger.records import Verdict
 from dicom_io.objects import codes
@@ -224,6 +225,51 @@ def test_every_group_of_a_positive_report_lies_somewhere(tmp_path: Path) -> None
         [image] = border.ContentSequence
         assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == verdict.slabs[index].sop_instance_uid
     assert dciodvfy_errors(path) == []
+
+
+def test_without_coordinates_in_space_it_says_the_same(tmp_path: Path) -> None:
+    series, verdict = simulated(tmp_path)
+    paths = {name: tmp_path / f"{name}.object" for name in ("report", "report.2d")}
+    for name, path in paths.items():
+        path.write_bytes(part10(rendered(series, verdict, name)))
+    full, flat = paths["report"], paths["report.2d"]
+    made = pydicom.dcmread(flat)
+    assert (made.SOPClassUID, made.Modality) == (ComprehensiveSRStorage, "SR")
+    assert dciodvfy_errors(flat) == []
+    dumps = [
+        subprocess.run([tool("dsrdump"), "+Pc", str(path)], capture_output=True, text=True, check=True).stdout
+        for path in (full, flat)
+    ]
+    assert ["SCOORD3D" in dump for dump in dumps] == [True, False]
+    assert numbers(study_group(flat)) == numbers(study_group(full))
+    for get in ("get_planar_roi_measurement_groups", "get_image_measurement_groups"):
+        theirs, ours = getattr(content(full), get)(), getattr(content(flat), get)()
+        assert [numbers(one) for one in ours] == [numbers(one) for one in theirs]
+        assert [one.finding_type for one in ours] == [one.finding_type for one in theirs]
+    assert texts(flat, codes.IMPRESSION) == texts(full, codes.IMPRESSION)
+    # The volume lies in the same outlines, each on its image.
+    outlines = {
+        (slab.sop_instance_uid, tuple(np.ravel(np.array([*line, line[0]]) + 0.5).astype(np.float32).tolist()))
+        for slab in verdict.slabs
+        for line in slab.outlines
+    }
+    found = inferred(study_group(flat), codes.VOLUME)
+    assert len(found) == len(outlines) == len(inferred(study_group(full), codes.VOLUME)) > 10
+    drawn = set()
+    for one in found:
+        assert (one.ValueType, one.GraphicType) == ("SCOORD", "POLYLINE")
+        [image] = one.ContentSequence
+        drawn.add((str(image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID), tuple(map(float, one.GraphicData))))
+    assert drawn == outlines
+
+
+def test_of_a_negative_study_there_is_a_report_without_space_as_well(tmp_path: Path) -> None:
+    series = ct_series(tmp_path)
+    path = tmp_path / "report.object"
+    path.write_bytes(part10(rendered(series, verdict_on(series, positive=False), "report.2d")))
+    assert dciodvfy_errors(path) == []
+    [impression] = texts(path, codes.IMPRESSION)
+    assert impression.startswith("No haemorrhage found")
 
 
 def test_without_a_frame_of_reference_nothing_lies_in_space(tmp_path: Path) -> None:

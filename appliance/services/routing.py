@@ -1,0 +1,51 @@
+"""Which objects of a verdict go to a destination, and what goes there in place of one that it does not take."""
+
+from __future__ import annotations
+
+from appliance.findings.render import CAPTURE, REPORT, REPORT_2D, SUMMARY, class_of, kind_of, objects_for
+from appliance.ledger.records import Verdict
+from appliance.settings import ImageDestination
+
+_FORMS = (REPORT, REPORT_2D, SUMMARY)
+"""What says the same, the fullest first."""
+
+
+def routed(destination: ImageDestination, verdict: Verdict) -> dict[str, int]:
+    """The objects that go to a destination from the start → the urgency of each, by the order of its `objects`.
+
+    Of the forms of a report it gets one. Of a negative study there is nothing to show, so its picture only stands in
+    for a report.
+    """
+    wanted: dict[str, int] = {kind: 10 * place for place, kind in enumerate(destination.objects, start=1)}
+    form = report_form(destination)
+    found = {}
+    for name in objects_for(verdict):
+        urgency = wanted.get(kind_of(name))
+        if kind_of(name) == REPORT:
+            urgency = urgency if name == form else None
+        elif name == SUMMARY and form == SUMMARY:
+            urgency = wanted.get(CAPTURE, wanted[REPORT])
+        elif name == SUMMARY and form and not verdict.positive:
+            urgency = None
+        if urgency is not None and class_of(name) in destination.sop_classes:
+            found[name] = urgency
+    return found
+
+
+def report_form(destination: ImageDestination) -> str:
+    """The form in which a destination gets reports from the start; '' if it gets none."""
+    if REPORT not in destination.objects:
+        return ""
+    return next((name for name in _FORMS if class_of(name) in destination.sop_classes), "")
+
+
+def in_place_of(destination: ImageDestination, name: str) -> tuple[str, ...]:
+    """What a destination may get that declines an object, the best first."""
+    if name not in _FORMS:
+        return ()
+    return tuple(one for one in _FORMS[_FORMS.index(name) + 1 :] if class_of(one) in destination.sop_classes)
+
+
+def needs_2d(destination: ImageDestination) -> bool:
+    """Whether a destination may come to need reports without coordinates in space."""
+    return REPORT in destination.objects and class_of(REPORT_2D) in destination.sop_classes
