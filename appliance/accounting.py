@@ -126,8 +126,10 @@ def _outcomes(ledger: Ledger, digests: list[str]) -> dict[str, str]:
             found[row.digest] = "superseded by other bytes under the same UID"
         elif row.removed_at is not None and row.state != "complete":
             found[row.digest] = _REMOVED
-        elif row.state != "complete" or not mine:
+        elif row.state != "complete":
             found[row.digest] = "waiting: its study is not complete"
+        elif not mine:
+            found[row.digest] = "waiting: its study is complete and nothing was decided on it"
         else:
             outcome = min(_outcome(one, row.series_instance_uid, row.digest) for one in mine)
             # Nobody waits for what was removed: its study came again without it.

@@ -418,7 +418,8 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
         comments=(wording.TRIAGE_ONLY, verdict.notice),
         limitations=verdict.limitations,
         images=tuple(ImageReference(header.sop_class_uid, uid) for uid, header in headers.items()),
-        complete=not assemble([plane for header in headers.values() for plane in planes_of(header)]).gaps,
+        complete=not verdict.incomplete
+        and not assemble([plane for header in headers.values() for plane in planes_of(header)]).gaps,
         outlines=tuple(
             Drawn(
                 _image(headers[slab.sop_instance_uid], slab.frame),

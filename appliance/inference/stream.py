@@ -12,6 +12,7 @@ import heapq
 import itertools
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -190,6 +191,7 @@ class Pipeline:
         self._whole: OrderedDict[str, Decoded] = OrderedDict()
         self._whole_locks: dict[str, threading.Lock] = {}
         self._closed = False
+        self._begun: dict[str, float] = {}  # decoding thread → when it began what it is at, on the monotonic clock
         names = [f"decoder-{number}" for number in range(workers or os.cpu_count() or 1)]
         self._threads = [threading.Thread(target=self._decoder, name=name, daemon=True) for name in names]
         self._threads.append(threading.Thread(target=self._sender, name="sender", daemon=True))
@@ -281,6 +283,11 @@ class Pipeline:
                     heapq.heappush(self._waiting, (STAT, next(self._order), job))
             self._lock.notify_all()
 
+    def longest_seconds(self) -> float:
+        """How long the decoder that has been at one slab for the longest time is at it; 0 if none is at any."""
+        begun = list(self._begun.values())
+        return time.monotonic() - min(begun) if begun else 0.0
+
     def _promote(self, job: _Job) -> None:
         for place, (_, number, one) in enumerate(self._ready):
             if one is job:
@@ -295,18 +302,22 @@ class Pipeline:
     # --- decoding ---------------------------------------------------------------------------------------
 
     def _decoder(self) -> None:
+        mine = threading.current_thread().name
         while (job := self._next_job()) is not None:
-            if isinstance(job, _Slice):
-                try:
-                    job.future.set_result(self._decode([(job.path, job.digest)])[0])
-                except Exception as error:
-                    job.future.set_exception(error)
-                continue
+            self._begun[mine] = time.monotonic()
             try:
+                if isinstance(job, _Slice):
+                    job.future.set_result(self._decode([(job.path, job.digest)])[0])
+                    continue
                 job.seen = self._see(job)
             except Exception as error:
-                self._fail(job, error)
+                if isinstance(job, _Slice):
+                    job.future.set_exception(error)
+                else:
+                    self._fail(job, error)
                 continue
+            finally:
+                del self._begun[mine]
             with self._lock:
                 # However much is asked for, no more than two batches of a package lie ready, and a decoder holds one
                 # slab more.

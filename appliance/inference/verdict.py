@@ -167,7 +167,13 @@ def _limitations(volume: Volume) -> list[str]:
             f"Slices are missing in {places}, {missing:.1f} mm in all; nothing is known of what lies there."
         )
     if volume.duplicates:
-        slices = "One slice" if len(volume.duplicates) == 1 else f"{len(volume.duplicates)} slices"
-        were = "was" if len(volume.duplicates) == 1 else "were"
-        sentences.append(f"{slices} in the place of another {were} left out.")
+        sentences.append(left_out(len(volume.duplicates)))
     return sentences
+
+
+def left_out(slices: int) -> str:
+    """The limitation that so many slices lie where another one does, and were not read."""
+    subject = (
+        "One slice in the place of another was" if slices == 1 else f"{slices} slices in the place of another were"
+    )
+    return f"{subject} left out."

@@ -32,13 +32,20 @@ class Deadlines(Database):
     """The part of the ledger that holds stages against their deadlines."""
 
     def mark_overdue(
-        self, destinations: Collection[str], *, completion: float, analysis: float, alert: float
+        self,
+        packages: Collection[str],
+        destinations: Collection[str],
+        *,
+        completion: float,
+        analysis: float,
+        alert: float,
     ) -> list[Overdue]:
         """Append an event for each stage that is past its deadline and has none yet; returns those.
 
         A stage that begins anew, as when a study is reopened, may be overdue once more.
 
         Args:
+            packages: those that are configured.
             destinations: those that are configured.
             completion: seconds from the last instance until the study is complete.
             analysis: from there until its verdict or refusal.
@@ -47,10 +54,11 @@ class Deadlines(Database):
         at = now()
         # By destination, as the index has it: there are many more deliveries than open ones.
         alerted = _ALERTED.where(_D.destination.in_(destinations))
+        undecided = [(analysis, _undecided(package)) for package in packages]
         with self.read() as connection:
             found = [
                 one
-                for limit, query in ((completion, _ARRIVING), (analysis, _ANALYSED), (alert, alerted))
+                for limit, query in ((completion, _ARRIVING), (analysis, _ANALYSED), *undecided, (alert, alerted))
                 for one in (Overdue(*row) for row in connection.execute(query))
                 if seconds_between(one.since, at) > limit
             ]
@@ -107,6 +115,16 @@ _ANALYSED = (
     .select_from(t.analysis.join(t.study))
     .where(_A.state.in_(("admitted", "running")), _S.state == "complete", ~_S.selftest)
 )
+
+
+def _undecided(package: str) -> sa.Select[tuple[int, str, str, str]]:
+    """Complete studies on which the gate has not decided: whoever should, may fail at it each time."""
+    decided = sa.exists().where(_A.study_id == _S.id, _A.package == package, _A.completion == _S.completions)
+    return sa.select(_S.id, sa.literal("analysis"), sa.literal(package), _S.completed_at).where(
+        _S.state == "complete", _S.removed_at.is_(None), ~_S.selftest, ~decided
+    )
+
+
 _ALERTED = (
     sa.select(_A.study_id, sa.literal("alert"), _D.destination, _V.issued_at)
     .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 Outline = tuple[tuple[float, float], ...]
@@ -51,6 +51,7 @@ class Verdict:
             one (of no series); "" where one stands.
         mode: in which the package ran: clinical, shadow (nobody is told) or evaluation; "" where that was not recorded.
         udi: unique device identifier of the package; "" where it has none.
+        incomplete: nothing but a silence said that all of the study had come.
     """
 
     study_instance_uid: str
@@ -71,6 +72,7 @@ class Verdict:
     withdrawn: str = ""
     mode: str = ""
     udi: str = ""
+    incomplete: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal record."""
@@ -78,7 +80,8 @@ class Verdict:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
-        """The record that `to_json` wrote."""
+        """The record that `to_json` wrote; what a later version of it knows besides is left out."""
+        known = {field.name for field in fields(cls)}
         slabs = tuple(
             SlabResult(
                 **{
@@ -90,7 +93,7 @@ class Verdict:
         )
         return cls(
             **{
-                **data,
+                **{name: value for name, value in data.items() if name in known},
                 "slabs": slabs,
                 "key_slabs": tuple(data["key_slabs"]),
                 "codecs": tuple(data["codecs"]),

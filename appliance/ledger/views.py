@@ -294,6 +294,9 @@ def is_late(report: dict[str, Any], budget_seconds: float) -> bool:
         for one in report["deliveries"]
     )
     unfinished = any(one["state"] in ("admitted", "running", "failed") for one in report["analyses"])
+    # Nobody may have come to decide on it.
+    decided = any(one["completion"] == report["completions"] for one in report["analyses"])
+    unfinished |= report["state"] == "complete" and report["removed_at"] is None and not decided
     overdue = seconds_between(report["last_instance_at"], now()) > budget_seconds
     return overdue and (open_alert or unfinished)
 

@@ -126,6 +126,7 @@ def _report_overdue(settings: Settings, ledger: Ledger) -> None:
     limits = settings.budget
     try:
         overdue = ledger.mark_overdue(
+            settings.models.packages,
             [one.name for one in settings.destination],
             completion=limits.completion_seconds,
             analysis=limits.analysis_seconds,

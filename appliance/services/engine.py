@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -33,6 +34,7 @@ from appliance.inference.stream import (
     verdict_on,
 )
 from appliance.inference.triton import TritonClient, TritonError
+from appliance.inference.verdict import left_out
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
@@ -67,11 +69,17 @@ nothing; and in the end, as what is under way may hang, it no longer waits to be
 HURRY_SHARE = 0.4
 """When this part of its time has passed, an analysis is about to miss its deadline."""
 
+HURRY_LIMIT = 2
+"""After so many times its time, it no longer has others wait."""
+
 HURRY = "it goes before others; no work ahead for studies that are not urgent; no pictures drawn"
 """What is done then. Two things are left out always: pictures until after the alert, and the thin series where a thick
 one came."""
 
 HURRY_LOOK_SECONDS = 0.5
+
+_DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+"""What a disk says of a file that it cannot read any more. All else passes: it is full, or there are too many files."""
 
 LOOK_SECONDS = 0.1
 """While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
@@ -141,7 +149,6 @@ class Engine:
         """Do what there is to do; returns the seconds until there may be more."""
         self._settle()
         if self._unconfirmed.is_set():
-            self._unconfirmed.clear()
             self._take_back_unconfirmed()
         self._hurry()
         self._decide_all()
@@ -232,9 +239,9 @@ class Engine:
             log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
             self._undecided = None if self._undecided is None else self._undecided | {arriving.id}
             self._work_ahead(arriving, arrival, whole=True)
-        self._ahead.pop(arriving.id, None)
-        self._begun.pop(arriving.id, None)
-        self._not_ahead.discard(arriving.id)
+            self._ahead.pop(arriving.id, None)
+            self._begun.pop(arriving.id, None)
+            self._not_ahead.discard(arriving.id)
         return POLL_SECONDS
 
     def _silence(self, arriving: Arriving) -> float:
@@ -501,9 +508,17 @@ class Engine:
         if time.monotonic() < self._hurry_at:
             return
         self._hurry_at = time.monotonic() + HURRY_LOOK_SECONDS
-        found, new = self._ledger.mark_degraded(self._settings.budget.analysis_seconds * HURRY_SHARE, HURRY)
-        self._hurried = {one.study_id for one in found}
-        self._issuer.hold(bool(found))
+        limit, at = self._settings.budget.analysis_seconds, now()
+        found, new = self._ledger.mark_degraded(limit * HURRY_SHARE, HURRY)
+        # What nobody can bring to an end now, or is late beyond remedy, must not slow down all others for ever.
+        self._hurried = {
+            one.study_id
+            for one in found
+            if one.subject in self._packages
+            and not self.breaker.problem(one.subject)
+            and seconds_between(one.since, at) < HURRY_LIMIT * limit
+        }
+        self._issuer.hold(bool(self._hurried))
         for one in new:
             log.warning("study %d: %s (%s) may miss its deadline: %s", one.study_id, one.stage, one.subject, HURRY)
             self._pipeline.urge(one.study_id)
@@ -534,9 +549,13 @@ class Engine:
         except Closed as error:
             self._ledger.park_analysis(row["id"], error.what, 0)
         except (OSError, OperationalError) as error:
-            # The disk's fault, not the study's (OperationalError: the ledger is full or locked): it loses no try by it.
-            log.exception("study %d: the disk or the ledger failed; it is tried again", row["study_id"])
-            self._ledger.park_analysis(row["id"], str(error).splitlines()[0], _pause(attempt))
+            if isinstance(error, OSError) and error.errno in _DAMAGED:
+                log.exception("study %d: the disk cannot read what it holds", row["study_id"])
+                self._failed(row, f"the disk failed: {error.strerror}", attempt)
+            else:
+                # Not the study's fault (OperationalError: the ledger is full or locked): it loses no try by it.
+                log.exception("study %d: the disk or the ledger failed; it is tried again", row["study_id"])
+                self._ledger.park_analysis(row["id"], str(error).splitlines()[0], _pause(attempt))
         except ImplausibleImage as error:
             # It would be the same the next time.
             self._ledger.quarantine(row["id"], str(error))
@@ -565,12 +584,23 @@ class Engine:
 
         The withdrawal says why, and that nothing is said of haemorrhage; so somebody looks without waiting for us.
         """
-        for study_id, reason, standing in unconfirmed(self._ledger):
-            with self._isolated(study_id):
-                instances = {one.sop_instance_uid: one for one in self._ledger.instances(study_id)}
-                self._issuer.take_back(
-                    standing, instances, f"{reason}; what the provisional alert said is not disproved"
-                )
+        self._unconfirmed.clear()
+        left = True  # what fails is tried again with the next step
+        try:
+            standing_alerts = unconfirmed(self._ledger)
+            left = False
+            for study_id, reason, standing in standing_alerts:
+                taken_back = False
+                with self._isolated(study_id):
+                    instances = {one.sop_instance_uid: one for one in self._ledger.instances(study_id)}
+                    self._issuer.take_back(
+                        standing, instances, f"{reason}; what the provisional alert said is not disproved"
+                    )
+                    taken_back = True
+                left = left or not taken_back
+        finally:
+            if left:
+                self._unconfirmed.set()
 
     def _analyse(self, row: Row, package: Package, early: bool) -> None:
         """Run a package on exactly what the gate admitted, whatever arrived since."""
@@ -583,7 +613,8 @@ class Engine:
         if not admission.admitted:
             self._withhold(row, package, mode, instances, admission)
             return
-        stat = self._is_stat(study_id, (row["evidence"] or {}).get("calling_ae", ""))
+        evidence = row["evidence"] or {}
+        stat = self._is_stat(study_id, evidence.get("calling_ae", ""))
         reading = read_volume(
             self._pipeline,
             package,
@@ -598,7 +629,16 @@ class Engine:
             self._withhold(row, package, mode, instances, admission)
             return
         first = next(iter(instances.values()))
+        incomplete = not early and evidence.get("confidence") == "low"
         limitations = [f"The study was still arriving: {len(volume.planes)} slices were read."] if early else []
+        if incomplete:
+            limitations.append(
+                f"The study may be INCOMPLETE: {evidence['by']}. Nothing is known of what may lie beyond the "
+                f"{len(volume.planes)} slices that came."
+            )
+        twice = sum(one.get("left_out", 0) for one in row["selection"] if one["chosen"]) - len(volume.duplicates)
+        if twice > 0:
+            limitations.append(left_out(twice))
         verdict = verdict_on(
             package if mode == "clinical" else replace(package, mode="evaluation"),
             volume,
@@ -614,7 +654,9 @@ class Engine:
             ],
         )
         try:
-            self._issuer.issue(row, replace(verdict, provisional=early, mode=mode), admission, first, board)
+            self._issuer.issue(
+                row, replace(verdict, provisional=early, mode=mode, incomplete=incomplete), admission, first, board
+            )
         except BoardMoved:
             self._analyse(row, package, early)  # what was read is remembered
 
@@ -635,7 +677,13 @@ class Engine:
         source = next(iter(instances.values()), None)
         if admission.admitted or source is None:
             return None
-        return self._issuer.refusal(study_id, package, mode, admission, source)
+        try:
+            return self._issuer.refusal(study_id, package, mode, admission, source)
+        except OSError:
+            raise
+        except Exception:  # that nobody can be told must not keep the study undecided
+            log.exception("study %d: nobody is told that it was not analysed", study_id)
+            return None
 
     def _spool_files(self, instances: Mapping[str, StoredInstance]) -> dict[str, tuple[Path, str, int]]:
         return {

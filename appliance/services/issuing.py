@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pydicom
-from pydicom.errors import InvalidDicomError
 
 from appliance.events import Event
 from appliance.findings.render import (
@@ -42,6 +41,7 @@ from appliance.services.selftest import selftest_settings
 from appliance.services.telling import Message, marks, message, messages
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
+from dicom_io.identity import identifying_header
 from dicom_io.objects.common import part10
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,19 @@ class Issuer:
         """The file of an instance."""
         return path_of(self._settings.spool_directory, instance.digest)
 
+    def _identity(self, instance: StoredInstance) -> pydicom.Dataset:
+        """The header of an instance; what the ledger keeps of it where the file cannot be read."""
+        try:
+            return identifying_header(self.spooled(instance))
+        except (ScansideError, OSError):
+            log.exception("the header of an image cannot be read; what is told of its study has less of the patient")
+        known, header = instance.header, pydicom.Dataset()
+        header.SpecificCharacterSet = "ISO_IR 192"
+        header.StudyInstanceUID, header.PatientID = known.study_instance_uid, known.patient_id
+        header.IssuerOfPatientID, header.AccessionNumber = known.issuer_of_patient_id, known.accession_number
+        header.PatientBirthDate, header.StudyDate = known.patient_birth_date, known.study_date
+        return header
+
     def files(self, study_id: int, inputs: Inputs) -> dict[str, StoredInstance]:
         """The instances that an analysis was admitted on, by UID.
 
@@ -117,9 +130,7 @@ class Issuer:
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
-        findings = self._alerts(
-            settings, row["id"], row["study_id"], verdict, revision, issued_at, self.spooled(source)
-        )
+        findings = self._alerts(settings, row["id"], row["study_id"], verdict, revision, issued_at, source)
         archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
         routes = {one.name: routed(one, verdict) for one in archives}
         spare_2d = any(map(needs_2d, archives))
@@ -165,12 +176,12 @@ class Issuer:
             verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
         )
         try:
-            source = self.spooled(next(iter(instances.values())))
-            settings = self._told(study_id)
-            findings = self._alerts(settings, standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
-        except (InvalidDicomError, FileNotFoundError, StopIteration):
-            log.exception("study %d: its provisional alert could not be withdrawn, and stands", study_id)
+            source = next(iter(instances.values()))
+        except StopIteration:
+            log.error("study %d: all of it is gone: its provisional alert could not be withdrawn, and stands", study_id)
             return
+        settings = self._told(study_id)
+        findings = self._alerts(settings, standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
         self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
         ring(self._settings.run_directory, "delivery")
         log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)
@@ -183,13 +194,13 @@ class Issuer:
         verdict: Verdict,
         revision: int,
         issued_at: str,
-        source: Path,
+        source: StoredInstance,
     ) -> list[NewFinding]:
         """Write the message to each destination that this verdict tells something new; what to deliver."""
         if verdict.mode == SHADOW and settings is self._settings:
             return []
         told = self._ledger.told(analysis_id)
-        header = pydicom.dcmread(source, stop_before_pixels=True)
+        header = self._identity(source)
         made = messages(settings, told, study_id, verdict, revision, issued_at, header)
         findings = [self._kept(study_id, verdict, revision, one) for one in made]
         try:
@@ -252,11 +263,7 @@ class Issuer:
             udi=package.udi,
         )  # fmt: skip
         issued_at = now()
-        try:
-            header = pydicom.dcmread(self.spooled(source), stop_before_pixels=True)
-        except (InvalidDicomError, FileNotFoundError):
-            log.exception("study %d: nobody is told that it was not analysed", study_id)
-            return None
+        header = self._identity(source)
         made = [message(self._settings, one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
         findings = [self._kept(study_id, verdict, 1, one) for one in made]
         if archives:

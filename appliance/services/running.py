@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 STEP_SECONDS = 60.0
 """Longest that the engine may take to look at all that there is, or systemd starts it again."""
+
+HANG_SECONDS = 180.0
+"""A decoder that is at one slab for so long does not come back: that takes seconds, of a whole enhanced object tens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,11 @@ def run_engine(settings: Settings) -> None:
         notify("READY=1", f"STATUS=runs {', '.join(one.name for one in packages)}")
         while not stopping.is_set():
             turn()
+            if pipeline.longest_seconds() > HANG_SECONDS:
+                # Its thread cannot be ended otherwise. What is being analysed loses a try, so that it is set aside in
+                # the end; what was arriving is not worked ahead again.
+                log.critical("a decoder has not come back for %g s; the engine ends and is started again", HANG_SECONDS)
+                os._exit(os.EX_SOFTWARE)
             try:
                 wait = engine.step()
             except Exception:

@@ -34,6 +34,7 @@ from appliance.settings import (
     fill,
 )
 from dicom_io.errors import ScansideError
+from dicom_io.identity import identifying_header
 from dicom_io.objects.uids import derived_uid
 
 
@@ -393,7 +394,7 @@ def _source(settings: Settings, ledger: Ledger, study_id: int, inputs: Inputs) -
     """The header of an image that was analysed; of a study that was refused, of any."""
     stored = ledger.inputs(study_id, inputs) if inputs else ledger.instances(study_id)
     try:
-        return pydicom.dcmread(path_of(settings.spool_directory, stored[0].digest), stop_before_pixels=True)
+        return identifying_header(path_of(settings.spool_directory, stored[0].digest))
     except (IndexError, FileNotFoundError) as error:
         remedy = "retention removes them; `scanside study` tells what was sent"
         raise ScansideError("its images are gone", f"study {study_id}", remedy) from error

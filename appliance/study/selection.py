@@ -36,7 +36,11 @@ _SHARP_NAMES = re.compile(r"BONE|EDGE|LUNG|ULTRA|SHARP|DETAIL|KNOCHEN")
 
 @dataclass(frozen=True, slots=True)
 class Considered:
-    """One series of the study and what was decided on it."""
+    """One series of the study and what was decided on it.
+
+    Attributes:
+        left_out: its slices that lie in the place of another one.
+    """
 
     series_instance_uid: str
     series_number: int | None
@@ -44,6 +48,7 @@ class Considered:
     instances: int
     chosen: bool
     reason: str
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,12 @@ def select(series: Sequence[Series]) -> Selection:
         best.series if best else None,
         best.volume if best else None,
         tuple(
-            considered(one, chosen=best is not None and one is best.series, reason=reasons[one.series_instance_uid])
+            considered(
+                one,
+                chosen=best is not None and one is best.series,
+                reason=reasons[one.series_instance_uid],
+                left_out=len(best.volume.duplicates) if best is not None and one is best.series else 0,
+            )
             for one in series
         ),
     )
@@ -137,11 +147,11 @@ def unselected(package: Package, series: Sequence[Series], selection: Selection)
     return Admission((who, Criterion("series", "series of the study", reasons, rule, "violated", clause=BOX)))
 
 
-def considered(series: Series, *, chosen: bool, reason: str) -> Considered:
+def considered(series: Series, *, chosen: bool, reason: str, left_out: int = 0) -> Considered:
     """What is recorded of one series."""
-    first = series.first
+    first, count = series.first, len(series.headers)
     return Considered(
-        series.series_instance_uid, first.series_number, first.series_description, len(series.headers), chosen, reason
+        series.series_instance_uid, first.series_number, first.series_description, count, chosen, reason, left_out
     )
 
 

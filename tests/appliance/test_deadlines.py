@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import event_counts, study_report
+from appliance.ledger.views import event_counts, is_late, study_report
 from appliance.settings import Settings
 from appliance.show import study_view
 from tests.appliance.ledger.test_store import admit, arrive, complete, issue
@@ -27,7 +27,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def overdue(ledger: Ledger, *destinations: str, **limits: float) -> list[tuple[str, str]]:
-    return [(one.stage, one.subject) for one in ledger.mark_overdue(destinations, **(AGES | limits))]
+    return [(one.stage, one.subject) for one in ledger.mark_overdue(["pkg"], destinations, **(AGES | limits))]
 
 
 def test_each_stage_has_its_own_deadline_and_is_reported_once(ledger: Ledger) -> None:
@@ -37,6 +37,7 @@ def test_each_stage_has_its_own_deadline_and_is_reported_once(ledger: Ledger) ->
     assert overdue(ledger, completion=0) == [("completion", "")]
     assert overdue(ledger, completion=0) == []
     complete(ledger, study)
+    assert overdue(ledger, "er", completion=0, alert=0) == []
     admit(ledger, study)
     assert overdue(ledger, "er", completion=0, alert=0) == []
     assert overdue(ledger, "er", analysis=0) == [("analysis", "pkg")]
@@ -54,6 +55,18 @@ def test_each_stage_has_its_own_deadline_and_is_reported_once(ledger: Ledger) ->
     shown = console.export_text()
     assert shown.count("deadline missed") == 3
     assert "analysis (pkg), begun at" in shown
+
+
+def test_a_study_on_which_nobody_decides_is_overdue_and_late(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    complete(ledger, study)
+    assert overdue(ledger, analysis=0) == [("analysis", "pkg")]
+    assert overdue(ledger, analysis=0) == []
+    report = study_report(ledger, study)
+    assert is_late(report, -1.0) and not is_late(report, 3600.0)
+    admit(ledger, study)
+    issue(ledger, study)
+    assert overdue(ledger, analysis=0) == []
 
 
 def test_a_stage_that_begins_anew_may_be_overdue_again(ledger: Ledger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from appliance.ledger.database import later
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import NewFinding, Told
 from appliance.ledger.views import event_counts, study_report
+from appliance.services import issuing
 from appliance.services.engine import ANALYSES, HURRY_LOOK_SECONDS, Engine, longest_run
 from appliance.services.issuing import Issuer
 from appliance.services.telling import alert_kind
@@ -430,6 +432,68 @@ def test_a_provisional_alert_is_withdrawn_once_although_the_engine_dies_between(
     wait_until(engine, lambda: states(box, 1) == ["refused"])
     engine.close()
     assert_withdrawn_once(box, analysis)
+    box.ledger.close()
+
+
+def test_a_withdrawal_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box, analysis = alerted_early(tmp_path, 30)
+    box.ledger.close_association(box.association, "released")
+    box.settings = box.settings.model_copy(update={"models": Models(attempts=1)})
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"] and 1 in asked.futures)
+    failures = [OSError(errno.ENOSPC, "no space left"), ValueError("odd")]
+    write = issuing._write_durably
+
+    def failing(path: Path, content: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        write(path, content)
+
+    monkeypatch.setattr(issuing, "_write_durably", failing)
+    asked.fail(1)
+    wait_until(engine, lambda: len(box.ledger.verdicts(analysis)) == 2)
+    engine.step()
+    assert_withdrawn_once(box, analysis, "it is broken")
+    asked.close()
+    engine.close()
+    box.ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "after"), [(OSError(errno.EIO, "I/O error"), "failed"), (OSError(errno.ENOSPC, "full"), "admitted")]
+)
+def test_a_file_that_the_disk_cannot_read_costs_a_try_and_a_full_disk_none(
+    tmp_path: Path, error: OSError, after: str
+) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    box.settings = box.settings.model_copy(update={"models": Models(attempts=1)})
+    bring(box, 1)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"] and 1 in asked.futures)
+    for future in asked.futures[1]:
+        future.set_exception(error)
+    wait_until(engine, lambda: states(box, 1) == [after])
+    asked.close()
+    engine.close()
+    box.ledger.close()
+
+
+def test_what_cannot_be_brought_to_an_end_does_not_slow_down_the_others_for_ever(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    box.settings = box.settings.model_copy(update={"budget": Budget(analysis_seconds=3600)})
+    bring(box, 1)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"])
+    for hours, hurried in ((0.5, True), (2.5, False)):
+        with box.ledger._write() as connection:
+            connection.execute(t.study.update().values(completed_at=later(-3600 * hours)))
+        wait_until(engine, lambda: engine._is_stat(1, "S") == hurried)  # noqa: B023
+    asked.close()
+    engine.close()
     box.ledger.close()
 
 

@@ -12,6 +12,8 @@ import hl7
 import pydicom
 import pytest
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
+from pynetdicom import AE
+from pynetdicom.sop_class import CTImageStorage  # type: ignore[attr-defined]
 
 from appliance.bench.latency import said
 from tests.interop.box import Box, study, wait_for
@@ -53,6 +55,25 @@ def test_a_normal_head_gets_a_report_and_no_alert(box: Box, tmp_path: Path) -> N
     assert not report["verdicts"][-1]["positive"]
     assert box.messages(uid) == []
     assert [sop_class for sop_class, _ in box.hospital.pacs.holds(uid)] == [REPORT]
+
+
+def test_a_study_that_broke_off_is_judged_on_what_came_and_says_so(box: Box, tmp_path: Path) -> None:
+    uid, files = study(tmp_path, None, "BROKENOFF1")
+    ae = AE("CT7")
+    ae.add_requested_context(CTImageStorage)
+    association = ae.associate(box.peer.host, box.peer.port, ae_title=box.peer.ae_title)
+    assert association.is_established
+    for path in files[: int(0.7 * len(files))]:
+        assert association.send_c_store(pydicom.dcmread(path)).Status == 0x0000
+    association.abort()
+    report = box.settled(uid)
+    assert report["evidence"]["confidence"] == "low"
+    result = report["verdicts"][-1]["result"]
+    assert result["incomplete"] and any("may be INCOMPLETE" in one for one in result["limitations"])
+    (finding,) = [one for one in report["findings"] if one["object"] == "report"]
+    made = pydicom.dcmread(box.settings.findings_directory / finding["path"])
+    assert made.CompletionFlag == "PARTIAL"
+    assert b"INCOMPLETE" in (box.settings.findings_directory / finding["path"]).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,30 @@ def test_a_slab_that_waits_is_answered_once_when_it_becomes_more_urgent(alone: P
     assert model.slabs == len(files.decoded) == 100
 
 
+def test_a_decoder_that_does_not_come_back_is_seen(alone: Package) -> None:
+    model, files, back = Model(), Files(), threading.Event()
+    decode = files.decode
+
+    def hanging(these: Sequence[tuple[Path, str]]) -> list[Decoded]:
+        if these[0][0].name == "13":
+            assert back.wait(30)
+        return decode(these)
+
+    files.decode = hanging  # type: ignore[method-assign]
+    with pipeline(model, files) as made:
+        assert made.longest_seconds() == 0
+        hung = ask(made, alone, frame(13))
+        for value in (40, 60):
+            ask(made, alone, frame(value)).result(10)
+        before = made.longest_seconds()
+        assert 0 < before < made.longest_seconds()
+        back.set()
+        hung.result(10)
+        made.prepare([(Path("5"), "digest of 5")], urgency=ARRIVING)
+        ask(made, alone, frame(5)).result(10)
+        assert made.longest_seconds() == 0
+
+
 def test_the_most_urgent_study_goes_first(alone: Package) -> None:
     model, files = Model(), Files()
     with pipeline(model, files, workers=1, running=False) as made:

@@ -99,7 +99,8 @@ class Box:
             NewFinding("report", f"2.25.{study}.{revision}", None, ("pacs",), 10),
         ]
         self.ledger.issue_verdict(row["id"], revision, verdict, now(), findings, admission=[], late=False)
-        (unmade,) = self.ledger.unrendered_findings(3)
+        unmade = self.ledger.unrendered_finding(3)
+        assert unmade is not None
         (self.settings.findings_directory / folder / "report.dcm").write_text("report")
         self.ledger.rendered(unmade["id"], arriving.id, str(folder / "report.dcm"))
         for destination in ("er", "pacs"):

@@ -263,7 +263,7 @@ def test_a_message_that_is_invalid_is_a_dead_letter_and_the_next_step_is_told(bo
     ]
     box.ledger.issue_verdict(row["id"], 1, verdict, now(), findings, admission=[], late=False)
     assert box.ledger.take_delivery("er") is None
-    assert box.ledger.unrendered_findings(20) == []
+    assert box.ledger.unrendered_finding(20) is None
     assert box.events(Event.FINDING_FAILED) == 1
     assert box.ledger.abandon_findings(20) == 1
     assert "PID is wrong" in box.deliveries()[0]["reason"]

@@ -189,7 +189,7 @@ def test_it_counts_nowhere_but_as_a_test(ledger: Ledger) -> None:
     busy = in_flight(ledger, ["pkg"])
     assert (busy["arriving"], sum(busy.values())) == (1, 1)
     assert errors_since(ledger, datetime(2000, 1, 1, tzinfo=UTC)) == {}
-    overdue = ledger.mark_overdue(["er"], completion=-1.0, analysis=-1.0, alert=-1.0)
+    overdue = ledger.mark_overdue(["pkg"], ["er"], completion=-1.0, analysis=-1.0, alert=-1.0)
     assert {one.study_id for one in overdue} == {patient} != {study}
 
 

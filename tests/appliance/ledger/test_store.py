@@ -226,9 +226,10 @@ def test_deliveries_wait_for_their_file_and_go_by_urgency(ledger: Ledger) -> Non
     complete(ledger, study)
     issue(ledger, study)
     assert ledger.take_delivery("pacs") is None
-    (finding,) = ledger.unrendered_findings(3)
+    finding = ledger.unrendered_finding(3)
+    assert finding is not None
     ledger.rendered(finding["id"], study, "report.dcm")
-    assert ledger.unrendered_findings(3) == []
+    assert ledger.unrendered_finding(3) is None
     pacs = ledger.take_delivery("pacs")
     assert pacs is not None
     assert (pacs["object"], pacs["path"], pacs["uid"]) == ("report", "report.dcm", "2.25.1")
@@ -370,17 +371,18 @@ def test_an_object_that_cannot_be_made_is_a_dead_letter_until_somebody_asks_agai
     complete(ledger, study)
     issue(ledger, study)
     for _ in range(2):
-        (finding,) = ledger.unrendered_findings(2)
+        finding = ledger.unrendered_finding(2)
+        assert finding is not None and ledger.unrendered_finding(2, [finding["id"]]) is None
         assert ledger.abandon_findings(2) == 0
         ledger.start_rendering(finding["id"])  # counted before it is made: it may end the engine
     ledger.render_failed(finding["id"], study, "broken")
-    assert ledger.unrendered_findings(2) == []
+    assert ledger.unrendered_finding(2) is None
     assert ledger.abandon_findings(2) == 1
     (report,) = [one for one in study_report(ledger, study)["deliveries"] if one["object"] == "report"]
     assert (report["state"], "broken" in report["reason"]) == ("dead", True)
     assert waiting_destinations(ledger) == {"er": 1}
     ledger.requeue_delivery(report["id"], ["er", "pacs"])
-    assert len(ledger.unrendered_findings(2)) == 1
+    assert ledger.unrendered_finding(2) is not None
     assert waiting_destinations(ledger) == {"er": 1, "pacs": 1}
 
 
