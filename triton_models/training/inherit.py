@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -29,9 +30,12 @@ def inherit(network: Network, model: Path, slabs: Tensor) -> None:
         slabs: (n, 9, h, w) of the training data, whose statistics the normalisations take over; 64 or more.
 
     Raises:
-        ValueError: the file is of another network.
+        ValueError: the file cannot be read, or is of another network.
     """
-    graph = onnx.load(str(model)).graph
+    try:
+        graph = onnx.load(str(model)).graph
+    except (OSError, DecodeError) as error:
+        raise ValueError(f"{model} cannot be read as an ONNX model: {error}") from error
     values = {one.name: torch.from_numpy(numpy_helper.to_array(one).copy()) for one in graph.initializer}
     convolutions = [[values[name] for name in node.input[1:]] for node in graph.node if node.op_type == "Conv"]
     named = network.state_dict()
@@ -71,7 +75,8 @@ def inherit(network: Network, model: Path, slabs: Tensor) -> None:
 
 def _convolutions(graph: onnx.GraphProto) -> list[str]:
     """Of each convolution the name under which its weights would lie, had it no normalisation."""
-    return [f"network.{node.name.split('/')[2]}.weight" for node in graph.node if node.op_type == "Conv"]
+    paths = [node.name.split("/") for node in graph.node if node.op_type == "Conv"]
+    return [f"network.{path[2]}.weight" if len(path) > 2 else "" for path in paths]
 
 
 def _taking_over(scale: Tensor, bias: Tensor):  # type: ignore[no-untyped-def]

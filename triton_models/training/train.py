@@ -214,7 +214,10 @@ def fit(
     sampler = Sampler(store)
     if start is not None:
         some = sampler.draw(np.random.default_rng([seed, 13]), 1, 96)[0]
-        inherit(network, start, _batch(store, variety, (seed, 14), some, (256, 256))[0])
+        try:
+            inherit(network, start, _batch(store, variety, (seed, 14), some, (256, 256))[0])
+        except ValueError as error:
+            raise SystemExit(f"--start: {error}") from error
     average = _Average(network)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
@@ -336,7 +339,7 @@ def main() -> None:
     calibration = calibrate.calibrate(answers, arguments.least_threshold)
     to_onnx(network, work / "fp32.onnx", slope=calibration.slope, shift=calibration.shift)
     say("quantising")
-    choice = quantise.choose(work, store, studies, calibration)
+    choice = quantise.choose(work, store, studies, calibration, answers)
     clock["calibrated"] = time.monotonic()
 
     commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only", "start")}

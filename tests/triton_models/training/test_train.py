@@ -1,0 +1,124 @@
+"""The training command, on a few slabs that are made up here: what it starts from, and what its package then states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from appliance.inference.preprocess import SIZE
+from triton_models.training.calibrate import logit, predictor
+from triton_models.training.haemorrhage import SUBTYPES
+from triton_models.training.samples import CALIBRATION, MAP_PIXEL_MM2, MAP_SIZE, SLAB_MM, TRAIN, Kind, run_input, shrink
+
+ROOT = Path(__file__).resolve().parents[3]
+PYTHON = ROOT / ".venv-training" / "bin" / "python"
+SHIPPED = ROOT / "triton_models" / "ich_reference" / "model.onnx"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="the training environment is not there: make .venv-training/.ready"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a run of the command left."""
+
+    package: dict[str, Any]
+    metrics: dict[str, Any]
+    work: Path
+
+
+def draw(folder: Path, kind: Kind, seed: int) -> None:
+    """One head of that kind as the simulator leaves it: a grey ball in bone, and in every other scan a bright one."""
+    rng = np.random.default_rng(seed)
+    row, column = np.indices((SIZE, SIZE), dtype=np.float32) - (SIZE - 1) / 2
+    far = np.hypot(row, column)
+    fields, covered, scans = [], [], []
+    for number in range(len(kind.stories)):
+        bleeds = number % 2 == 1
+        blood = (np.hypot(row - 20, column + 30) < 16) & bleeds
+        head = np.select([far > 90, far > 82, blood], [-1000, 900, 65], 32)
+        share = np.zeros((len(SUBTYPES), MAP_SIZE, MAP_SIZE), dtype=np.uint8)
+        share[1] = np.rint(255 * shrink(blood.astype(np.float32)))
+        fields += [(head + rng.normal(0, 4, head.shape)).astype(np.int16) for _ in range(5)]
+        covered += [share] * 5
+        scans.append(
+            {
+                "first": 5 * number,
+                "count": 5,
+                "thickness_mm": [SLAB_MM] * 5,
+                "slice_mm": SLAB_MM,
+                "volume_ml": {"intraparenchymal": 20.0} if bleeds else {},
+                "look_alikes": [],
+            }
+        )
+    areas = np.array(covered).sum(axis=(2, 3), dtype=np.int64) * (MAP_PIXEL_MM2 / 255)
+    here = folder / f"{kind.name}-1"
+    here.mkdir(parents=True)
+    np.save(here / "fields-00000.npy", np.array(fields))
+    np.save(here / "covered-00000.npy", np.array(covered))
+    (here / "head-00000.json").write_text(json.dumps({"scans": scans, "areas_mm2": areas.tolist()}), "utf-8")
+
+
+def train(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The command on those heads, one step at a rate that changes nothing."""
+    work = folder / "work"
+    for kind in (TRAIN, CALIBRATION):
+        if not (work / f"{kind.name}-1").exists():
+            draw(work, kind, 7)
+    command = [str(PYTHON), "-m", "triton_models.training.train", "--out", str(folder / "package"), "--work", str(work)]
+    few = ["--heads", "1", "--calibration", "1", "--steps", "1", "--batch", "2", "--rate", "1e-9", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
+    (folder / "package").mkdir(exist_ok=True)
+    return subprocess.run([*command, *few, *options], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A run that began with the shipped model and was told a least threshold."""
+    folder = tmp_path_factory.mktemp("train")
+    ran = train(folder, "--start", str(SHIPPED), "--least-threshold", "0.97", "--no-half")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    package = tomllib.loads((folder / "package" / "package.toml").read_text("utf-8"))
+    return Made(package, json.loads((folder / "package" / "metrics.json").read_text("utf-8")), folder / "work")
+
+
+@pytest.mark.timeout(600)
+def test_a_training_that_starts_from_a_package_says_what_that_package_says(made: Made) -> None:
+    calibration = json.loads((SHIPPED.parent / "metrics.json").read_text("utf-8"))["calibration"]
+    with np.load(SHIPPED.parent / "parity.npz") as vectors:
+        slabs, published = run_input(vectors["fields"]), logit(vectors["probabilities"])
+    said = logit(predictor(made.work / "uncalibrated.onnx", 1)(slabs)[0])
+    # The package's own calibration is in its answers; the new one would be fitted to studies that are none.
+    there = said * np.array(calibration["slope"]) + np.array(calibration["shift"])
+    assert np.abs(there - published).max() < 1  # one step moves the statistics of the normalisations a little
+    assert np.corrcoef(there.ravel(), published.ravel())[0, 1] > 0.99
+    assert made.metrics["started_from"] == hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+
+
+@pytest.mark.timeout(600)
+def test_the_least_threshold_is_stated_with_what_was_measured_at_it(made: Made) -> None:
+    point, figures = made.package["operating_point"], made.metrics["calibration"]
+    assert point["threshold"] == figures["threshold"] == 0.97
+    assert figures["threshold_of_these_studies"] < 0.97
+    assert "--least-threshold 0.97" in made.metrics["command"]
+    assert (point["sensitivity"], point["specificity"]) == (figures["sensitivity"], figures["specificity"])
+
+
+@pytest.mark.timeout(600)
+def test_a_start_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"no model at all")
+    ran = train(tmp_path, "--start", str(other))
+    assert ran.returncode != 0
+    assert "other.onnx cannot be read as an ONNX model" in ran.stderr and "Traceback" not in ran.stderr
