@@ -29,6 +29,7 @@ from appliance import (
     hl7_cli,
     init,
     ledger_cli,
+    retry_cli,
     selftest_cli,
     status_cli,
     worklist_cli,
@@ -54,6 +55,7 @@ app.add_typer(hl7_cli.app, name="hl7")
 app.add_typer(ledger_cli.app, name="ledger")
 app.add_typer(bundle_cli.app, name="bundle")
 app.command("status")(status_cli.status)
+app.command("retry")(retry_cli.retry)
 app.command("worklist")(worklist_cli.worklist)
 app.command("workitems")(worklist_cli.workitems)
 app.command("selftest")(selftest_cli.selftest)
@@ -418,35 +420,6 @@ def study(
         emit({**report, "timeline": views.timeline(report)})
     else:
         out.print(show.study_view(report))
-
-
-@app.command()
-@guard
-def retry(
-    delivery: Annotated[int | None, typer.Argument(help="Number of a dead, rejected or withdrawn delivery.")] = None,
-    study_number: Annotated[
-        str | None, typer.Option("--study", help="A study whose analysis was set aside: UID or number.")
-    ] = None,
-) -> None:
-    """Send a dead, rejected or withdrawn delivery once more, or analyse a study that was set aside."""
-    from appliance.ledger.doorbell import ring
-    from appliance.ledger.views import find_study
-
-    if (delivery is None) == (study_number is None):
-        raise typer.BadParameter("name a delivery, or a study with --study")
-    settings, _ = read_settings()
-    with _ledger() as ledger:
-        if study_number is not None:
-            key = find_study(ledger, study_number)
-            if key is None or not ledger.requeue_analyses(key):
-                raise ScansideError("nothing of it was set aside", study_number, "`scanside studies` lists what was")
-            ring(settings.run_directory, "engine")
-            out.print(f"study {key} is analysed again", highlight=False)
-        elif delivery is not None:
-            ledger.requeue_delivery(delivery, [one.name for one in settings.destination])
-            ring(settings.run_directory, "engine")  # its object may have to be made first
-            ring(settings.run_directory, "delivery")
-            out.print(f"delivery {delivery} is pending again", highlight=False)
 
 
 @app.command()

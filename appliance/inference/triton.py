@@ -447,9 +447,9 @@ class _SystemRegion:
         self.name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
         # Locked before it has a name, and its memory taken now: a full file system shows here and not as SIGBUS.
         try:
-            # The server may run as another user of our group.
             self._file = os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR, 0o660)
             try:
+                os.fchmod(self._file, 0o660)  # whatever the umask: the server may run as another user of our group
                 fcntl.flock(self._file, fcntl.LOCK_EX)
                 os.posix_fallocate(self._file, 0, size)
                 self.floats: NDArray[np.float32] = np.frombuffer(mmap.mmap(self._file, size), np.float32)

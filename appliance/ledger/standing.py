@@ -88,6 +88,37 @@ def errors_since(ledger: Ledger, since: datetime) -> dict[str, int]:
         return {row[0]: int(row[1]) for row in connection.execute(query)}
 
 
+def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[int]]:
+    """What came to no good end from then on, and still lies there, oldest first.
+
+    Returns:
+        Studies whose analysis was set aside; deliveries that are dead or were rejected. No self-tests, and nothing
+        whose files retention has removed.
+    """
+    e, a, d, s = t.event.c, t.analysis.c, t.delivery.c, t.study.c
+
+    def told(study: sa.ColumnElement[int], *names: Event) -> sa.ColumnElement[bool]:
+        return sa.exists().where(e.study_id == study, e.name.in_(names), e.at >= _stamp(since))
+
+    analyses = (
+        sa.select(s.id)
+        .join(t.analysis)
+        .where(a.state == "failed", s.removed_at.is_(None), ~s.selftest)
+        .where(told(s.id, Event.ANALYSIS_FAILED, Event.ANALYSIS_QUARANTINED))
+        .distinct()
+        .order_by(s.id)
+    )
+    deliveries = (
+        sa.select(d.id)
+        .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+        .where(d.state.in_(("dead", "rejected")), t.finding.c.removed_at.is_(None), of_patients(a.study_id))
+        .where(told(a.study_id, Event.DELIVERY_DEAD, Event.DELIVERY_REJECTED))
+        .order_by(d.id)
+    )
+    with ledger.read() as connection:
+        return list(connection.scalars(analyses)), list(connection.scalars(deliveries))
+
+
 def verdict_seconds(ledger: Ledger, since: datetime) -> list[float]:
     """Seconds from the last instance to the verdict, of the newest studies that were complete from then on."""
     s = t.study.c

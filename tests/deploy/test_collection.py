@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,7 @@ def test_what_the_template_makes_of_an_inventory_is_a_configuration(installed: P
                                    "tls": {"authorities": "ca.pem"}}],
         "scanside_limits": [{"package": "ich_reference", "minimum_age": "18Y"}],
     }  # fmt: skip
-    template = {
-        "src": str(installed / "roles/appliance/templates/scanside.toml.j2"),
-        "dest": str(target),
-        "mode": "0644",
-    }
-    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values,
-            "tasks": [{"ansible.builtin.template": template}]}  # fmt: skip
-    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
-    done = run("ansible-playbook", tmp_path / "play.yml", folder=tmp_path, where=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    render(installed / "roles/appliance/templates/scanside.toml.j2", target, values, tmp_path)
     settings = load_settings(target)
     assert (settings.box.name, settings.box.device, settings.box.log_level) == ('CT "1"', "gpu", "DEBUG")
     assert (settings.intake.ae_title, settings.intake.metrics_port) == ("BOX1", 9200)
@@ -87,6 +79,51 @@ def test_what_the_template_makes_of_an_inventory_is_a_configuration(installed: P
     (destination,) = settings.destination
     assert destination.tls is not None and destination.tls.authorities == tmp_path / "ca.pem"  # type: ignore[union-attr]
     assert settings.limit[0].keys == {"minimum_age": "18Y"}
+
+
+@pytest.mark.deploy
+@pytest.mark.timeout(900)
+def test_podman_makes_a_unit_of_the_container(installed: Path, tmp_path: Path) -> None:
+    """Podman's own generator reads the rendered file; the container itself runs on no machine without a GPU."""
+    generator = shutil.which("quadlet", path="/usr/libexec/podman:/usr/lib/podman")
+    if generator is None:
+        pytest.skip("Podman's quadlet is not installed (Podman 4.4 or newer)")
+    units = tmp_path / "units"
+    units.mkdir()
+    values = {"scanside_triton_image": "localhost/scanside-triton", "scanside_triton_memory": "50%",
+              "scanside_triton_digest": f"sha256:{'a' * 64}",
+              "ansible_facts": {"getent_passwd": {"scanside-triton": ["x", "991", "990"]},
+                                "getent_group": {"scanside": ["x", "990", ""]}}}  # fmt: skip
+    name = "triton-for-scanside.container"
+    render(installed / f"roles/triton/templates/{name}.j2", units / name, values, tmp_path)
+    done = subprocess.run(
+        [generator, "-dryrun"], env={"QUADLET_UNIT_DIRS": str(units)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    (start,) = re.findall(r"^ExecStart=(.*)$", done.stdout, re.MULTILINE)
+    for word in ("--user 991:990", "--cap-drop all", "--read-only", "no-new-privileges", "--pull never",
+                 f"localhost/scanside-triton@sha256:{'a' * 64} tritonserver"):  # fmt: skip
+        assert word in start
+
+
+def test_what_is_no_program_of_scanside_gets_none_of_its_hardening() -> None:
+    """systemd lays scanside-.service.d over every unit whose name begins so."""
+    switch = yaml.safe_load((COLLECTION / "roles/appliance/vars/main.yml").read_text())["scanside_in_a_unit"]
+    container = next((COLLECTION / "roles/triton/templates").glob("*.container.j2")).name
+    names = [container, *(word.removeprefix("--unit=") for word in switch if word.startswith("--unit="))]
+    assert len(names) == 2
+    assert not [one for one in names if one.startswith("scanside-")]
+
+
+def render(template: Path, target: Path, values: dict[str, object], folder: Path) -> None:
+    """Let Ansible write a template."""
+    task = {"src": str(template), "dest": str(target), "mode": "0644"}
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": values,
+            "tasks": [{"ansible.builtin.template": task}]}  # fmt: skip
+    (folder / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
+    python = f"ansible_python_interpreter={sys.executable}"
+    done = run("ansible-playbook", "--extra-vars", python, folder / "play.yml", folder=folder, where=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def tasks(path: Path) -> list[dict[str, object]]:

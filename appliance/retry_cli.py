@@ -1,0 +1,78 @@
+"""`scanside retry`: once more what came to no good end, because somebody asks for it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from appliance.console import err, guard, out, read_settings
+from dicom_io.errors import ScansideError
+
+if TYPE_CHECKING:
+    from appliance.ledger.store import Ledger
+
+
+@guard
+def retry(
+    delivery: Annotated[int | None, typer.Argument(help="Number of a dead, rejected or withdrawn delivery.")] = None,
+    study_number: Annotated[
+        str | None, typer.Option("--study", help="A study whose analysis was set aside: UID or number.")
+    ] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%dT%H:%M:%S"], help="All that was set aside, dead or rejected from then on (UTC)."
+        ),
+    ] = None,
+) -> None:
+    """Send a dead, rejected or withdrawn delivery once more, or analyse a study that was set aside."""
+    from appliance.ledger.doorbell import ring
+    from appliance.ledger.store import Ledger
+    from appliance.ledger.views import find_study
+
+    if sum(one is not None for one in (delivery, study_number, since)) != 1:
+        raise typer.BadParameter("name a delivery, a study with --study, or a time with --since")
+    settings, _ = read_settings()
+    if not settings.ledger_path.exists():
+        raise ScansideError("there is no ledger yet", str(settings.ledger_path), "start scanside first")
+    destinations = [one.name for one in settings.destination]
+    ledger = Ledger(settings.ledger_path)
+    try:
+        if study_number is not None:
+            key = find_study(ledger, study_number)
+            if key is None or not ledger.requeue_analyses(key):
+                raise ScansideError("nothing of it was set aside", study_number, "`scanside studies` lists what was")
+            out.print(f"study {key} is analysed again", highlight=False)
+        elif delivery is not None:
+            ledger.requeue_delivery(delivery, destinations)
+            out.print(f"delivery {delivery} is pending again", highlight=False)
+        elif since is not None:
+            _all_since(ledger, since.replace(tzinfo=UTC), destinations)
+    finally:
+        ledger.close()
+    ring(settings.run_directory, "engine")  # the object of a delivery may have to be made first
+    ring(settings.run_directory, "delivery")
+
+
+def _all_since(ledger: Ledger, since: datetime, destinations: list[str]) -> None:
+    """What cannot be tried again is said, and keeps nothing else from it."""
+    from appliance.ledger.standing import set_aside_since
+
+    studies, deliveries = set_aside_since(ledger, since)
+    for study in studies:
+        try:
+            ledger.requeue_analyses(study)
+            out.print(f"study {study} is analysed again", highlight=False)
+        except ScansideError as error:
+            err.print(f"[bold red]scanside:[/] study {study}: {escape(str(error))}", soft_wrap=True, highlight=False)
+    for number in deliveries:
+        try:
+            ledger.requeue_delivery(number, destinations)
+            out.print(f"delivery {number} is pending again", highlight=False)
+        except ScansideError as error:
+            err.print(f"[bold red]scanside:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    if not studies and not deliveries:
+        out.print("nothing was set aside since", highlight=False)

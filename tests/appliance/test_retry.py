@@ -1,0 +1,108 @@
+"""`scanside retry --since`: what a bad hour left behind is taken up again, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from typer.testing import CliRunner
+
+from appliance import retry_cli
+from appliance.cli import app
+from appliance.ledger.database import now
+from appliance.ledger.records import Verdict
+from appliance.ledger.standing import set_aside_since
+from appliance.ledger.store import NewFinding
+from appliance.ledger.views import troubles
+from appliance.settings import Settings
+from tests.appliance.intake.test_retention import Box
+
+HL7 = {"kind": "hl7", "name": "er", "host": "127.0.0.1", "port": 2575}
+PACS = {"kind": "dicom", "name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 104}
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
+    one = Box(tmp_path)
+    reached = Settings(destination=[HL7, PACS]).destination  # type: ignore[list-item]
+    settings = one.settings.model_copy(update={"destination": reached})
+    monkeypatch.setattr(retry_cli, "read_settings", lambda: (settings, tmp_path))
+    yield one
+    one.ledger.close()
+
+
+def analysed(box: Box, study: int) -> tuple[int, int]:
+    """A study that is being analysed: its number and its analysis's."""
+    box.receive(study)
+    (arriving,) = box.ledger.arriving_studies()
+    box.ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+    box.ledger.decide(arriving.id, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+    row = box.ledger.take_analysis(["pkg"])
+    assert row is not None
+    return arriving.id, row["id"]
+
+
+def delivered(box: Box, study: int, outcome: Literal["acknowledge", "reject", "give_up"]) -> None:
+    """A study with an alert and a report, and what became of both."""
+    _, analysis = analysed(box, study)
+    verdict = Verdict(f"1.{study}", f"1.{study}.1", "pkg", "1", "n", True, 0.9, 0.5, {}, 0.0, (), (), (), ())
+    findings = [
+        NewFinding("alert.er", f"MSG{study}", "alert.hl7", ("er",), 0),
+        NewFinding("report", f"2.25.{study}", "report.dcm", ("pacs",), 10),
+    ]
+    box.ledger.issue_verdict(analysis, 1, verdict, now(), findings, admission=[], late=False)
+    for destination in ("er", "pacs"):
+        delivery = box.ledger.take_delivery(destination)
+        assert delivery is not None
+        box.ledger.settle_delivery(delivery, outcome)
+
+
+def set_aside(box: Box, study: int) -> int:
+    """A study whose analysis fails; its number in the ledger."""
+    number, analysis = analysed(box, study)
+    assert box.ledger.fail_analysis(analysis, "a bad release", 1, 0.0)
+    return number
+
+
+def ask(since: datetime) -> str:
+    done = CliRunner().invoke(app, ["retry", "--since", since.strftime("%Y-%m-%dT%H:%M:%S")])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_all_that_was_set_aside_or_is_dead_since_is_tried_again(box: Box) -> None:
+    delivered(box, 1, "acknowledge")
+    delivered(box, 2, "give_up")
+    failed = set_aside(box, 3)
+    hour = timedelta(hours=1)
+    assert "nothing was set aside since" in ask(datetime.now(UTC) + hour)
+    assert [len(found) for found in troubles(box.ledger).values()] == [2, 1]
+    said = ask(datetime.now(UTC) - hour)
+    assert f"study {failed} is analysed again" in said
+    assert said.count("is pending again") == 2
+    assert troubles(box.ledger) == {"deliveries": [], "analyses": []}
+    assert box.ledger.take_delivery("er") is not None
+    assert box.ledger.take_analysis(["pkg"]) is not None
+    assert set_aside_since(box.ledger, datetime.now(UTC) - hour) == ([], [])
+
+
+def test_what_cannot_be_tried_again_is_said_and_keeps_nothing_else_from_it(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, config = retry_cli.read_settings()
+    only = [one for one in settings.destination if one.name == "er"]
+    monkeypatch.setattr(retry_cli, "read_settings", lambda: (settings.model_copy(update={"destination": only}), config))
+    delivered(box, 1, "reject")
+    failed = set_aside(box, 2)
+    said = ask(datetime.now(UTC) - timedelta(hours=1))
+    assert f"study {failed} is analysed again" in said
+    assert said.count("is pending again") == 1
+    assert "pacs is not configured" in said
+
+
+@pytest.mark.parametrize("options", [[], ["1", "--study", "2"], ["1", "--since", "2026-01-01T00:00:00"]])
+def test_one_thing_is_named(box: Box, options: list[str]) -> None:
+    assert CliRunner().invoke(app, ["retry", *options]).exit_code == 2
