@@ -18,6 +18,7 @@ from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
 from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, rest, webhook
 from appliance.services.orders import worklist_peer
+from appliance.services.performing import code_of, performer_peer
 from appliance.services.telling import try_template
 from appliance.settings import (
     Destination,
@@ -28,6 +29,7 @@ from appliance.settings import (
     MailDestination,
     ModalityWorklist,
     OrderDestination,
+    Performing,
     RestDestination,
     Settings,
     Tls,
@@ -39,6 +41,7 @@ from dicom_io.errors import ScansideError
 from dicom_io.mwl import asking
 from dicom_io.scu import Peer, echo
 from dicom_io.tls import ServerCertificates
+from dicom_io.ups_user import pulling
 from dicom_io.web import reach
 
 SOON_DAYS = 30
@@ -108,7 +111,7 @@ def run_checks(settings: Settings) -> list[Check]:
             )
         return f"{url} serves {', '.join(package.name for package in packages)}"
 
-    asked = settings.intake.modality_worklist
+    asked, tasks = settings.intake.modality_worklist, settings.performer
     checks = [
         _check("folders", folders),
         _check("ledger", ledger),
@@ -117,6 +120,7 @@ def run_checks(settings: Settings) -> list[Check]:
         *([_check("intake TLS", partial(_tls, settings.intake.tls, host))] if settings.intake.tls is not None else []),
         *_orders(settings, host),
         *([_check("modality worklist", partial(_modality_worklist, asked, title))] if asked is not None else []),
+        *([_check("performer", partial(_performer, tasks, title))] if tasks is not None else []),
         _check("triton", triton),
         *([_check("worklist", partial(_worklist, settings.worklist))] if settings.worklist is not None else []),
     ]
@@ -174,6 +178,14 @@ def _modality_worklist(section: ModalityWorklist, title: str) -> str:
     with asking(peer, section.calling_ae_title or title, section.answer_seconds) as query:
         query.find("AccessionNumber", "SCANSIDE-CHECK")
     return f"{peer} answers"
+
+
+def _performer(section: Performing, title: str) -> str:
+    """It lets itself be asked for tasks."""
+    peer = performer_peer(section)
+    with pulling(peer, section.calling_ae_title or title, section.answer_seconds) as worklist:
+        waiting = sum(len(worklist.scheduled(code_of(one))) for one in section.workitem_codes)
+    return f"{peer} answers; {waiting} tasks are scheduled there"
 
 
 def _template(settings: Settings, destination: Hl7Destination) -> str:

@@ -27,6 +27,9 @@ AE_TITLE = re.compile(r"[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?")
 AeTitle = Annotated[str, Field(min_length=1, max_length=16, pattern=f"^{AE_TITLE.pattern}$")]
 """PS3.5 6.2: at most 16 characters of the default repertoire, no backslash, no blank at either end."""
 
+CODE = r"^[^\^]{1,16}\^[^\^]{1,16}(\^[^\^]{1,64})?$"
+"""A code of a coding scheme, with its meaning or without."""
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 SEARCH_PATH = (Path("scanside.toml"), Path("/etc/scanside/scanside.toml"))
@@ -735,6 +738,27 @@ class Worklist(_Section):
         return self
 
 
+class Performing(_Section):
+    """Somebody else's worklist (UPS over DIMSE) from which this box takes tasks, and tells it how they ended."""
+
+    ae_title: AeTitle = Field(description="Its application entity title.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+    calling_ae_title: AeTitle | None = Field(None, description="What we call ourselves there; unset: as intake does.")
+    workitem_codes: list[Annotated[str, Field(pattern=CODE)]] = Field(
+        min_length=1, description="Scheduled Workitem Codes of what we do, as value^scheme or value^scheme^meaning."
+    )
+    station: Annotated[str, Field(pattern=CODE)] = Field(
+        "SCANSIDE^99SCANSIDE",
+        description="Our code among Scheduled Station Names; a step for another station is left alone, one for none "
+        "is anybody's.",
+    )
+    package: str | None = Field(None, description="Whose verdict is the result; unset: the first of models.packages.")
+    poll_seconds: float = Field(5.0, gt=0, le=600, description="So often it is asked for new tasks.")
+    answer_seconds: float = Field(10.0, gt=0, le=120, description="Longest wait for it, at each step.")
+    tls: ClientTls | None = Field(None, description="Speak DICOM over TLS (PS3.15 B.12).")
+
+
 class CommitmentPeer(_Section):
     """A device that asks for storage commitment and takes the answer on an association that we open to it."""
 
@@ -799,6 +823,7 @@ class Settings(BaseSettings):
         "A device that is not named gets its answer on the association that it asked on, or not at all.",
     )
     worklist: Worklist | None = Field(None, description="The worklist that this box serves.")
+    performer: Performing | None = Field(None, description="The worklist of others that this box takes tasks from.")
     limit: list[Limit] = Field(
         default_factory=list,
         description="This site's own limits, within a package's label; [[limit]] once for each package.",
@@ -835,6 +860,12 @@ class Settings(BaseSettings):
         for one in steps:
             if one.after_seconds >= self.delivery.alarm_seconds:
                 raise ValueError(f"{one.name}.after_seconds is not below delivery.alarm_seconds")
+        return self
+
+    @model_validator(mode="after")
+    def _performs_what_runs(self) -> Settings:
+        if self.performer and self.performer.package not in (None, *self.models.packages):
+            raise ValueError(f"performer.package {self.performer.package!r} is not among models.packages")
         return self
 
     @model_validator(mode="after")
@@ -990,6 +1021,7 @@ def load_settings(path: Path) -> Settings:
             "box": settings.box.model_copy(update={"state_directory": base / settings.box.state_directory}),
             "intake": _located(settings.intake, base),
             "worklist": settings.worklist and _located(settings.worklist, base),
+            "performer": settings.performer and _located(settings.performer, base),
             "destination": [_located(one, base) for one in settings.destination],
             "triton": settings.triton.model_copy(update={"environment": base / settings.triton.environment}),
             "models": settings.models.model_copy(

@@ -140,8 +140,8 @@ def study_view(report: dict[str, Any]) -> RenderableType:
 _ASKED = {
     "waiting": "asked again soon",
     "found": "it has the order",
-    "none": "[red]it has no order of this study[/]",
-    "failed": "[red]it was asked in vain[/]",
+    "none": "it has no order of this study",
+    "failed": "it was asked in vain",
 }
 
 
@@ -158,7 +158,11 @@ def _said(said: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
     for one in said.get("others", []):
         lines.append((f"[bold red]order {one['id']}[/]", f"{one['accession']}, of another patient"))
     for one in said.get("asked", []):
-        lines.append(("modality worklist", ": ".join(filter(None, (_ASKED[one["state"]], escape(one["reason"]))))))
+        label = "[bold red]modality worklist[/]" if one["state"] in ("none", "failed") else "modality worklist"
+        lines.append((label, ": ".join(filter(None, (_ASKED[one["state"]], one["reason"])))))
+    for one in said.get("tasks", []):
+        label = "[bold red]task[/]" if one["state"] == "lost" else "task"
+        lines.append((label, ": ".join(filter(None, (one["state"], one["reason"])))))
     for one in said.get("reports", []):
         words = " ".join(one["text"].split())
         lines.append((f"report {escape(one['status'])}", words if len(words) <= 200 else f"{words[:200]}…"))

@@ -331,6 +331,23 @@ mark = Table(
     UniqueConstraint("study_instance_uid", "package"),
 )
 
+# Work that the box takes from somebody else's worklist.
+task = Table(
+    "task",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("uid", String, nullable=False, unique=True),  # of the step
+    Column("study_id", ForeignKey("study.id"), nullable=False, index=True),
+    Column("transaction_uid", String, nullable=False),  # written down before it is claimed
+    Column("state", String, nullable=False, index=True),
+    Column("code", JSON, nullable=False),  # by which it is ours
+    Column("final", String, nullable=False),  # COMPLETED or CANCELED, once that is decided
+    Column("changes", JSON, nullable=False),  # what is written into it before
+    Column("reason", String, nullable=False),
+    Column("claimed_at", String, nullable=False),
+    Column("changed_at", String, nullable=False),
+)
+
 subscription = Table(
     "subscription",
     metadata,

@@ -104,6 +104,18 @@ PERFORMED: Final = {
     ("", "announce"): "announced",
 }
 
+TASK: Final = {
+    # A step of somebody else's worklist (PS3.4 Annex CC): the lock is written down, then it is claimed with it.
+    ("", "begin"): "claiming",
+    ("claiming", "claim"): "claimed",
+    ("claiming", "lose"): "lost",
+    # How it ends is written down, then the worklist is told.
+    ("claimed", "finish"): "finishing",
+    ("finishing", "complete"): "completed",
+    ("finishing", "cancel"): "canceled",
+    ("finishing", "lose"): "lost",
+}
+
 
 class StateError(Exception):
     """A change of state that no table allows; always a fault of ours."""

@@ -25,6 +25,7 @@ from appliance.ledger.records import Verdict
 from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.selftest import Selftests
 from appliance.ledger.states import ANALYSIS, STUDY, step
+from appliance.ledger.tasks import Tasks
 from dicom_io.header import Header
 
 Inputs = Sequence[Sequence[str]]
@@ -112,7 +113,7 @@ class Told:
     uid: str = field(default="", compare=False)
 
 
-class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Deadlines, Queries, Marks):
+class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Deadlines, Queries, Marks, Tasks):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
     # --- study ------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import ssl
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,6 @@ from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
 from appliance.delivery.rest import send_request
-from appliance.delivery.tls import client_context
 from appliance.delivery.webhook import Webhook, post, read_secret
 from appliance.delivery.worklist import show
 from appliance.ledger.database import Row
@@ -24,11 +22,12 @@ from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.selftest import SELFTEST_ALERTS, SELFTEST_DESTINATIONS
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog, notify
+from appliance.services.peers import context_of
+from appliance.services.performing import perform_tasks
 from appliance.services.process import STOP_SECONDS, service
 from appliance.services.routing import in_place_of
 from appliance.services.selftest import alerts_of, objects_of
 from appliance.settings import (
-    ClientTls,
     Destination,
     DicomDestination,
     DicomwebDestination,
@@ -101,6 +100,7 @@ def run_delivery(settings: Settings) -> None:
             )
             worker.start()
             workers.append(worker)
+        performer = perform_tasks(settings, ledger, watchdog)
         names = ", ".join(one.name for one in settings.destination) or "nobody: no destination is configured"
         log.info("delivery: to %s (%d deliveries taken up again)", names, parked)
         turn = watchdog.loop("the doorbell", TURN_SECONDS)
@@ -115,6 +115,8 @@ def run_delivery(settings: Settings) -> None:
             if bell.wait(POLL_SECONDS):
                 for worker in workers:
                     worker.wake()
+        if performer is not None:
+            performer.stop()
         for worker in workers:
             worker.stop()
         for worker in workers:
@@ -175,15 +177,6 @@ def _selftest_deliverer(settings: Settings, ledger: Ledger, name: str) -> Callab
             return _deliverer(settings, ledger, destination, stack)(row)
 
     return deliver
-
-
-def context_of(tls: ClientTls | None) -> ssl.SSLContext:
-    """The context for connections to a destination.
-
-    Raises:
-        ScansideError: a file cannot be used.
-    """
-    return client_context(tls.authorities, tls.certificate, tls.key) if tls else client_context()
 
 
 def dicom_peer(destination: DicomDestination) -> Peer:

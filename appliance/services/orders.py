@@ -20,7 +20,7 @@ from appliance.ledger.database import later
 from appliance.ledger.orders import Identifier
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog
-from appliance.services.delivery import context_of
+from appliance.services.peers import context_of
 from appliance.settings import Hl7Intake, Intake, ModalityWorklist, Settings
 from dicom_io.scu import Peer
 from dicom_io.tls import ServerCertificates
@@ -122,10 +122,10 @@ def worklist_peer(section: ModalityWorklist) -> Peer:
 
 
 def said_of(settings: Settings, ledger: Ledger, study_id: int) -> dict[str, list[dict[str, Any]]]:
-    """What orders and radiologists' reports say of a study, JSON-ready: ``orders``, ``others``, ``reports``, ``asked``.
+    """What the hospital says of a study, JSON-ready: ``orders``, ``others``, ``reports``, ``asked``, ``tasks``.
 
     ``others`` has the orders with the study's number that are of another patient, ``asked`` what came of asking the
-    modality worklist.
+    modality worklist, ``tasks`` what the box has claimed of somebody else's worklist.
     """
     authority = settings.intake.authority
     headers = [one.header for one in ledger.instances(study_id)]
@@ -143,6 +143,7 @@ def said_of(settings: Settings, ledger: Ledger, study_id: int) -> dict[str, list
         "others": [asdict(one) for one in found.others],
         "reports": reports,
         "asked": [{"state": asked[0], "reason": asked[1]}] if (asked := ledger.query_state(study_id)) else [],
+        "tasks": [{"uid": one.uid, "state": one.state, "reason": one.reason} for one in ledger.tasks_of(study_id)],
     }
 
 

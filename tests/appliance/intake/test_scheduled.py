@@ -15,6 +15,7 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import ModalityWorklistInformationFind
 
+from appliance import checks
 from appliance.intake.scheduled import Asker, is_about, orders_in
 from appliance.ledger.orders import Identifier, Order
 from appliance.ledger.store import Ledger
@@ -235,3 +236,11 @@ def test_another_patients_item_with_the_studys_number_keeps_it_out(tmp_path: Pat
     assert "Patient ID of order 1" in criterion(box, "patient")["value"]
     engine.close()
     box.ledger.close()
+
+
+def test_check_asks_for_an_order_that_nobody_has() -> None:
+    with provider(lambda wanted: iter(())) as peer:
+        section = ModalityWorklist(ae_title="RIS", host="127.0.0.1", port=peer.port)
+        assert checks._modality_worklist(section, "SCANSIDE") == f"{peer} answers"
+    with pytest.raises(PeerError):
+        checks._modality_worklist(section, "SCANSIDE")
