@@ -57,6 +57,7 @@ class ForeignWorklist:
         self.answer: dict[str, int] = {}
         self.after_find: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
+        self._stopped = False
         ae = AE(ae_title="MANAGER")
         ae.add_supported_context(UnifiedProcedureStepPull)
         self._server = ae.start_server(
@@ -70,7 +71,9 @@ class ForeignWorklist:
         self.port = int(self._server.server_address[1])
 
     def stop(self) -> None:
-        self._server.shutdown()
+        if not self._stopped:
+            self._stopped = True
+            self._server.shutdown()
 
     def state(self, uid: str) -> str:
         return str(self.steps[uid].ProcedureStepState)
