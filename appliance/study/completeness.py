@@ -21,6 +21,9 @@ HABIT_STUDIES = 5
 HABIT_MEMORY = 20
 """So many of a sender's last studies make its habit."""
 
+HABIT_COVER = 0.9
+"""A head that covers less than this part of the least that its sender's last ones did may lack an end."""
+
 HABIT_MARGIN = 1.5
 """A sender that pauses between the associations of a series is waited for so much longer than its longest pause."""
 
@@ -32,10 +35,12 @@ class Habit:
     Attributes:
         studies: how many of its last ones are known.
         longest_pause: the most seconds that it let pass between two associations of one series; 0: it never did.
+        least_cover_mm: the least that one of them covered along its normal.
     """
 
     studies: int
     longest_pause: float
+    least_cover_mm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,11 @@ class Completeness:
 def habit_of(evidence: Sequence[dict[str, Any]]) -> Habit:
     """The habit that the evidence of a sender's last studies shows; those that had no head show nothing of it."""
     heads = [one for one in evidence if one.get("contiguous") and float(one.get("coverage_mm", 0.0)) >= HEAD_MM]
-    return Habit(len(heads), max((float(one.get("longest_pause_s", 0.0)) for one in heads), default=0.0))
+    return Habit(
+        len(heads),
+        max((float(one.get("longest_pause_s", 0.0)) for one in heads), default=0.0),
+        min((float(one["coverage_mm"]) for one in heads), default=0.0),
+    )
 
 
 def weigh(
@@ -87,7 +96,8 @@ def weigh(
     5. The last resort, whatever there is: nothing came for ``quiet_seconds``.
 
     A number of instances that was given and not reached, or one of these series that was named and is not there, leaves
-    only the last resort. A step that was discontinued, or is in progress, is no evidence.
+    only the last resort; so does, where nobody gave a number, a head that covers clearly less than any of this
+    sender's last ones. A step that was discontinued, or is in progress, is no evidence.
 
     Args:
         series: everything that arrived.
@@ -109,7 +119,11 @@ def weigh(
         "associations": [*arriving.outcomes, *["open"] * arriving.open_associations],
         "calling_ae": arriving.calling_ae,
         "longest_pause_s": round(paused, 3),
-        "habit": {"studies": habit.studies, "longest_pause_s": round(habit.longest_pause, 3)},
+        "habit": {
+            "studies": habit.studies,
+            "longest_pause_s": round(habit.longest_pause, 3),
+            "least_coverage_mm": round(habit.least_cover_mm, 1),
+        },
         "contiguous": contiguous,
         "coverage_mm": round(cover, 1),
         "slices": len(volume.planes) if volume else 0,
@@ -118,6 +132,8 @@ def weigh(
         "performed": {**said.steps, "named": sum(map(len, said.expected.values())), "missing": missing},
     }
     whole = contiguous and cover >= HEAD_MM
+    known = habit.studies >= HABIT_STUDIES
+    cut = known and cover < HABIT_COVER * habit.least_cover_mm
     short = missing > 0 or (counts is not None and counts["arrived"] < counts["expected"])
 
     def complete(by: str, confidence: str) -> Completeness:
@@ -129,8 +145,7 @@ def weigh(
     if whole and counts is not None and not short and counts["series"] == len(series):
         return complete("as many instances as the sender said", "high")
     released = not arriving.open_associations and arriving.outcomes == ("released",)
-    if released and arriving.last_closed_at and whole and not short:
-        known = habit.studies >= HABIT_STUDIES
+    if released and arriving.last_closed_at and whole and not short and not cut:
         trusted = numbered and known
         wait = HABIT_MARGIN * max(paused, habit.longest_pause if trusted else 0.0)
         wait = min(wait if trusted else max(wait, settle_seconds), quiet_seconds)
@@ -142,7 +157,10 @@ def weigh(
             return complete(f"{words}, as this sender always does" if known else words, "high")
         return Completeness(False, min(wait - settled, quiet_seconds - silent), evidence)
     if silent >= quiet_seconds:
-        return complete(f"nothing came for {quiet_seconds:g} s", "low")
+        less = (
+            f"; it covers {cover:.0f} mm, this sender's last heads {habit.least_cover_mm:.0f} mm or more" if cut else ""
+        )
+        return complete(f"nothing came for {quiet_seconds:g} s{less if cut else ''}", "low")
     return Completeness(False, quiet_seconds - silent, evidence)
 
 

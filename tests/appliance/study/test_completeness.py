@@ -191,13 +191,27 @@ def test_every_study_is_complete_in_the_end_and_none_is_looked_at_in_vain(
         assert 0 < decision.wait_seconds <= 20.0
 
 
-def test_the_habit_is_the_longest_pause_of_the_last_studies() -> None:
+def test_the_habit_is_the_longest_pause_and_the_least_cover_of_the_last_studies() -> None:
     assert habit_of([]) == Habit(0, 0.0)
     head = {"contiguous": True, "coverage_mm": 150.0}
-    earlier = [{**head, "longest_pause_s": 0.0}, {**head, "longest_pause_s": 2.5}, head]
-    assert habit_of(earlier) == Habit(3, 2.5)
+    earlier = [{**head, "longest_pause_s": 0.0}, {**head, "longest_pause_s": 2.5, "coverage_mm": 141.5}, head]
+    assert habit_of(earlier) == Habit(3, 2.5, 141.5)
     # What is no head shows nothing of how it sends one, nor does the evidence of an older version.
-    assert habit_of([*earlier, {"contiguous": False, "longest_pause_s": 9.0}, {"by": "quiet"}]) == Habit(3, 2.5)
+    assert habit_of([*earlier, {"contiguous": False, "longest_pause_s": 9.0}, {"by": "quiet"}]) == Habit(3, 2.5, 141.5)
+
+
+def test_a_head_that_ends_where_this_senders_heads_never_do_is_waited_for() -> None:
+    shorter = {"closed": 1.5, "last": 1.6, "outcomes": ("released",)}
+    headers = head_series()  # of 145 mm
+    assert decide(headers, **shorter, habit=Habit(20, 0.0, 155.0)).complete
+    assert decide(headers, **shorter, habit=Habit(4, 0.0, 175.0)).complete
+    early = decide(headers, **shorter, habit=Habit(20, 0.0, 175.0))
+    assert not early.complete and early.wait_seconds > 10
+    late = decide(headers, closed=20.1, last=20.2, outcomes=("released",), habit=Habit(20, 0.0, 175.0))
+    assert late.evidence["confidence"] == "low"
+    assert "it covers 145 mm, this sender's last heads 175 mm or more" in late.evidence["by"]
+    told = decide(headers, **shorter, habit=Habit(20, 0.0, 175.0), said=done(headers))
+    assert told.evidence["confidence"] == "high"
 
 
 def test_what_the_scanner_said_is_done_is_complete_while_it_stays_connected() -> None:
