@@ -53,7 +53,11 @@ WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
     },
     "PID": {
         1: ("set id", "`1`"),
-        3: ("patient identifier", "Patient ID; Issuer of Patient ID and its qualifiers as assigning authority (CX-4)"),
+        3: (
+            "patient identifier",
+            "Patient ID; Issuer of Patient ID and its qualifiers as assigning authority (CX-4), an issuer of more than "
+            "20 characters as a locally defined one (HD-2, L); without a Patient ID the Study Instance UID, type `U`",
+        ),
         5: ("name", "once for each of the alphabetic, ideographic and phonetic groups (XPN-8); `^^^^^^U` for none"),
         7: ("birth date", "Patient's Birth Date, if it is a day"),
         8: ("sex", "`F`, `M`, `O`, else `U`"),
@@ -80,8 +84,8 @@ WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
         2: ("source", "`L`"),
         3: (
             "comment",
-            "what a message that is no plain alert means; that the images carry no patient ID, if so; that it is "
-            "triage only; the package's notice; each limitation",
+            "what a message that is no plain alert means; that the images carry no patient ID, if so; what is too "
+            "long for its field, whole; that it is triage only; the package's notice; each limitation",
         ),
     },
     "TQ1": {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 from typing import Literal
 from urllib.parse import quote
@@ -39,6 +39,12 @@ _ASKED: dict[Acknowledgement, dict[int, str]] = {
 
 _CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
+_LONGEST, _LONGEST_NAMESPACE = 199, 20
+"""Characters of an ST and of an IS, escapes counted: what is longer makes a message invalid."""
+_LONGEST_NOTE = 10_000
+_NO_PATIENT_ID = (
+    "The images carry NO patient ID: identify the patient by name, accession and study UID. PID-3 holds the study UID."
+)
 _SUBTYPES_OF_NAMES = ("A", "I", "P")  # alphabetic, ideographic, phonetic (table 0465)
 
 
@@ -108,10 +114,10 @@ def render_alert(
             {
                 # MSH-1 is the separator itself, so every later field stands one place further left.
                 1: "^~\\&",
-                2: _text(sending_application),
-                3: _text(sending_facility),
-                4: _text(receiving_application),
-                5: _text(receiving_facility),
+                2: _named(sending_application),
+                3: _named(sending_facility),
+                4: _named(receiving_application),
+                5: _named(receiving_facility),
                 6: sent,
                 8: "ORU^R01^ORU_R01",
                 9: _text(control_id),
@@ -121,8 +127,7 @@ def render_alert(
                 17: "UNICODE UTF-8",
             },
         ),
-        _segment("PID", {1: "1", 3: _patient_id(source), 5: _names(source), 7: _birth(source), 8: _sex(source)}),
-        _segment("PV1", {1: "1", 2: "U", 19: _text(_value(source, "AdmissionID"))}),
+        *_patient(source, sending_application),
         *_order(source, sent),
         *_notes(verdict, kind, revision, source),
         *([_segment("TQ1", {1: "1", 9: _components("S", "Stat", "HL70485")})] if verdict.positive else []),
@@ -152,9 +157,19 @@ def render_order_update(
         said: why, into an NTE.
     """
     sent = _timestamp(issued_at)
-    header = {1: "^~\\&", 2: _text(sending_application), 3: _text(sending_facility), 4: _text(receiving_application),
-              5: _text(receiving_facility), 6: sent, 8: "ORM^O01^ORM_O01", 9: _text(control_id), 10: processing_id,
-              11: "2.5.1", 17: "UNICODE UTF-8"}  # fmt: skip
+    header = {
+        1: "^~\\&",
+        2: _named(sending_application),
+        3: _named(sending_facility),
+        4: _named(receiving_application),
+        5: _named(receiving_facility),
+        6: sent,
+        8: "ORM^O01^ORM_O01",
+        9: _text(control_id),
+        10: processing_id,
+        11: "2.5.1",
+        17: "UNICODE UTF-8",
+    }
     orc, obr = (one.split("|") for one in _order(source, sent))
     timing = f"^^^^^{_text(priority)}"
     placer, filler = (*orc, "", "", "")[2:4]
@@ -162,11 +177,10 @@ def render_order_update(
     service = {number: obr[number] for number in (4, 18, 24) if len(obr) > number}
     segments = [
         _segment("MSH", header),
-        _segment("PID", {1: "1", 3: _patient_id(source), 5: _names(source), 7: _birth(source), 8: _sex(source)}),
-        _segment("PV1", {1: "1", 2: "U", 19: _text(_value(source, "AdmissionID"))}),
+        *_patient(source, sending_application),
         _segment("ORC", {1: "XO", **numbers, 7: timing, 9: sent}),
         _segment("OBR", {1: "1", **numbers, **service, 27: timing}),
-        _segment("NTE", {1: "1", 2: "L", 3: _long_text(said)}),
+        *_numbered([said, *_unfitting(source)]),
     ]
     return "".join(segment + "\r" for segment in segments)
 
@@ -181,24 +195,24 @@ def _order(source: Dataset, sent: str) -> list[str]:
     accession = _value(source, "AccessionNumber") or _value(request, "AccessionNumber")
     issuer = _first_item(source, "IssuerOfAccessionNumberSequence")
     # OBR-3 is required; without an accession the study's UID is the one number that everybody has.
-    number = accession or _value(source, "StudyInstanceUID")
-    filler = _components(_text(number), *(_authority(issuer) if accession else ()))
+    filler = _fitting(_components(_text(accession), *_authority(issuer))) if accession else ""
+    filler = filler or _text(_value(source, "StudyInstanceUID"))
     service = (
         *(codes.CT_HEAD_LOINC.value, codes.CT_HEAD_LOINC.meaning, codes.CT_HEAD_LOINC.scheme),
         *(codes.CT_HEAD.value, codes.CT_HEAD.meaning, codes.CT_HEAD.scheme),
     )
     fields = {
         1: "1",
-        2: _text(placer),
+        2: _fitting(_text(placer)),
         3: filler,
         4: _components(*(_text(part) for part in service)),
         7: _acquired(source),
-        18: _text(accession),
+        18: _fitting(_text(accession)),
         22: sent,
         24: "CT",
         25: "P",
     }
-    return [_segment("ORC", {1: "RE", 2: _text(placer), 3: filler}), _segment("OBR", fields)]
+    return [_segment("ORC", {1: "RE", 2: _fitting(_text(placer)), 3: filler}), _segment("OBR", fields)]
 
 
 def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list[str]:
@@ -212,10 +226,32 @@ def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list
     if kind == "withdrawal":
         lines.insert(0, f"WITHDRAWAL: revision {revision} of this verdict takes the earlier alert back.")
     if not _value(source, "PatientID"):
-        lines.insert(0, "The images carry NO patient ID: identify the patient by name, accession and study UID.")
+        lines.insert(0, _NO_PATIENT_ID)
+    lines = [*_unfitting(source), *lines]
     lines += [f"Limitation: {limitation}" for limitation in verdict.limitations]
+    return _numbered(lines)
+
+
+def _numbered(notes: Iterable[str]) -> list[str]:
     return [
-        _segment("NTE", {1: str(number), 2: "L", 3: _long_text(line)}) for number, line in enumerate(lines, start=1)
+        _segment("NTE", {1: str(number), 2: "L", 3: _long_text(note)}) for number, note in enumerate(notes, start=1)
+    ]
+
+
+def _unfitting(source: Dataset) -> list[str]:
+    """What identifies patient and order and is too long for its field: whole, in words. Cut off, it would name
+    another."""
+    fields = {
+        "patient ID with its issuer": (_identified(source), f"{_value(source, 'PatientID')} {_issuer_said(source)}"),
+        "patient's name": (_spelt(source), _value(source, "PatientName")),
+        "accession number": (_text(_value(source, "AccessionNumber")), _value(source, "AccessionNumber")),
+        "admission ID": (_text(_value(source, "AdmissionID")), _value(source, "AdmissionID")),
+    }
+    return [
+        f"The {name} is too long for its field. It is: {value[:_LONGEST_NOTE]}"
+        + (f" … ({len(value)} characters)" if len(value) > _LONGEST_NOTE else "")
+        for name, (field, value) in fields.items()
+        if field and not _fitting(field)
     ]
 
 
@@ -256,7 +292,7 @@ def _observations(
     ]
     if first and kind in FOLLOWING:
         rows.append({2: "ST", 3: _coded(codes.FIRST_MESSAGE), 5: _text(first)})
-    if link:
+    if link and _fitting(_text(link)):
         # RP: a pointer to a text document of type HTML (2.A.65, tables 0191 and 0291).
         rows.append({2: "RP", 3: _coded(codes.STUDY_LINK), 5: _components(_text(link), "", "TEXT", "HTML")})
     return [
@@ -265,13 +301,40 @@ def _observations(
     ]
 
 
-def _patient_id(source: Dataset) -> str:
-    """PID-3: the identifier with its issuer as assigning authority (CX-4). Empty if the source has none."""
+def _patient(source: Dataset, sending_application: str) -> list[str]:
+    """PID and PV1."""
+    return [
+        _segment(
+            "PID",
+            {
+                1: "1",
+                3: _patient_id(source, sending_application),
+                5: _fitting(_spelt(source)) or "^^^^^^U",  # PID-5 is required; U: no name is stated (table 0200)
+                7: _birth(source),
+                8: _sex(source),
+            },
+        ),
+        _segment("PV1", {1: "1", 2: "U", 19: _fitting(_text(_value(source, "AdmissionID")))}),
+    ]
+
+
+def _patient_id(source: Dataset, sending_application: str) -> str:
+    """PID-3, which is required: the patient's identifier; without one that fits the study's UID, as one of this box.
+
+    Its type is U (table 0203): what it identifies is not stated.
+    """
+    found = _fitting(_identified(source))
+    box = "&".join(_designator(_text(sending_application))).rstrip("&")
+    return found or _components(_text(_value(source, "StudyInstanceUID")), "", "", box, "U")
+
+
+def _identified(source: Dataset) -> str:
+    """The identifier with its issuer as assigning authority (CX-4); "" if the source has none."""
     identifier = _value(source, "PatientID")
     if not identifier:
         return ""
     qualifiers = _first_item(source, "IssuerOfPatientIDQualifiersSequence")
-    authority = (
+    authority = _designator(
         _text(_value(source, "IssuerOfPatientID")),
         _text(_value(qualifiers, "UniversalEntityID")),
         _text(_value(qualifiers, "UniversalEntityIDType")),
@@ -279,8 +342,14 @@ def _patient_id(source: Dataset) -> str:
     return _components(_text(identifier), "", "", "&".join(authority).rstrip("&"))
 
 
-def _names(source: Dataset) -> str:
-    """PID-5: each component group of the person name (PS3.5 6.2.1) as a repetition of XPN."""
+def _issuer_said(source: Dataset) -> str:
+    qualifiers = _first_item(source, "IssuerOfPatientIDQualifiersSequence")
+    said = (_value(source, "IssuerOfPatientID"), _value(qualifiers, "UniversalEntityID"))
+    return f"(issuer: {', '.join(filter(None, said)) or 'not said'})"
+
+
+def _spelt(source: Dataset) -> str:
+    """PID-5: each component group of the person name (PS3.5 6.2.1) as a repetition of XPN; "" for none."""
     groups = _value(source, "PatientName").split("=")
     repetitions = []
     for group, representation in zip(groups, _SUBTYPES_OF_NAMES, strict=False):
@@ -289,7 +358,7 @@ def _names(source: Dataset) -> str:
             # XPN has the suffix before the prefix; DICOM has them the other way round.
             parts = (_text(part) for part in (family, given, middle, suffix, prefix))
             repetitions.append("^".join([*parts, "", "L", representation]))
-    return "~".join(repetitions) or "^^^^^^U"  # PID-5 is required; U: no name is stated (table 0200)
+    return "~".join(repetitions)
 
 
 def _birth(source: Dataset) -> str:
@@ -333,7 +402,25 @@ def _authority(item: Dataset | None) -> tuple[str, str, str]:
     """EI-2 to EI-4 from an HL7v2 Hierarchic Designator macro (PS3.3 10.14)."""
     keywords = ("LocalNamespaceEntityID", "UniversalEntityID", "UniversalEntityIDType")
     first, second, third = (_text(_value(item, keyword)) for keyword in keywords)
-    return first, second, third
+    return _designator(first, second, third)
+
+
+def _designator(namespace: str, universal: str = "", kind: str = "") -> tuple[str, str, str]:
+    """The components of an HD (2.A.33). A name that is too long for a namespace stands where longer ones may, as one
+    that is locally defined (L, table 0301); a universal one beside it says enough."""
+    if len(namespace) <= _LONGEST_NAMESPACE:
+        return namespace, universal, kind
+    return ("", universal, kind) if universal else ("", namespace, "L")
+
+
+def _named(application: str) -> str:
+    """MSH-3 to MSH-6."""
+    return _components(*_designator(_text(application)))
+
+
+def _fitting(field: str) -> str:
+    """A field; "" if one of its components is longer than a receiver must take."""
+    return field if all(len(part) <= _LONGEST for part in re.split(r"[~^&]", field)) else ""
 
 
 def _first_item(source: Dataset, keyword: str) -> Dataset | None:

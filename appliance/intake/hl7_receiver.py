@@ -49,7 +49,8 @@ class OrderReceiver:
         if message.is_answer:
             log.warning("hl7: an acknowledgement came from %s, where none is waited for; ignored", peer)
             return []
-        if message.changes and message.header[3].split(message.header[2][:1])[0] == self._box:
+        # A long name stands in the second component of MSH-3.
+        if message.changes and self._box in message.header[3].split(message.header[2][:1])[:2]:
             # What this box tells a worklist is no order, though it looks like one.
             message = replace(message, changes=(), ours=True)
         if shortage := self._shortage():

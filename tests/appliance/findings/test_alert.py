@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from dataclasses import replace
 from datetime import timedelta, timezone
 from pathlib import Path
@@ -12,12 +13,15 @@ import hl7
 import pytest
 from hl7apy.consts import VALIDATION_LEVEL
 from hl7apy.parser import parse_message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from appliance.findings.alert import Kind, message_control_id, render_alert, study_link
+from appliance.findings.validate import fault
 from appliance.ledger.records import Verdict
 from tests.findings_support import ISSUED, NAMES, Series, ct_series, renamed, verdict_on
 
@@ -180,11 +184,85 @@ def test_images_without_a_patient_id_say_so_first_and_carry_the_study_uid_as_ord
     series = ct_series(tmp_path, drop=("PatientID", "AccessionNumber"), count=3)
     header = series.header()
     header.PatientID = ""
-    message = hl7.parse(alert(verdict_on(series), header))
+    message = valid(alert(verdict_on(series), header))
+    assert field(message.segment("PID"), 3) == f"{header.StudyInstanceUID}^^^SCANSIDE^U"
     assert "NO patient ID" in field(message.segments("NTE")[0], 3)
     assert field(message.segment("OBR"), 3) == header.StudyInstanceUID
     header.PatientID = "P1"
     assert "NO patient ID" not in alert(verdict_on(series), header)
+
+
+LONG = "Klinik für Radiologie und Neuroradiologie"  # of an issuer: an IS has 20 characters
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "expected"),
+    [
+        ({"IssuerOfPatientID": LONG}, ("PID", 3), f"P1^^^&{LONG}&L"),
+        ({"PatientID": "&" * 64}, ("PID", 3), "\\T\\" * 64),
+        ({"PatientID": "P" * 200}, ("PID", 3), "1.2.3^^^SCANSIDE^U"),
+        ({"PatientName": f"{'N' * 200}^Eva"}, ("PID", 5), "^^^^^^U"),
+        ({"AccessionNumber": "A" * 200}, ("OBR", 3), "1.2.3"),
+        ({"AdmissionID": "A" * 200}, ("PV1", 19), ""),
+        ({"PlacerOrderNumberImagingServiceRequest": "A" * 200}, ("OBR", 2), ""),
+    ],
+)
+def test_what_is_too_long_for_its_field_is_told_whole_and_holds_no_alert_back(
+    changes: dict[str, str], place: tuple[str, int], expected: str
+) -> None:
+    source = Dataset()
+    source.StudyInstanceUID, source.PatientID = "1.2.3", "P1"
+    for keyword, value in changes.items():
+        setattr(source, keyword, value)
+    text = alert(POSITIVE, source)
+    assert fault(text) == ""
+    message = hl7.parse(text)
+    assert field(message.segment(place[0]), place[1]) == expected
+    ((keyword, value),) = changes.items()
+    notes = [hl7.Message().unescape(field(note, 3)) for note in message.segments("NTE")]
+    left_out = len(value) > 199 and keyword != "PlacerOrderNumberImagingServiceRequest"
+    assert any("too long" in note and value in note for note in notes) == left_out
+
+
+def test_long_names_of_applications_hold_no_alert_back() -> None:
+    source = Dataset()
+    source.StudyInstanceUID = "1.2.3"
+    names = {"sending_application": "ct1.radiology.hospital.example", "receiving_facility": LONG}
+    text = alert(POSITIVE, source, **names)
+    assert fault(text) == ""
+    header = hl7.parse(text).segment("MSH")
+    assert field(header, 3) == "^ct1.radiology.hospital.example^L" and field(header, 6) == f"^{LONG}^L"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "PatientID",
+                "IssuerOfPatientID",
+                "PatientName",
+                "AccessionNumber",
+                "AdmissionID",
+                "PatientBirthDate",
+                "PatientSex",
+                "PlacerOrderNumberImagingServiceRequest",
+                "AcquisitionDate",
+                "AcquisitionTime",
+            ]
+        ),
+        st.text(st.characters(codec="utf-8"), max_size=90) | st.text("&^~|\\x", min_size=60, max_size=300),
+    ),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=60),
+)
+def test_whatever_the_images_say_of_the_patient_the_alert_may_leave(said: dict[str, str], box: str) -> None:
+    source = Dataset()
+    source.StudyInstanceUID = "1.2.3"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for keyword, value in said.items():
+            source.add(DataElement(tag_for_keyword(keyword), "LO", value, already_converted=True))
+    assert fault(alert(POSITIVE, source, sending_application=box)) == ""
 
 
 @pytest.mark.parametrize(("keyword", "segment", "number"), [("PatientID", "PID", 3), ("AccessionNumber", "OBR", 18)])
