@@ -228,7 +228,15 @@ def render(
 
 
 def render_refusal(
-    object_name: str, verdict: Verdict, source: Dataset, *, issued_at: datetime, uid_root: str, device: Device
+    object_name: str,
+    verdict: Verdict,
+    source: Dataset,
+    *,
+    issued_at: datetime,
+    uid_root: str,
+    device: Device,
+    revision: int = 1,
+    before: tuple[int, Verdict] | None = None,
 ) -> Dataset:
     """The report of a study that was not analysed: that, and why.
 
@@ -237,14 +245,16 @@ def render_refusal(
         verdict: one that is withdrawn, of the reason, and has no slabs.
         source: header of any image of the study.
         issued_at, uid_root, device: as for `render`.
+        revision: above 1 where there was a verdict that does not stand any more.
+        before: revision and verdict of that one, which the report follows.
 
     Returns: a data set with file meta, Explicit VR Little Endian.
     """
-    uids = _uids(uid_root, verdict, 1, object_name)
+    uids = _uids(uid_root, verdict, revision, object_name)
     return build_report(
         Report(
             label="intracranial haemorrhage",
-            uid=derived_uid(uid_root, "tracking", *_uids(uid_root, verdict, 1, REPORT)),
+            uid=derived_uid(uid_root, "tracking", *_uids(uid_root, verdict, revision, REPORT)),
             finding=None,
             result=codes.NOT_ANALYSED,
             impression=wording.not_analysed(verdict),
@@ -258,10 +268,11 @@ def render_refusal(
         source,
         procedure=codes.CT_HEAD,
         algorithm=Algorithm(verdict.package, verdict.package_version, device.manufacturer),
+        predecessor=_uids(uid_root, before[1], before[0], object_name) if before else None,
         device=device,
         place=Place(
             *uids,
-            series_number=_SERIES_NUMBER + 11,
+            series_number=_SERIES_NUMBER + 10 * revision + 1,
             instance_number=1 + (object_name == REPORT_2D),
             series_description=f"{verdict.package} report (not analysed)",
             created=issued_at.astimezone(),

@@ -164,11 +164,15 @@ class Issuer:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
 
     def take_back(self, standing: Row, instances: Mapping[str, StoredInstance], reason: str) -> None:
-        """What becomes of a verdict on a study that was refused in the end: a provisional alert is withdrawn."""
+        """What becomes of a verdict on a study that was refused in the end.
+
+        A provisional alert is withdrawn, and an archive that has a report gets one that says that the study was not
+        analysed. An alert on a whole study stands: nobody knows better.
+        """
         study_id, verdict = self._ledger.study_of(standing["analysis_id"]), Verdict.from_json(standing["result"])
-        if not verdict.positive:
+        if verdict.withdrawn:
             return
-        if not verdict.provisional:
+        if verdict.positive and not verdict.provisional:
             log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
             return
         revision, issued_at = standing["revision"] + 1, now()
@@ -178,13 +182,22 @@ class Issuer:
         try:
             source = next(iter(instances.values()))
         except StopIteration:
-            log.error("study %d: all of it is gone: its provisional alert could not be withdrawn, and stands", study_id)
+            log.error("study %d: all of it is gone: what was said of it could not be withdrawn, and stands", study_id)
             return
         settings = self._told(study_id)
         findings = self._alerts(settings, standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
+        package = self._packages.get(verdict.package)
+        archives = [one for one in settings.destination if isinstance(one, ImageDestination) and REPORT in one.objects]
+        shadow = verdict.mode == SHADOW and settings is self._settings
+        if package and archives and not shadow and REPORT in objects_for(verdict):
+            header, before = self._identity(source), (standing["revision"], verdict)
+            findings += self._not_analysed(study_id, package, withdrawn, issued_at, header, archives, revision, before)
+        if not (verdict.positive or findings):
+            return  # nobody was told of it
         self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
         ring(self._settings.run_directory, "delivery")
-        log.warning("study %d: the provisional alert is withdrawn: %s", study_id, reason)
+        said = "the provisional alert is withdrawn" if verdict.positive else "the negative report is taken back"
+        log.warning("study %d: %s: %s", study_id, said, reason)
 
     def _alerts(
         self,
@@ -266,12 +279,29 @@ class Issuer:
         header = self._identity(source)
         made = [message(self._settings, one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
         findings = [self._kept(study_id, verdict, 1, one) for one in made]
-        if archives:
-            for name in (REPORT, REPORT_2D):
-                takers = tuple(one.name for one in archives if report_form(one) == name)
-                if takers or (name == REPORT_2D and any(map(needs_2d, archives))):
-                    findings.append(self._refused(name, study_id, package, verdict, issued_at, header, takers))
+        findings += self._not_analysed(study_id, package, verdict, issued_at, header, archives)
         return Notice(verdict, issued_at, findings)
+
+    def _not_analysed(
+        self,
+        study_id: int,
+        package: Package,
+        verdict: Verdict,
+        issued_at: str,
+        header: pydicom.Dataset,
+        archives: Sequence[ImageDestination],
+        revision: int = 1,
+        before: tuple[int, Verdict] | None = None,
+    ) -> list[NewFinding]:
+        """Write the report that each of the archives can take; what to deliver."""
+        findings = []
+        for name in (REPORT, REPORT_2D):
+            takers = tuple(one.name for one in archives if report_form(one) == name)
+            if takers or (name == REPORT_2D and any(map(needs_2d, archives))):
+                findings.append(
+                    self._refused(name, study_id, package, verdict, issued_at, header, takers, revision, before)
+                )
+        return findings
 
     def _refused(
         self,
@@ -282,16 +312,27 @@ class Issuer:
         issued_at: str,
         header: pydicom.Dataset,
         archives: tuple[str, ...],
+        revision: int,
+        before: tuple[int, Verdict] | None,
     ) -> NewFinding:
         """Write the report of a study that was not analysed; what to deliver, or why it never will be."""
         box = self._settings.box
         key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-        uid = object_uid(box.uid_root, *key, 1, name)
+        uid = object_uid(box.uid_root, *key, revision, name)
         try:
             device = package_device(verdict, uid_root=box.uid_root, station=box.name, manufacturer=package.manufacturer)
             at = datetime.fromisoformat(issued_at)
-            made = render_refusal(name, verdict, header, issued_at=at, uid_root=box.uid_root, device=device)
-            path = _folder(study_id, verdict.package, 1) / f"{name}.dcm"
+            made = render_refusal(
+                name,
+                verdict,
+                header,
+                issued_at=at,
+                uid_root=box.uid_root,
+                device=device,
+                revision=revision,
+                before=before,
+            )
+            path = _folder(study_id, verdict.package, revision) / f"{name}.dcm"
             _write_durably(self._settings.findings_directory / path, part10(made))
         except OSError:
             raise

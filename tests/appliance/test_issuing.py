@@ -142,6 +142,25 @@ def test_of_a_negative_study_the_picture_stands_in_for_a_report(tmp_path: Path) 
     issued.box.ledger.close()
 
 
+def test_a_negative_report_is_followed_by_one_that_the_study_was_not_analysed(issued: Issued) -> None:
+    issued.issue(replace(verdict_on(issued.series, positive=False), slabs=()))
+    assert issued.delivered("plain") == ["report"]
+    (standing,) = issued.box.ledger.verdicts(1)
+    instances = {one.sop_instance_uid: one for one in issued.box.ledger.instances(1)}
+    issued.issuer.take_back(standing, instances, "a patient of two names")
+    assert issued.delivered("plain") == issued.delivered("all")[-1:] == ["report"]
+    first, second = issued.report(1), issued.report(2)
+    (study,) = second.PredecessorDocumentsSequence
+    assert study.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID == first.SOPInstanceUID
+    (file,) = issued.box.settings.findings_directory.glob("*-2/report.dcm")
+    assert b"a patient of two names" in file.read_bytes() and "not analysed" in second.SeriesDescription
+    assert second.CompletionFlag == "PARTIAL"
+    # Once: what was taken back is not taken back again.
+    newest = issued.box.ledger.verdicts(1)[-1]
+    issued.issuer.take_back(newest, instances, "again")
+    assert len(issued.box.ledger.verdicts(1)) == 2
+
+
 def test_of_all_pictures_that_wait_those_of_a_positive_study_come_first_and_none_waits_for_one_that_fails(
     issued: Issued, monkeypatch: pytest.MonkeyPatch
 ) -> None:
