@@ -25,6 +25,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from dicom_io.verbatim import write_verbatim
+
 SYNTAXES: tuple[UID, ...] = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -59,19 +61,19 @@ def _fits(header: Dataset, syntax: UID) -> bool:
 
 
 def transcoded(source: Path, target: Path, syntax: str) -> None:
-    """Write an uncompressed little endian Part 10 file anew in one of the syntaxes that `fitting` has for it.
+    """Write a Part 10 file in Explicit VR Little Endian, as ours are, anew in a syntax that `fitting` has for it.
 
     Raises:
         ValueError: it cannot be, or the pixels that were read back are not those that were written.
         OSError, InvalidDicomError: a file cannot be read or written.
     """
     made = pydicom.dcmread(source)
-    if made.file_meta.TransferSyntaxUID not in _PLAIN or not _fits(made, UID(syntax)):
+    if made.file_meta.TransferSyntaxUID != ExplicitVRLittleEndian or not _fits(made, UID(syntax)):
         raise ValueError(f"{UID(made.file_meta.TransferSyntaxUID).name} cannot become {UID(syntax).name}")
     if UID(syntax) not in _PLAIN:
         _compress(made, UID(syntax))
     made.file_meta.TransferSyntaxUID = UID(syntax)
-    pydicom.dcmwrite(target, made, enforce_file_format=True)
+    write_verbatim(target, made)
 
 
 def _compress(made: Dataset, syntax: UID) -> None:

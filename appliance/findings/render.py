@@ -110,6 +110,7 @@ def package_device(verdict: Verdict, *, uid_root: str, station: str, manufacture
         manufacturer=manufacturer,
         model_name=verdict.package,
         software_version=verdict.package_version,
+        udi=verdict.udi,
     )
 
 

@@ -27,6 +27,7 @@ from dicom_io.objects.codes import (
     PRIVATE_SCHEME_ORGANIZATION,
     Concept,
 )
+from dicom_io.verbatim import write_verbatim
 
 TYPE_2 = (
     "StudyDate",
@@ -124,6 +125,7 @@ class Device:
         uid: identifies this installation as an observer.
         name: what the site calls it.
         serial_number: '' where there is none.
+        udi: unique device identifier, as its label has it; '' where there is none.
     """
 
     uid: str
@@ -132,6 +134,7 @@ class Device:
     model_name: str
     software_version: str
     serial_number: str = ""
+    udi: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +213,8 @@ def begin(sop_class_uid: str, modality: str, source: Dataset, device: Device, pl
     made.SoftwareVersions = fit(made, device.software_version, 64)
     if device.serial_number:
         made.DeviceSerialNumber = fit(made, device.serial_number, 64)
+    if device.udi:
+        made.UDISequence = Sequence([item(UniqueDeviceIdentifier=fit(made, device.udi))])  # PS3.3 10.29
     clock = _local(made, place.created)
     date, time = clock.strftime("%Y%m%d"), clock.strftime("%H%M%S.%f")
     made.InstanceCreationDate = made.SeriesDate = made.ContentDate = date
@@ -263,7 +268,7 @@ def declare_private_scheme(made: Dataset) -> None:
 def part10(made: Dataset) -> bytes:
     """The object as a Part 10 file: the same bytes for the same object."""
     buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, made, enforce_file_format=True)
+    write_verbatim(buffer, made)
     return buffer.getvalue()
 
 

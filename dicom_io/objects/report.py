@@ -28,6 +28,7 @@ from dicom_io.objects.common import (
 
 _CONTAINS = sr.RelationshipTypeValues.CONTAINS
 _CONTEXT = sr.RelationshipTypeValues.HAS_ACQ_CONTEXT
+_OBSERVED = sr.RelationshipTypeValues.HAS_OBS_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +190,12 @@ def _text(made: Dataset, name: Concept, text: str) -> Any:
 
 
 def observer(made: Dataset, device: Device) -> Any:
-    """The device as the observer of a document (PS3.16 TID 1002)."""
-    return sr.ObserverContext(
+    """The device as the observer of a document (PS3.16 TID 1002).
+
+    Its UDI is in the UDI Sequence, from which TID 1004 takes it by default, and once more as text, as that extensible
+    template allows: its own container of UDIs DCMTK 3.6.7 refuses, with the whole report.
+    """
+    context = sr.ObserverContext(
         observer_type=coded(codes.DEVICE),
         observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
             uid=device.uid,
@@ -200,6 +205,9 @@ def observer(made: Dataset, device: Device) -> Any:
             serial_number=fit(made, device.serial_number) or None,
         ),
     )
+    if device.udi:
+        context.append(sr.TextContentItem(coded(codes.UDI), fit(made, device.udi), relationship_type=_OBSERVED))
+    return context
 
 
 def _measured(quantity: Quantity, coordinates: Sequence[Any] | None = None) -> Any:

@@ -82,6 +82,19 @@ def test_a_plain_syntax_changes_nothing_that_is_said(
     assert made.file_meta.MediaStorageSOPInstanceUID == made.SOPInstanceUID
 
 
+@pytest.mark.parametrize("syntax", PLAIN)
+def test_the_bytes_of_a_name_stay(syntax: str, objects: dict[str, Path], tmp_path: Path) -> None:
+    sent = b"Zhang^XiaoDong=\x1b$)A\xd5\xc5^\x1b$)A\xd0\xa1\xb6\xab= "
+    (tmp_path / "source").write_bytes(
+        objects["report"]
+        .read_bytes()
+        .replace(b"ISO_IR 100", b"ISO_IR 58 ")
+        .replace(b"PN" + bytes([8, 0]) + b"Doe^Jane", b"PN" + bytes([len(sent), 0]) + sent)
+    )
+    transcoded(tmp_path / "source", tmp_path / "made", syntax)
+    assert pydicom.dcmread(tmp_path / "made").get_item("PatientName").value == sent
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pixels=arrays.arrays(
