@@ -1,6 +1,6 @@
 """Could a scanner have made this volume? What a decoder returns in good health may still be no image.
 
-A decoder can succeed and return zeros, the image before, the upper half of an image, or noise. Each leaves traces
+A decoder can succeed and return zeros, the image before, half of an image, or noise. Each leaves traces
 that no CT reconstruction has, as that is never without noise. They are looked for plane by plane (`look_at`), so that
 a plane need not be kept, and judged together (`implausibilities`).
 """
@@ -36,6 +36,9 @@ _NOT_VACUUM = 0.25  # part of an image that may lie below it
 _SECTION_MM2 = 5000.0  # the cross-section of a small head's neck; the cap under the vertex, 5 mm deep, has half
 _STOPPED_ROWS = 4
 _STOPPED_MM = 60.0  # a skull of 90 mm radius is as wide 5 mm within its edge, and no image ends its noise there
+_TABLE_MM = 10.0  # where a scanner blanks the air, a table may end it by a straight edge: its shell is thinner
+_NEIGHBOURS_HU = 500.0  # from air to tissue at once, or from brain to bone: the edges of an image, and little else
+_NO_EDGE = 0.25  # part of the neighbours that may differ by so much; of white noise of 12 bits it is three quarters
 _GRID = 2  # every second row and column is enough for what is no edge
 
 
@@ -84,20 +87,46 @@ def look_at(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> Look:
         _, counts = np.unique(coarse[coarse < VACUUM_HU], return_counts=True)
         if empty - counts.max() > _NOT_VACUUM * coarse.size:
             problems.append(f"is emptier than vacuum in {empty / coarse.size:.0%} of its pixels")
-    stopped = _stops_at(hu, spacing_mm[1])
-    if stopped is not None:
-        problems.append(f"ends in the middle of the body: nothing changes from row {stopped + 1} on")
+    rows = hu[:: 2 * _GRID]
+    steps = np.count_nonzero(np.abs(np.subtract(rows[:, 1:], rows[:, :-1], dtype=np.float32)) > _NEIGHBOURS_HU)
+    apart = steps / max(rows[:, 1:].size, 1)
+    if apart > _NO_EDGE:
+        problems.append(f"is noise: {apart:.0%} of its neighbouring pixels are {_NEIGHBOURS_HU:g} HU apart or more")
+    problems += _dead_rows(hu, spacing_mm)
     return Look(None, area, digest, tuple(problems))
 
 
-def _stops_at(hu: NDArray[Any], column_mm: float) -> int | None:
-    """The first of the rows without any contrast that end the image just below a wide section of tissue."""
-    row = len(hu)
-    while row and hu[row - 1].min() == hu[row - 1].max():
-        row -= 1
-    if len(hu) - row < _STOPPED_ROWS or row == 0:
-        return None
-    return row if np.count_nonzero(hu[row - 1] > TISSUE_HU) * column_mm > _STOPPED_MM else None
+def _dead_rows(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> list[str]:
+    """Runs of rows, each of one value or the same as the row before, that cut off a wide section of tissue."""
+    deeper = max(1, round(_TABLE_MM / spacing_mm[0]))
+    repeated = np.zeros(len(hu), bool)
+    # Few columns tell most rows apart.
+    repeated[1:] = (hu[1:, ::16] == hu[:-1, ::16]).all(axis=1)
+    candidates = np.flatnonzero(repeated)
+    repeated[candidates] = (hu[candidates] == hu[candidates - 1]).all(axis=1)
+    dead = repeated | (hu.min(axis=1) == hu.max(axis=1))
+    found = []
+    bounds = np.flatnonzero(np.diff(np.concatenate(([False], dead, [False])).astype(np.int8)))
+    for first, end in zip(bounds[::2].tolist(), bounds[1::2].tolist(), strict=True):
+        if end - first < _STOPPED_ROWS:
+            continue
+        # Beside a run at an edge of the image there is one row that lives.
+        beside = [(first - 1, max(first - 1 - deeper, 0))] if first else []
+        beside += [(end, min(end + deeper, len(hu) - 1))] if end < len(hu) else []
+        # What fills the dead rows fills corners, too.
+        if beside and all(
+            _wide(hu[row], hu[first, 0], spacing_mm[1]) > _STOPPED_MM
+            and _wide(hu[inner], hu[first, 0], spacing_mm[1]) > _STOPPED_MM / 2
+            for row, inner in beside
+        ):
+            what = "ends in" if end == len(hu) else "begins in" if first <= 1 else "is interrupted in"
+            found.append(f"{what} the middle of the body: nothing changes from row {first + 1} to {end}")
+    return found
+
+
+def _wide(row: NDArray[Any], fill: float, column_mm: float) -> float:
+    """How many mm of a row are tissue."""
+    return np.count_nonzero((row > TISSUE_HU) & (row != fill)) * column_mm
 
 
 def implausibilities(volume: Volume, looks: Sequence[Look]) -> list[str]:

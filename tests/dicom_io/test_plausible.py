@@ -134,20 +134,63 @@ def test_two_planes_alike_are_found(pair: list[int]) -> None:
     assert reasons(planes) == [f"image 1.2.{second} frame 1 has the same pixels as image 1.2.{first} frame 1"]
 
 
-@given(row=st.integers(20, 72), fill=st.sampled_from([-1024.0, 0.0, 35.0]))
+FILLS = st.sampled_from([-1024.0, 0.0, 35.0, None])
+"""What a decoder leaves where it stopped: one value, or over and over the row that it was at (None)."""
+
+
+def filled(hu: NDArray[np.float32], rows: slice, fill: float | None, last: int) -> None:
+    hu[rows] = hu[last] if fill is None else fill
+
+
+@given(row=st.integers(20, 72), fill=FILLS)
 @settings(max_examples=25, deadline=None)
-def test_a_plane_that_stops_within_the_head_is_found(row: int, fill: float) -> None:
+def test_a_plane_that_stops_within_the_head_is_found(row: int, fill: float | None) -> None:
     planes = heads()
-    planes[INSIDE][row:] = fill
+    filled(planes[INSIDE], slice(row, None), fill, row - 1)
     (reason,) = reasons(planes)
-    assert reason == f"image 1.2.{INSIDE} frame 1 ends in the middle of the body: nothing changes from row {row + 1} on"
+    assert reason == (
+        f"image 1.2.{INSIDE} frame 1 ends in the middle of the body: nothing changes from row {row + 1} to {SIZE}"
+    )
 
 
-def test_a_plane_that_repeats_the_row_it_stopped_at_is_no_sound_one_either() -> None:
-    """Rows of one value each need not have the same one."""
+@given(row=st.integers(24, 76), fill=FILLS)
+@settings(max_examples=25, deadline=None)
+def test_a_plane_that_begins_within_the_head_is_found(row: int, fill: float | None) -> None:
+    planes = heads()
+    filled(planes[INSIDE], slice(0, row), fill, row)
+    (reason,) = reasons(planes)
+    assert f"image 1.2.{INSIDE} frame 1 begins in the middle of the body" in reason
+    assert reason.endswith(f"to {row + (fill is None)}")
+
+
+@given(row=st.integers(24, 60), rows=st.integers(5, 12), fill=FILLS)
+@settings(max_examples=25, deadline=None)
+def test_a_plane_with_a_gap_within_the_head_is_found(row: int, rows: int, fill: float | None) -> None:
+    planes = heads()
+    filled(planes[INSIDE], slice(row, row + rows), fill, row - 1)
+    (reason,) = reasons(planes)
+    assert f"image 1.2.{INSIDE} frame 1 is interrupted in the middle of the body" in reason
+
+
+def test_a_plane_of_rows_of_one_value_each_is_no_sound_one_either() -> None:
+    """They need not have the same one."""
     planes = heads()
     planes[INSIDE][50:] = np.arange(SIZE - 50, dtype=np.float32)[:, None]
     assert len(reasons(planes)) == 1
+
+
+@pytest.mark.parametrize("blank", [-1024.0, -2000.0, 0.0])
+def test_blank_air_and_padding_about_the_head_pass(blank: float) -> None:
+    """Above it, between it and a table, below that, and around a circle."""
+    planes = heads()
+    y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
+    noise = np.random.default_rng(3).normal(0, 8, (3, SIZE))
+    for hu in planes:
+        hu[hu < -900] = -1024
+        hu[86:89, 10:86] = (-100 + noise)[:, 10:86]
+        hu[np.hypot(x, y) > SIZE / 2 - 2] = blank
+        hu[:4] = blank
+    assert reasons(planes[:ABOVE]) == []
 
 
 def test_rows_of_padding_below_the_head_pass() -> None:
@@ -162,11 +205,13 @@ def test_rows_of_padding_below_the_head_pass() -> None:
     [
         lambda hu: (hu + 1024) * 16 - 1024,  # values shifted by four bits
         lambda hu: np.random.default_rng(1).integers(-(1 << 15), 1 << 15, hu.shape).astype(np.float32),
+        lambda hu: np.random.default_rng(1).integers(-1024, 3072, hu.shape).astype(np.float32),
+        lambda hu: np.where(np.arange(SIZE)[:, None] < SIZE // 2, hu, np.random.default_rng(1).permuted(hu)),
         lambda hu: hu.astype(np.int16).byteswap().astype(np.float32),
         lambda hu: np.where(hu > -500, 3071, hu),
         lambda hu: hu - 5000,
     ],
-    ids=["shifted", "noise", "swapped", "saturated", "sunk"],
+    ids=["shifted", "noise", "noise of 12 bits", "half shuffled", "swapped", "saturated", "sunk"],
 )
 def test_what_no_tissue_has_is_found(broken: Any) -> None:
     planes = heads()
