@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.events import Event
-from appliance.intake.spool import path_of
+from appliance.intake.spool import is_intact, path_of
 from appliance.ledger.commitments import Held, no_address, requested
 from appliance.ledger.database import Row
 from appliance.ledger.store import Ledger
@@ -51,6 +52,9 @@ that crosses that release would be lost: it would be sent twice."""
 OWN_WAY_SECONDS = 15.0
 """After this time the report goes out on a new association, although the one that asked is still open: it is busy."""
 
+JUDGE_SECONDS = 2.0
+"""So long the association that asked waits for the files of its request to be read; then it goes on, and asks again."""
+
 POLL_SECONDS = 1.0
 """How long a report that fell due may wait for its worker."""
 
@@ -61,10 +65,12 @@ class _Asked:
 
     Attributes:
         waiting: number of the request → when it may be sent on this association, by the monotonic clock.
+        judging: what the try at hand began with, and the report that is being made.
         sent: Transaction UID → what the try began with, and the report that the peer has to answer.
     """
 
     waiting: dict[int, float] = field(default_factory=dict)
+    judging: tuple[Row, Future[CommitmentReport]] | None = None
     sent: dict[str, tuple[Row, CommitmentReport]] = field(default_factory=dict)
 
 
@@ -103,6 +109,7 @@ class CommitmentProvider:
         self._due = due
         self._hold = hold_seconds
         self._asked: dict[int, _Asked] = {}
+        self._judges = ThreadPoolExecutor(2, "judge")  # to read a long series anew takes its time
         self._lock = threading.Lock()
 
     @property
@@ -146,20 +153,27 @@ class CommitmentProvider:
                 return None
             at = time.monotonic()
             ready = [key for key, since in asked.waiting.items() if since <= at]
-        for key in ready:
-            row = self._take(asked, key)
+            judging = asked.judging
+        if judging is None:
+            row = next((row for key in ready if (row := self._take(asked, key)) is not None), None)
             if row is None:
-                continue
-            request = requested(row)
-            try:
-                report = self.judge(request)
-            except SQLAlchemyError as error:
-                self.settle(row, _untold(request), None, f"it cannot be judged: {error}")
-                continue
+                return None
+            judging = row, self._judges.submit(self.judge, requested(row))
             with self._lock:
-                asked.sent[report.transaction_uid] = (row, report)
-            return report
-        return None
+                asked.judging = judging
+        row, job = judging
+        if not wait([job], JUDGE_SECONDS).done:
+            return None
+        with self._lock:
+            asked.judging = None
+        try:
+            report = job.result()
+        except SQLAlchemyError as error:
+            self.settle(row, _untold(requested(row)), None, f"it cannot be judged: {error}")
+            return None
+        with self._lock:
+            asked.sent[report.transaction_uid] = (row, report)
+        return report
 
     def _take(self, asked: _Asked, key: int) -> Row | None:
         """Start a try at a report; None if this is not the moment, or it needs none any more."""
@@ -207,7 +221,11 @@ class CommitmentProvider:
             elsewhere = {key for other in self._asked.values() for key in other.waiting}
         if asked is None:
             return
-        for row, report in asked.sent.values():
+        untold = list(asked.sent.values())
+        if asked.judging is not None:
+            row, _ = asked.judging
+            untold.append((row, _untold(requested(row))))
+        for row, report in untold:
             self.settle(row, report, None, "its own association ended without an answer")
         left = [key for key in asked.waiting if key not in elsewhere]
         try:
@@ -234,20 +252,32 @@ class CommitmentProvider:
     def _missing(self, reference: Reference, held: Sequence[Held]) -> int:
         """The Failure Reason of an instance that cannot be committed to, 0 for one that can."""
         try:
-            there = [one for one in held if self._is_whole(one)]
+            found = [(one, self._is_whole(one)) for one in held]
         except OSError:
             log.exception("storage commitment: the spool cannot be looked at")
             return PROCESSING_FAILURE
+        there = [one for one, whole in found if whole]
         if not there:
-            return NO_SUCH_INSTANCE
+            damaged = any(whole is False for _, whole in found)
+            return PROCESSING_FAILURE if damaged else NO_SUCH_INSTANCE
         fits = any(one.sop_class_uid == reference.sop_class_uid for one in there)
         return 0 if fits else CLASS_INSTANCE_CONFLICT
 
-    def _is_whole(self, held: Held) -> bool:
+    def _is_whole(self, held: Held) -> bool | None:
+        """Whether its file is what was received, read anew; None where there is no file.
+
+        Raises:
+            OSError: the disk is broken.
+        """
+        path = path_of(self._spool, held.digest)
         try:
-            return path_of(self._spool, held.digest).stat().st_size == held.size
+            whole = path.stat().st_size == held.size and is_intact(path, held.digest)
         except FileNotFoundError:
-            return False
+            return None
+        if not whole:
+            # Its sender is told so, and what comes again takes its place.
+            log.error("storage commitment: %s is damaged", path)
+        return whole
 
     def settle(self, row: Row, report: CommitmentReport, status: int | None, why: str) -> bool:
         """Write down what became of a try; after no success the next is due after a pause.

@@ -214,7 +214,7 @@ class Spool:
         try:
             os.link(incoming.path, name)
         except FileExistsError:  # the same bytes came before
-            if not _intact(name, incoming.digest):
+            if not is_intact(name, incoming.digest):
                 log.error("%s was damaged; it is replaced by the same instance, which came again", name)
                 whole = Path(f"{incoming.path}.whole")
                 whole.hardlink_to(incoming.path)
@@ -322,7 +322,12 @@ def path_of(directory: Path, digest: str) -> Path:
     return directory / digest[:2] / f"{digest}.dcm"
 
 
-def _intact(path: str, digest: str) -> bool:
+def is_intact(path: Path | str, digest: str) -> bool:
+    """Whether a file still has the content that it is named by.
+
+    Raises:
+        OSError: it is gone, or cannot be read.
+    """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == digest
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -62,10 +64,9 @@ class Bench:
         self.provider = self.provide()
         association = self.ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
         for number in range(1, 4):
-            digest = f"{number:064x}"
-            path = path_of(self.spool, digest)
+            path, digest = self.file(number), self.digest(number)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(bytes(10))
+            path.write_bytes(self.content(number))
             self.ledger.record_instances([NewInstance(header(number), digest, 10, association)])
 
     def provide(self, **changes: Any) -> CommitmentProvider:
@@ -82,8 +83,14 @@ class Bench:
         (row,) = self.ledger.commitments()
         return row
 
+    def content(self, number: int) -> bytes:
+        return f"instance {number}".encode()
+
+    def digest(self, number: int) -> str:
+        return hashlib.sha256(self.content(number)).hexdigest()
+
     def file(self, number: int) -> Path:
-        return path_of(self.spool, f"{number:064x}")
+        return path_of(self.spool, self.digest(number))
 
     def events(self) -> dict[str, int]:
         return {
@@ -124,11 +131,20 @@ def test_what_is_in_ledger_and_spool_is_committed_to(bench: Bench) -> None:
 
 def test_what_is_not_there_is_no_such_instance(bench: Bench) -> None:
     bench.file(2).unlink()
-    bench.file(3).write_bytes(b"cut")
     absent = Reference(CTImageStorage, "9.9.9")
     report = bench.provider.judge(CommitmentRequest("1.2.9", (*REFERENCES, absent)))
-    assert report.committed == REFERENCES[:1]
-    assert report.failed == tuple(Failure(one, 0x0112) for one in (*REFERENCES[1:], absent))
+    assert report.committed == (REFERENCES[0], REFERENCES[2])
+    assert report.failed == tuple(Failure(one, 0x0112) for one in (REFERENCES[1], absent))
+
+
+@pytest.mark.parametrize("content", [b"cut", b"rotten 123"])
+def test_what_is_no_longer_what_was_received_is_a_failure(bench: Bench, content: bytes) -> None:
+    """Also where the disk lost a bit and kept the size."""
+    bench.file(2).write_bytes(content)
+    report = bench.provider.judge(REQUEST)
+    assert report.failed == (Failure(REFERENCES[1], 0x0110),)
+    bench.file(2).write_bytes(bench.content(2))
+    assert bench.provider.judge(REQUEST).failed == ()
 
 
 def test_another_class_is_a_conflict(bench: Bench) -> None:
@@ -162,6 +178,42 @@ def test_a_report_on_its_own_association(bench: Bench) -> None:
     assert bench.row()["state"] == "acknowledged"
     bench.provider.closed(session())
     assert bench.events() == {"commitment.requested": 1, "commitment.reporting": 1, "commitment.reported": 1}
+
+
+def slowly(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Files that take their time to be read: until the event is set."""
+    read = threading.Event()
+
+    def is_intact(*_: object) -> bool:
+        assert read.wait(30)
+        return True
+
+    monkeypatch.setattr(module, "JUDGE_SECONDS", 0.01)
+    monkeypatch.setattr(module, "is_intact", is_intact)
+    return read
+
+
+def test_an_association_does_not_wait_for_files_that_take_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = slowly(bench, monkeypatch)
+    bench.provider.commitment(session(), REQUEST)
+    assert bench.provider.report(session()) is None
+    assert bench.provider.report(session()) is None
+    read.set()
+    monkeypatch.setattr(module, "JUDGE_SECONDS", 30.0)
+    assert bench.provider.report(session()) == CommitmentReport("1.2.9", REFERENCES, ())
+    bench.provider.reported(session(), "1.2.9", 0x0000)
+    assert (bench.row()["state"], bench.row()["attempts"]) == ("acknowledged", 1)
+
+
+def test_an_association_that_ends_while_files_are_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = slowly(bench, monkeypatch)
+    bench.provider.commitment(session(), REQUEST)
+    assert bench.provider.report(session()) is None
+    bench.provider.closed(session())
+    read.set()
+    device = Device()
+    bench.reporting(device, lambda: bench.row()["state"] == "acknowledged")
+    assert [report.committed for _, _, report in device.heard] == [REFERENCES]
 
 
 def test_a_peer_that_releases_at_once_is_left_alone(bench: Bench) -> None:
