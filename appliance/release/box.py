@@ -217,7 +217,7 @@ class Box:
         A site's own drop-ins stay.
         """
         source, target = self.release(version) / "systemd", self.root / _UNIT_FOLDER
-        ours = {path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name != "tls.conf"}
+        ours = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
         units = {one for one in ours if one.parts[0].startswith("scanside")}
         target.mkdir(parents=True, exist_ok=True)
         there = {one.relative_to(target) for one in target.glob("scanside*") if one.is_file()}

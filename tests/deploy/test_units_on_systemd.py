@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.machine import ROOT, UNITS, Machine, booted
+from tests.deploy.machine import ROOT, Machine, booted
 from tests.dicom_io.certificates import Authority
 from tests.interop.box import study, triton_environment
 
@@ -158,39 +158,59 @@ def test_what_cannot_start_is_told_and_starts_once_it_can(hospital: Hospital) ->
     hospital.hears_once(uid)
 
 
-def test_the_key_of_tls_is_a_credential(hospital: Hospital) -> None:
-    """Its file is root's alone; intake has a copy that nobody else can read."""
+def test_a_renewed_key_of_tls_serves_without_a_restart(hospital: Hospital) -> None:
+    """Its file is for root and intake; an association that is open goes on."""
     machine = hospital.machine
     authority = Authority(hospital.folder)
-    pair = authority.issue("box")
     folder = machine.root / "etc/scanside"
-    shutil.copy(pair.certificate, folder / "tls.pem")
-    (folder / "tls.pem").chmod(0o644)
-    shutil.copy(pair.key, folder / "tls-key.pem")
-    (folder / "tls-key.pem").chmod(0o600)
+
+    def put(name: str) -> None:
+        pair = authority.issue(name)
+        shutil.copy(pair.certificate, folder / "tls.pem.new")
+        shutil.copy(pair.key, folder / "tls-key.pem.new")
+        for file, group, mode in (("tls.pem", "scanside", "644"), ("tls-key.pem", "scanside-intake", "640")):
+            machine.run("chown", f"root:{group}", f"/etc/scanside/{file}.new")
+            machine.run("chmod", mode, f"/etc/scanside/{file}.new")
+            machine.run("mv", f"/etc/scanside/{file}.new", f"/etc/scanside/{file}")
+
+    def shown() -> str:
+        code = (
+            "import socket, ssl, sys; context = ssl.create_default_context(cafile=sys.argv[1]); "
+            "context.check_hostname = False; "
+            "one = context.wrap_socket(socket.create_connection(('127.0.0.1', 2762), 60)); "
+            "print(one.getpeercert()['serialNumber'])"
+        )
+        command = machine.beside(sys.executable, "-c", code, authority.certificate)
+        said = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        assert said.returncode == 0, said.stderr + machine.journal("-n", "30", "-u", "scanside-intake.service")
+        return said.stdout
+
+    put("box")
     with (folder / "scanside.toml").open("a", encoding="utf-8") as settings:
         settings.write('[intake.tls]\ncertificate = "tls.pem"\nkey = "tls-key.pem"\n')
-    extra = machine.root / "etc/systemd/system/scanside-intake.service.d"
-    extra.mkdir()
-    shutil.copy(UNITS / "tls.conf", extra)
-    machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "stop", "scanside-intake.service")
     machine.run("systemctl", "enable", "--now", "scanside-intake-tls.socket")
-    code = (
-        "import socket, ssl, sys; context = ssl.create_default_context(cafile=sys.argv[1]); "
-        "context.check_hostname = False; "
-        "context.wrap_socket(socket.create_connection(('127.0.0.1', 2762), 60)).close()"
-    )
-    said = subprocess.run(
-        machine.beside(sys.executable, "-c", code, authority.certificate), capture_output=True, text=True, timeout=90
-    )
-    assert said.returncode == 0, said.stderr + machine.journal("-n", "30", "-u", "scanside-intake.service")
+    first = shown()
     machine.wait(
         lambda: machine.show("scanside-intake.service", "ActiveState") == "active", 60, "intake with both ports"
     )
+    before = machine.show("scanside-intake.service", "MainPID")
     with hospital.scanning("WITHTLS") as uid:
-        pass
+        put("box renewed")
+        assert shown() != first
     hospital.hears_once(uid)
+    assert machine.show("scanside-intake.service", "MainPID") == before
+
+
+def test_delivery_reads_what_is_for_it_and_nobody_else_does(hospital: Hospital) -> None:
+    machine = hospital.machine
+    (machine.root / "etc/scanside/secret").write_text("a password")
+    machine.run("chown", "root:scanside-delivery", "/etc/scanside/secret")
+    machine.run("chmod", "640", "/etc/scanside/secret")
+    for name in SERVICES:
+        unit = [f"--property={key}={value}" for key, value in (("User", f"scanside-{name}"), ("Group", "scanside"))]
+        said = machine.run("systemd-run", "--wait", "--pipe", "-q", *unit, "cat", "/etc/scanside/secret", check=False)
+        assert ("a password" in said) == (name == "delivery"), said
 
 
 def test_an_alarm_is_in_the_ledger(hospital: Hospital) -> None:

@@ -51,12 +51,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree("/usr/lib/systemd/system", folder / "usr/lib/systemd/system", symlinks=True)
     install(folder, "")
     for name in SERVICES:
-        drop_in = {"scanside-intake.service": "tls.conf", "scanside-check.service": "tls.conf",
-                   "scanside-worklist.service": "worklist-tls.conf"}.get(name)  # fmt: skip
-        if drop_in:
-            extra = folder / f"etc/systemd/system/{name}.d"
-            extra.mkdir()
-            shutil.copy(UNITS / drop_in, extra)
         service = read(UNITS / name)["Service"]
         for command in service.get("ExecStartPre", []) + service["ExecStart"]:
             file = folder / command.lstrip("-").split()[0].lstrip("/")
@@ -109,6 +103,17 @@ def test_every_service_has_a_user_of_its_own() -> None:
     assert [name for name in SERVICES if read(UNITS / name)["Service"]["User"] == ["root"]] == [
         "scanside-again@.service"
     ]
+
+
+def test_who_may_read_the_files_of_a_service(tmp_path: Path) -> None:
+    """A user is in the group of its own name only where it is listed, because its unit gives it another one."""
+    install(tmp_path, "")
+    subprocess.run([program("systemd-sysusers"), f"--root={tmp_path}"], check=True, capture_output=True)
+    groups = [line.split(":") for line in (tmp_path / "etc/group").read_text().splitlines()]
+    members = {group[0].removeprefix("scanside-"): set(group[3].split(",")) for group in groups}
+    assert members["intake"] == {"scanside-intake", "scanside-check"}
+    assert members["delivery"] == {"scanside-delivery", "scanside-check"}
+    assert members["worklist"] == {"scanside-worklist"}
 
 
 def test_only_the_folders_of_scanside_are_named() -> None:
