@@ -75,7 +75,7 @@ STATUSES: dict[int, tuple[str, str]] = {
 FAILURES: dict[int, str] = {
     commitment.NO_SUCH_INSTANCE: "no such object instance: not received, or removed since",
     commitment.CLASS_INSTANCE_CONFLICT: "class / instance conflict: here under another SOP class",
-    commitment.PROCESSING_FAILURE: "processing failure: its file, read anew, is not what was received, or is unreadable",
+    commitment.PROCESSING_FAILURE: "processing failure: its file, read anew, is not what was received or unreadable",
 }
 """Failure Reason (0008,1197) → when."""
 
