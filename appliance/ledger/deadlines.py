@@ -9,7 +9,10 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import Database, now, seconds_between
+from appliance.ledger.database import Database, later, now, seconds_between
+
+FORGET_SECONDS = 2 * 86_400.0
+"""So long after its last instance a study whose analysis was set aside counts as late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,26 @@ class Deadlines(Database):
                     connection, Event.STAGE_OVERDUE, one.study_id, stage=one.stage, subject=one.subject, since=one.since
                 )
         return new
+
+    def late_studies(self, packages: Collection[str], seconds: float) -> dict[str, str]:
+        """Studies without an answer so long after their last instance: Study Instance UID → when that came.
+
+        One whose analysis was set aside has none, until somebody has it tried again; of old ones nobody waits for it.
+
+        Args:
+            packages: those that are configured.
+        """
+        failed = sa.select(_S.id).select_from(t.analysis.join(t.study)).where(
+            _A.state == "failed", _A.completion == _S.completions, ~_S.selftest,
+            _S.last_instance_at > later(-FORGET_SECONDS),
+        )  # fmt: skip
+        waiting = (_ARRIVING, _ANALYSED, *map(_undecided, packages))
+        with self.read() as connection:
+            keys = {row[0] for query in (*waiting, failed) for row in connection.execute(query)}
+            query = sa.select(_S.study_instance_uid, _S.last_instance_at).where(
+                _S.id.in_(keys), _S.last_instance_at <= later(-seconds)
+            )
+            return {row.study_instance_uid: row.last_instance_at for row in connection.execute(query)}
 
     def mark_degraded(self, seconds: float, plan: str) -> tuple[list[Overdue], list[Overdue]]:
         """Append an event for each analysis that has been due for so long, so that something is left out for it.

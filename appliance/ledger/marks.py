@@ -32,6 +32,8 @@ Mode = Literal["reprioritise", "suggest"]
 RAISED = "HIGH"
 PREFIX = "[scanside] "
 """Begins the box's own lines in the comments of an item."""
+LATE = "(late)"
+"""Stands for a package in the mark that a study has no answer in time; no package is called so."""
 MAXIMUM_COMMENT = 10_240  # of an LT, PS3.5 6.2
 
 
@@ -42,8 +44,8 @@ class Mark:
     Attributes:
         uid: of the finding: the same at every try.
         standing: False takes back what this package said before.
-        text: one line for the item's comments.
-        step: the item to make where the study has none, in the DICOM JSON model, with its SOPInstanceUID.
+        text: one line for the item's comments; "" for none.
+        step: the item to make where the study has none, in the DICOM JSON model, with its SOPInstanceUID; {}: none is.
     """
 
     uid: str
@@ -78,7 +80,7 @@ class Marks(Worklist):
             else:
                 connection.execute(t.mark.update().where(here).values(**columns))
             items = self._readings(connection, mark.study_instance_uid, reading)
-            if not items and mark.standing:
+            if not items and mark.standing and mark.step:
                 items = [self._make(connection, mark)]
             # Who set a priority after this package had raised the study has the last word.
             moves = not (known is not None and known["standing"] and known["mode"] == "reprioritise")
@@ -86,6 +88,12 @@ class Marks(Worklist):
             said = "; ".join(done) or "the worklist has no item of this study"
             connection.execute(t.mark.update().where(here).values(done=said))
             return said
+
+    def marked_late(self) -> set[str]:
+        """The Study Instance UIDs of the studies that are marked as without an answer in time."""
+        m = t.mark.c
+        with self.read() as connection:
+            return set(connection.scalars(sa.select(m.study_instance_uid).where(m.package == LATE, m.standing)))
 
     def _make(self, connection: sa.Connection, mark: Mark) -> Row:
         uid = text(mark.step, "SOPInstanceUID")
@@ -146,7 +154,7 @@ class Marks(Worklist):
         ).all()
         standing = [one for study in studies for one in self._standing(connection, study)]
         step: Step = {**row["step"]}
-        taken_back = [mark.text] if mark is not None and not mark.standing else []
+        taken_back = [mark.text] if mark is not None and not mark.standing and mark.text else []
         _comment(step, [*(one["text"] for one in standing), *taken_back])
         before, raised_from, done = row["priority"], row["raised_from"], "marked"
         raises = [one for one in standing if one["mode"] == "reprioritise"]

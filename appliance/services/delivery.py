@@ -22,6 +22,7 @@ from appliance.ledger.doorbell import Doorbell, ring
 from appliance.ledger.selftest import SELFTEST_ALERTS, SELFTEST_DESTINATIONS
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog, notify
+from appliance.services.lateness import mark_late
 from appliance.services.peers import context_of
 from appliance.services.performing import perform_tasks
 from appliance.services.process import STOP_SECONDS, service
@@ -108,6 +109,7 @@ def run_delivery(settings: Settings) -> None:
         while not stopping.is_set():
             turn()
             _report_overdue(settings, ledger)
+            _mark_late(settings, ledger)
             _sweep_selftests(ledger)
             if _escalate(settings, ledger):
                 for worker in workers:
@@ -140,6 +142,14 @@ def _report_overdue(settings: Settings, ledger: Ledger) -> None:
     for one in overdue:
         subject = f" ({one.subject})" if one.subject else ""
         log.error("study %d: %s%s is past its deadline; begun at %s", one.study_id, one.stage, subject, one.since)
+
+
+def _mark_late(settings: Settings, ledger: Ledger) -> None:
+    try:
+        if mark_late(settings, ledger):
+            ring(settings.run_directory, "worklist")
+    except Exception:
+        log.exception("studies past their budget could not be marked on the worklist")
 
 
 def _escalate(settings: Settings, ledger: Ledger) -> bool:

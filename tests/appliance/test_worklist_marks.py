@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,10 +22,12 @@ from appliance.ledger.views import studies, study_report, timeline
 from appliance.services import issuing
 from appliance.services.delivery import _deliverer
 from appliance.services.issuing import Issuer
+from appliance.services.lateness import mark_late
 from appliance.settings import Settings, SettingsError, load_settings
 from dicom_io.header import read_header
 from dicom_io.workitem import read_json, text, to_dataset
 from tests.appliance.intake.test_retention import Box
+from tests.appliance.ledger.test_store import admit, arrive, complete, issue
 from tests.findings_support import Series, ct_series, verdict_on
 from tests.workitems import READING, workitem
 
@@ -257,3 +260,67 @@ def test_the_paths_of_a_worklist_start_at_the_file(tmp_path: Path) -> None:
     worklist = load_settings(path).worklist
     assert worklist is not None and worklist.tls is not None
     assert (worklist.token_file, worklist.tls.key) == (tmp_path / "t", tmp_path / "k")
+
+
+def late_box(folder: Path, seconds: float, study: str = "1.2.3") -> tuple[Settings, Ledger]:
+    """A worklist with one reading of a study, and a budget of so many seconds."""
+    third = seconds / 3
+    settings = Settings(
+        box={"state_directory": folder},
+        models={"packages": ["pkg"]},
+        worklist={"port": 11114},
+        destination=[{"kind": "worklist", "name": "reading", "mode": "reprioritise"}],
+        budget={"completion_seconds": third, "analysis_seconds": third, "alert_seconds": third},
+    )  # type: ignore[arg-type]
+    ledger = Ledger(settings.ledger_path)
+    ledger.create_workitem("1.1", workitem(study), "RIS", READING)
+    return settings, ledger
+
+
+def line(ledger: Ledger, uid: str = "1.1") -> str:
+    step = ledger.workitem(uid)["step"]
+    assert text(step, "ScheduledProcedureStepPriority") == "MEDIUM", "nobody is moved because an answer is late"
+    return text(step, "CommentsOnTheScheduledProcedureStep")
+
+
+@pytest.mark.parametrize("end", ["issued", "refused"])
+def test_a_study_without_an_answer_in_time_is_marked_until_it_has_one(tmp_path: Path, end: str) -> None:
+    settings, ledger = late_box(tmp_path, 0.003)
+    study = arrive(ledger)
+    time.sleep(0.01)
+    assert mark_late(settings, ledger) and line(ledger).startswith("[scanside] LATE: there is no answer yet")
+    assert not mark_late(settings, ledger)
+    ledger.create_workitem("1.4", workitem("1.2.3"), "RIS", READING)
+    assert "LATE" in line(ledger, "1.4"), "an item that comes later shows it, too"
+    complete(ledger, study)
+    assert not mark_late(settings, ledger) and "LATE" in line(ledger)
+    if end == "issued":
+        issue(ledger, study)
+    else:
+        admit(ledger, study, admitted=False)
+    assert mark_late(settings, ledger) and line(ledger) == line(ledger, "1.4") == ""
+    assert not mark_late(settings, ledger)
+
+
+def test_a_study_that_was_set_aside_stays_marked(tmp_path: Path) -> None:
+    settings, ledger = late_box(tmp_path, 0.003)
+    study = arrive(ledger)
+    complete(ledger, study)
+    admit(ledger, study)
+    row = ledger.take_analysis(["pkg"])
+    assert row is not None
+    ledger.fail_analysis(row["id"], "broken", 1, 0.0)
+    time.sleep(0.01)
+    assert mark_late(settings, ledger) and "LATE" in line(ledger)
+    assert not mark_late(settings, ledger)
+
+
+def test_within_the_budget_nothing_is_marked_and_no_item_is_made(tmp_path: Path) -> None:
+    settings, ledger = late_box(tmp_path, 3600)
+    arrive(ledger)
+    assert not mark_late(settings, ledger) and line(ledger) == ""
+    settings, ledger = late_box(tmp_path / "other", 0.003, "9.9")
+    arrive(ledger)
+    time.sleep(0.01)
+    assert mark_late(settings, ledger) and line(ledger) == ""
+    assert len(ledger.find_workitems({}, 10)) == 1
