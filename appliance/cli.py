@@ -450,6 +450,13 @@ def accounting(
     else:
         table = Table("", "", box=None, show_header=False)
         table.add_row(f"received on {told.day} (UTC)", str(told.received))
+        table.add_row("  counted from the network, of associations that have ended", str(told.counted))
+        if told.uncounted:
+            table.add_row("  associations that nobody counted, as intake was killed", str(told.uncounted))
+        for association, counted, recorded in told.differences:
+            table.add_row(
+                f"  [bold red]association {association} brought {counted}, of which the ledger has[/]", str(recorded)
+            )
         for reason, count in told.refused.items():
             table.add_row(f"  refused: {escape(reason)}", str(count))
         table.add_row("  there already, the same bytes", str(told.duplicates))
@@ -462,6 +469,8 @@ def accounting(
             table.add_row(f"  [bold red]no row in the ledger:[/] {digest}", "1")
         for digest in told.missing_files:
             table.add_row(f"  [bold red]no such file in the spool, or changed:[/] {digest}", "1")
+        for digest in told.stray_files:
+            table.add_row(f"  [bold red]in the spool without a row:[/] {digest}", "1")
         out.print(table)
         out.print("[green]balanced[/]" if told.balanced else "[bold red]NOT balanced[/]")
     if not told.balanced:

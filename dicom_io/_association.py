@@ -157,6 +157,7 @@ class Association(threading.Thread):
         self._early = self._ahead[:0]  # what was read ahead and not asked for yet
         self._message: _Message | None = None
         self._message_id = 0
+        self._stores = 0  # C-STORE requests that came whole
         self._commitment_context = 0  # presentation context in which storage commitment was asked for
         self._reporting = ""  # transaction whose N-EVENT-REPORT has no answer yet
 
@@ -241,7 +242,7 @@ class Association(threading.Thread):
         if self._reporting:
             self._reported(None)
         try:
-            handlers.closed(session, self._outcome)
+            handlers.closed(session, self._outcome, self._stores)
         except Exception:
             logger.exception("the end of association %d was not handled", self.number)
 
@@ -574,6 +575,7 @@ class Association(threading.Thread):
         assert command is not None and self.session is not None
         match command.field:
             case dimse.Field.C_STORE_RQ:
+                self._stores += 1
                 self._answer(message, self._store(message))
             case dimse.Field.C_ECHO_RQ:
                 self._answer(message, Answer(SUCCESS))

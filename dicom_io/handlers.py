@@ -128,5 +128,9 @@ class Handlers(Protocol):
     def performed_refused(self, session: Session, answer: Answer) -> None:
         """Such a request that cannot be read is answered with that failure."""
 
-    def closed(self, session: Session, outcome: Outcome) -> None:
-        """An association has ended; nothing else of it is running or will come."""
+    def closed(self, session: Session, outcome: Outcome, stores: int) -> None:
+        """An association has ended; nothing else of it is running or will come.
+
+        Args:
+            stores: how many C-STORE requests came whole over it, with whatever answer.
+        """

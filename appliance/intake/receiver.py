@@ -136,15 +136,15 @@ class Receiver:
         """Write down that such a request could not be read."""
         self._performed.refused(session, answer)
 
-    def closed(self, session: Session, outcome: Outcome) -> None:
-        """Write down how the association ended."""
+    def closed(self, session: Session, outcome: Outcome, stores: int) -> None:
+        """Write down how the association ended, and how much it brought by the network's own count."""
         self._commitments.closed(session)
         with self._lock:
             key, lane = self._associations.pop(session.number)
         self._metrics.closed(outcome)
         self._spool.give_back(lane)
         try:
-            self._ledger.close_association(key, outcome)
+            self._ledger.close_association(key, outcome, stores)
         finally:
             self._ring()
 

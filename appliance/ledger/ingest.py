@@ -81,18 +81,23 @@ class Ingest(Database):
             self._append(connection, Event.ASSOCIATION_OPENED, None, association=key, calling_ae=calling_ae)
             return key
 
-    def close_association(self, association_id: int, outcome: str) -> None:
-        """Record how it ended: released, aborted or broken."""
-        with self._write() as connection:
-            self._close_association(connection, association_id, outcome)
+    def close_association(self, association_id: int, outcome: str, stores: int | None = None) -> None:
+        """Record how it ended: released, aborted or broken.
 
-    def _close_association(self, connection: sa.Connection, association_id: int, outcome: str) -> None:
+        Args:
+            stores: how many C-STORE requests came whole over it, for the account of the day.
+        """
+        counted = {} if stores is None else {"stores": stores}
+        with self._write() as connection:
+            self._close_association(connection, association_id, outcome, **counted)
+
+    def _close_association(self, connection: sa.Connection, association_id: int, outcome: str, **detail: int) -> None:
         connection.execute(
             t.association.update()
             .where(t.association.c.id == association_id, t.association.c.closed_at.is_(None))
             .values(closed_at=now(), outcome=outcome)
         )
-        self._append(connection, Event.ASSOCIATION_CLOSED, None, association=association_id, outcome=outcome)
+        self._append(connection, Event.ASSOCIATION_CLOSED, None, association=association_id, outcome=outcome, **detail)
 
     def abandon_associations(self) -> int:
         """At the start of intake: what an earlier process left open is lost. Returns how many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -104,6 +105,40 @@ def test_a_lost_row_is_found(day: Day, tmp_path: Path) -> None:
     told = account(day.ledger, day.directory, TODAY)
     assert (told.missing_rows, told.balanced) == ((lost,), False)
     assert sum(told.outcomes.values()) == told.kept - 1
+
+
+def test_what_came_and_is_not_in_the_ledger_is_found(day: Day) -> None:
+    """The count of the network is not the ledger's own."""
+    day.store(1)
+    day.store(1)
+    day.ledger.record_refusal(day.association, 0xC000, "not DICOM", 10)
+    day.ledger.close_association(day.association, "released", 3)
+    told = account(day.ledger, day.directory, TODAY)
+    assert (told.counted, told.uncounted, told.differences, told.balanced) == (3, 0, (), True)
+    day.association = day.ledger.open_association("S", "B", "127.0.0.1")
+    day.store(2)
+    day.ledger.close_association(day.association, "broken", 2)
+    told = account(day.ledger, day.directory, TODAY)
+    assert (told.counted, told.differences, told.balanced) == (5, ((day.association, 2, 1),), False)
+
+
+def test_an_association_that_nobody_counted_is_told(day: Day) -> None:
+    day.store(1)
+    day.ledger.abandon_associations()  # as the start of intake does after a kill
+    told = account(day.ledger, day.directory, TODAY)
+    assert (told.uncounted, told.counted, told.balanced) == (1, 0, True)
+
+
+def test_a_file_without_a_row_is_found(day: Day) -> None:
+    day.store(1)
+    stray = spooled(day.spool, b"of nobody")
+    path = path_of(day.directory, stray)
+    assert account(day.ledger, day.directory, TODAY).balanced  # its row may come in a moment
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    os.utime(path, (yesterday.timestamp(), yesterday.timestamp()))
+    told = account(day.ledger, day.directory, yesterday.date())
+    assert (told.stray_files, told.balanced) == ((stray,), False)
+    assert account(day.ledger, day.directory, TODAY).balanced
 
 
 def test_another_day_is_another_account(day: Day) -> None:

@@ -144,6 +144,7 @@ class Received:
 class Closed:
     association: int
     outcome: Outcome
+    stores: int
 
 
 class _Keeper:
@@ -236,9 +237,9 @@ class Recorder:
         assert answer.comment
         self.performed_refusals.append(answer)
 
-    def closed(self, session: Session, outcome: Outcome) -> None:
+    def closed(self, session: Session, outcome: Outcome, stores: int) -> None:
         with self._changed:
-            self.closed_calls.append(Closed(session.number, outcome))
+            self.closed_calls.append(Closed(session.number, outcome, stores))
             self._changed.notify_all()
 
     def wait(self, *, received: int = 0, closed: int = 0, opened: int = 0, seconds: float = 10) -> None:

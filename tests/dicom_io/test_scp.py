@@ -257,8 +257,8 @@ def test_a_handler_that_fails_fails_the_instance_only(slices: list[Path], caplog
                 raise OSError("disk full")
             return 0x0000
 
-        def closed(self, session: Any, outcome: Any) -> None:
-            super().closed(session, outcome)
+        def closed(self, session: Any, outcome: Any, stores: int) -> None:
+            super().closed(session, outcome, stores)
             raise RuntimeError("cannot say so")
 
     recorder = Failing()
@@ -269,6 +269,7 @@ def test_a_handler_that_fails_fails_the_instance_only(slices: list[Path], caplog
             assert store(peer, slices[3]) == 0x0000
         recorder.wait(closed=2)
     assert [status for status, _ in recorder.refused_calls] == [0xC000]
+    assert sorted(one.stores for one in recorder.closed_calls) == [1, 3]
     assert "disk full" in caplog.text and "cannot say so" in caplog.text
 
 

@@ -147,7 +147,7 @@ def test_an_abort_amid_an_image_discards_it(slice_: Path) -> None:
         connection.sendall(whole[:at] + abort())
         recorder.wait(closed=1)
     assert (recorder.discarded, recorder.received) == (1, [])
-    assert recorder.closed_calls[0].outcome == "aborted"
+    assert (recorder.closed_calls[0].outcome, recorder.closed_calls[0].stores) == ("aborted", 0)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 6, 7, 8, 0x42, 0xFF])

@@ -257,7 +257,7 @@ def test_a_name_in_the_lane_goes_once_the_other_is_durable(
     assert len(bench.files()) == 6
     made_ahead = list((bench.spool_directory / "incoming" / "000").iterdir())
     assert made_ahead != []
-    bench.receiver.closed(bench.session, "released")
+    bench.receiver.closed(bench.session, "released", 6)
     synced.clear()
     bench.spool.settle()
     assert synced == []
@@ -369,7 +369,7 @@ def test_a_lane_is_used_again_after_its_association(bench: Bench, slice_: bytes)
         session = Session(number, "SCANNER", "SCANSIDE", "127.0.0.1")
         bench.receiver.opened(session)
         assert bench.store(slice_, session=number) == SUCCESS
-        bench.receiver.closed(session, "released")
+        bench.receiver.closed(session, "released", 1)
     assert sorted(path.name for path in (bench.spool_directory / "incoming").iterdir()) == ["000", "001"]
 
 
@@ -394,7 +394,7 @@ def test_many_at_once_are_all_safe_and_one_that_fails_takes_no_other_with_it(
         bench.receiver.opened(session)
         start.wait(10)
         answers[number] = bench.store(slice_ + bytes([number]), session=number)
-        bench.receiver.closed(session, "released")
+        bench.receiver.closed(session, "released", 1)
 
     threads = [threading.Thread(target=send, args=(number,)) for number in range(2, 10)]
     for thread in threads:
@@ -420,9 +420,9 @@ def test_nothing_is_committed_while_the_committer_is_paused(bench: Bench, slice_
 
 
 def test_the_end_of_an_association_is_written_down(bench: Bench) -> None:
-    bench.receiver.closed(bench.session, "broken")
+    bench.receiver.closed(bench.session, "broken", 0)
     with suppress(KeyError):
-        bench.receiver.closed(bench.session, "broken")
+        bench.receiver.closed(bench.session, "broken", 0)
     assert bench.events() == {"association.opened": 1, "association.closed": 1}
     assert bench.rings == 1
 
