@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from highdicom.color import CIELabColor
@@ -19,6 +20,8 @@ LAYER = "AI_FINDING"
 _MARGIN = 0.01  # of the displayed area
 _TEXT_WIDTH = 0.3
 _LINE = 0.025
+_RIM_OF_TEXT = 0.002  # of the displayed area
+_RIM_OF_LINE = 1.0  # pixels of the image
 _CORNERS = (("LEFT", False), ("RIGHT", False), ("LEFT", True), ("RIGHT", True))
 
 
@@ -37,8 +40,8 @@ def build_presentation(
 ) -> Dataset:
     """How to show one image: whole, in the brain window, with outlines, and text in its darkest corner.
 
-    The text stands where the image is darkest: on air, where it covers nothing and can be read. (Few viewers know the
-    text styles of PS3.3 C.10.5 that would outline it on bone.)
+    The text stands where the image is darkest: on air, where it covers nothing and can be read. Text and outlines have a
+    black rim besides, so that they can be told from bone, in viewers that know the styles of PS3.3 C.10.5.
 
     Args:
         hu: of that image, (rows, columns).
@@ -126,6 +129,17 @@ def text_box(hu: NDArray[np.floating], lines: int) -> tuple[tuple[float, float, 
     return best[1], best[2]
 
 
+def _rim(width: float) -> dict[str, Any]:
+    """A black rim around text or line, which are white or coloured (PS3.3 Tables C.10-5a and C.10-5b)."""
+    return {
+        "ShadowStyle": "OUTLINED",
+        "ShadowOffsetX": width,
+        "ShadowOffsetY": 0.0,
+        "ShadowColorCIELabValue": list(CIELabColor.from_rgb(0, 0, 0).value),
+        "ShadowOpacity": 1.0,
+    }
+
+
 def _text(made: Dataset, hu: NDArray[np.floating], text: Sequence[str]) -> Dataset:
     (left, top, right, bottom), side = text_box(hu, len(text))
     return item(
@@ -134,6 +148,22 @@ def _text(made: Dataset, hu: NDArray[np.floating], text: Sequence[str]) -> Datas
         BoundingBoxTopLeftHandCorner=[left, top],
         BoundingBoxBottomRightHandCorner=[right, bottom],
         BoundingBoxTextHorizontalJustification=side,
+        # Not drawn; the style's offsets are in its units.
+        AnchorPointAnnotationUnits="DISPLAY",
+        AnchorPoint=[left if side == "LEFT" else right, top],
+        AnchorPointVisibility="N",
+        TextStyleSequence=DicomSequence(
+            [
+                item(
+                    CSSFontName="sans-serif",
+                    TextColorCIELabValue=list(CIELabColor.from_rgb(255, 255, 255).value),
+                    Underlined="N",
+                    Bold="N",
+                    Italic="N",
+                    **_rim(_RIM_OF_TEXT),
+                )
+            ]
+        ),
     )
 
 
@@ -147,4 +177,15 @@ def _polyline(outline: Sequence[tuple[float, float]]) -> Dataset:
         GraphicData=[float(value) for value in points.ravel()],
         GraphicType="POLYLINE",
         GraphicFilled="N",
+        LineStyleSequence=DicomSequence(
+            [
+                item(
+                    PatternOnColorCIELabValue=list(CIELabColor.from_rgb(*OUTLINE_COLOR).value),
+                    PatternOnOpacity=1.0,
+                    LineThickness=1.0,
+                    LineDashingStyle="SOLID",
+                    **_rim(_RIM_OF_LINE),
+                )
+            ]
+        ),
     )

@@ -80,6 +80,19 @@ def test_the_text_says_it_all_and_stands_on_air(made: tuple[Series, Verdict, lis
         assert (first < -200).mean() > 0.9
 
 
+def test_text_and_outlines_have_a_rim_that_tells_them_from_bone(made: tuple[Series, Verdict, list[Path]]) -> None:
+    [annotation] = pydicom.dcmread(made[2][0]).GraphicAnnotationSequence
+    [text] = annotation.TextObjectSequence
+    assert (text.AnchorPointVisibility, text.AnchorPointAnnotationUnits) == ("N", "DISPLAY")
+    styles = [text.TextStyleSequence, *(one.LineStyleSequence for one in annotation.GraphicObjectSequence)]
+    assert len(styles) > 1
+    for [style] in styles:
+        color = style.get("TextColorCIELabValue") or style.PatternOnColorCIELabValue
+        assert (style.ShadowStyle, style.ShadowOpacity) == ("OUTLINED", 1)
+        assert np.hypot(style.ShadowOffsetX, style.ShadowOffsetY) > 0  # its width
+        assert style.ShadowColorCIELabValue[0] < 100 < 0x6000 < color[0]  # L* of 0 to 100 as 0 to 65535
+
+
 @pytest.mark.parametrize(("rows", "columns", "side"), [(0, 1, "RIGHT"), (1, 0, "LEFT"), (1, 1, "RIGHT")])
 def test_the_darkest_corner_is_found(rows: int, columns: int, side: str) -> None:
     hu = np.full((100, 100), 1000, np.float32)
