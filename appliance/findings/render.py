@@ -397,6 +397,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
     for index in verdict.key_slabs:
         slab = verdict.slabs[index]
         image = _image(headers[slab.sop_instance_uid], slab.frame)
+        shares = _volumes(slab)
         for number, outline in enumerate(slab.outlines or (None,), start=1):
             label = f"slab {slab.index + 1}" + (f" outline {number}" if outline else "")
             findings.append(
@@ -405,7 +406,10 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
                     uid=derived_uid(*tracking, str(revision), label),
                     concept=_concept(slab),
                     image=image,
-                    quantities=(_probability(codes.PROBABILITY, slab.probabilities["any"]),),
+                    quantities=(
+                        _probability(codes.PROBABILITY, slab.probabilities["any"]),
+                        *((_volume(shares[number - 1]),) if outline else ()),
+                    ),
                     outline=outline,
                 )
             )
@@ -424,7 +428,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
                 for label in codes.PROBABILITIES
                 if label in verdict.subtypes
             ),
-            Quantity(codes.VOLUME, round(verdict.volume_ml, _DIGITS_OF_A_VOLUME), codes.MILLILITER),
+            _volume(verdict.volume_ml),
         ),
         findings=tuple(findings),
         comments=(wording.TRIAGE_ONLY, verdict.notice),
@@ -444,6 +448,15 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
     )
 
 
+def _volumes(slab: SlabResult) -> list[float]:
+    """A slab's volume, in mL, shared out among its outlines by the area within each."""
+    areas = []
+    for outline in slab.outlines:
+        x, y = np.array(outline).T
+        areas.append(abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2 or 1e-9)
+    return [slab.volume_ml * area / sum(areas) for area in areas]
+
+
 def _in_space(plane: FramePlane, outline: Outline) -> tuple[tuple[float, float, float], ...]:
     """Points of an image in its frame of reference, mm (PS3.3 C.7.6.2.1.1)."""
     row, column = np.array(plane.orientation[:3]), np.array(plane.orientation[3:])
@@ -456,6 +469,10 @@ def _in_space(plane: FramePlane, outline: Outline) -> tuple[tuple[float, float, 
 
 def _probability(name: codes.Concept, value: float) -> Quantity:
     return Quantity(name, round(value, _DIGITS_OF_A_PROBABILITY), codes.NO_UNITS)
+
+
+def _volume(value: float) -> Quantity:
+    return Quantity(codes.VOLUME, round(value, _DIGITS_OF_A_VOLUME), codes.MILLILITER)
 
 
 def _header(path: Path) -> Dataset:

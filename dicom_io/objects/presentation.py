@@ -40,8 +40,8 @@ def build_presentation(
 ) -> Dataset:
     """How to show one image: whole, in the brain window, with outlines, and text in its darkest corner.
 
-    The text stands where the image is darkest: on air, where it covers nothing and can be read. Text and outlines have a
-    black rim besides, so that they can be told from bone, in viewers that know the styles of PS3.3 C.10.5.
+    The text stands where the image is darkest: on air, where it covers nothing and can be read. Text and outlines have
+    a black rim besides, so that they can be told from bone, in viewers that know the styles of PS3.3 C.10.5.
 
     Args:
         hu: of that image, (rows, columns).

@@ -23,7 +23,7 @@ from dicom_io.objects import codes
 from dicom_io.objects.codes import Concept
 from dicom_io.objects.common import Algorithm, Device, Place, part10
 from dicom_io.objects.report import Report, build_report
-from tests.findings_support import ISSUED, ct_series, dciodvfy_errors, rendered, simulated, verdict_on
+from tests.findings_support import ISSUED, SQUARE, ct_series, dciodvfy_errors, rendered, simulated, verdict_on
 from tests.peers import program as tool
 
 
@@ -138,6 +138,9 @@ def test_outlines_lie_on_their_source_images(report: tuple[Verdict, Path]) -> No
         assert "ReferencedFrameNumber" not in image.ReferencedSOPSequence[0]
         assert group.finding_type == code(codes.SUBTYPES["subdural"])
         assert numbers(group)["Probability"] == (pytest.approx(slab.probabilities["any"]), "1")
+        # A square of 30 by 30 and a triangle of 6 by 6.5 share 6.17 mL by their areas.
+        area = 900.0 if outline == SQUARE else 19.5
+        assert numbers(group)["Volume"] == (pytest.approx(6.17 * area / 919.5, abs=5e-3), "mL")
 
 
 def test_a_key_slab_without_an_outline_is_referred_to_whole(report: tuple[Verdict, Path]) -> None:
