@@ -16,7 +16,7 @@ from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
-from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, rest, webhook
+from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, rest, ups_peer, webhook
 from appliance.services.orders import worklist_peer
 from appliance.services.performing import code_of, performer_peer
 from appliance.services.telling import try_template
@@ -33,6 +33,7 @@ from appliance.settings import (
     RestDestination,
     Settings,
     Tls,
+    UpsDestination,
     WebhookDestination,
     Worklist,
     WorklistDestination,
@@ -159,6 +160,11 @@ def _reach(destination: Destination, title: str) -> str:
             hook = rest(destination) if isinstance(destination, RestDestination) else webhook(destination)
             hook.connection().close()
             return f"{hook.where} takes connections"
+        case UpsDestination():
+            peer = ups_peer(destination)
+            with pulling(peer, title, destination.answer_seconds) as worklist:
+                worklist.of_study("2.25.1")
+            return f"{peer} answers"
         case WorklistDestination():
             return f"it is our own; a positive study is {'moved' if destination.mode == 'reprioritise' else 'marked'}"
 

@@ -19,6 +19,7 @@ from appliance.settings import (
     RestDestination,
     Settings,
     SettingsError,
+    UpsDestination,
     WebhookDestination,
     WorklistDestination,
     load_settings,
@@ -77,6 +78,7 @@ def write(
         "mail": MailDestination,
         "webhook": WebhookDestination,
         "worklist": WorklistDestination,
+        "ups": UpsDestination,
         "hl7_order": OrderDestination,
         "rest": RestDestination,
     }

@@ -584,6 +584,23 @@ class WorklistDestination(_Section):
     mode: WorklistMode = Field(description=_MODE)
 
 
+class UpsDestination(_Section):
+    """Somebody else's worklist (UPS over DIMSE): each verdict marks the reading of its study there."""
+
+    kind: Literal["ups"]
+    name: str = Field(min_length=1, max_length=40, description="Name of the destination in the ledger.")
+    mode: WorklistMode = Field(description=_MODE)
+    ae_title: AeTitle = Field(description="Its application entity title.")
+    host: str = Field(description="Its address.")
+    port: Port = Field(description="Its DICOM port.")
+    reading_codes: list[Annotated[str, Field(pattern=CODE)]] = Field(
+        default_factory=lambda: ["110005^DCM"],
+        description="Codes of steps that are the reading of a study; a step without any code counts, too.",
+    )
+    answer_seconds: float = Field(10.0, gt=0, le=120, description="Longest wait for it, at each request.")
+    tls: ClientTls | None = Field(None, description="Speak DICOM over TLS (PS3.15 B.12).")
+
+
 class OrderDestination(_Section):
     """A RIS without UPS: it is told by HL7 (ORM^O01) that a study's order has another priority."""
 
@@ -663,7 +680,7 @@ def fill(template: str, values: Mapping[str, str], key: str) -> str:
     return re.sub(r"\$\{([^}]*)\}", value, template)
 
 
-WorklistTarget = WorklistDestination | OrderDestination | RestDestination
+WorklistTarget = WorklistDestination | UpsDestination | OrderDestination | RestDestination
 """What shows a verdict on a worklist."""
 AlertDestination = Hl7Destination | MailDestination | WebhookDestination
 """What tells people or systems of an alert."""
@@ -676,6 +693,7 @@ Destination = Annotated[
     | MailDestination
     | WebhookDestination
     | WorklistDestination
+    | UpsDestination
     | OrderDestination
     | RestDestination,
     Field(discriminator="kind"),

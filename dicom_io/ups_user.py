@@ -17,6 +17,12 @@ PENDING = (0xFF00, 0xFF01)
 MOST_STEPS = 1000
 """More answers to one query are not waited for."""
 
+NOT_OURS, CLAIMED_ALREADY = 0xC301, 0xC302
+ENDED = (0xC300, 0xC311, 0xB304, 0xB306)
+"""Statuses that say that a step is COMPLETED or CANCELED."""
+GONE = (0xC307, 0x0112)
+LOCKED = (NOT_OURS, *ENDED)
+
 _RETURNED = (
     "SOPInstanceUID", "ScheduledProcedureStepPriority", "InputReadinessState", "PatientID", "IssuerOfPatientID",
     "StudyInstanceUID",
@@ -44,16 +50,15 @@ class Pull:
         Raises:
             PeerError: also where the query fails.
         """
-        asked = Dataset()
-        for keyword in _RETURNED:
-            setattr(asked, keyword, "")
-        for keyword in _SEQUENCES:
-            setattr(asked, keyword, [])
+        asked = _empty_keys()
         asked.ProcedureStepState = SCHEDULED
         code = Dataset()
         code.CodeValue, code.CodingSchemeDesignator = text(wanted, "CodeValue"), text(wanted, "CodingSchemeDesignator")
         code.CodeMeaning = ""
         asked.ScheduledWorkitemCodeSequence = [code]
+        return self._find(asked)
+
+    def _find(self, asked: Dataset) -> list[Step]:
         found: list[Step] = []
         try:
             for status, answer in self._association.send_c_find(asked, PULL):
@@ -73,6 +78,20 @@ class Pull:
             raise PeerError(f"its worklist cannot be read ({error})", str(self._peer), "see its log") from error
         return found
 
+    def of_study(self, study_instance_uid: str) -> list[Step]:
+        """The steps whose request names a study, in whatever state; the provider may answer with others, too.
+
+        Raises:
+            PeerError: also where the query fails.
+        """
+        asked = _empty_keys()
+        request = Dataset()
+        request.StudyInstanceUID = study_instance_uid
+        asked.ReferencedRequestSequence = [request]
+        asked.ScheduledWorkitemCodeSequence = []
+        asked.ProcedureStepState = ""
+        return self._find(asked)
+
     def get(self, uid: str) -> tuple[int, Step]:
         """N-GET of a whole step: the status, and the step; {} where there is none."""
         status, step = self._request("N-GET", lambda: self._association.send_n_get([], PUSH, uid, meta_uid=PULL))
@@ -85,10 +104,11 @@ class Pull:
         """N-SET (PS3.4 CC.2.6) by whoever holds the lock; the status.
 
         Args:
-            lock: the Transaction UID.
+            lock: the Transaction UID; "" while nobody has claimed it.
         """
         given: Step = {**changes}
-        put(given, "TransactionUID", "UI", lock)
+        if lock:
+            put(given, "TransactionUID", "UI", lock)
         data = to_dataset(given)
         return self._request("N-SET", lambda: self._association.send_n_set(data, PUSH, uid, meta_uid=PULL))[0]
 
@@ -114,6 +134,20 @@ class Pull:
         if code is None:
             raise PeerError(f"it did not answer {name} within {self._timeout:g} s", str(self._peer), "see its log")
         return int(code)
+
+
+def is_done(status: int) -> bool:
+    """Success, or one of the warnings of N-SET and N-ACTION (PS3.7 Annex C)."""
+    return status in (0x0000, 0x0001, 0x0107, 0x0116) or (status & 0xF000 == 0xB000 and status not in ENDED)
+
+
+def _empty_keys() -> Dataset:
+    asked = Dataset()
+    for keyword in _RETURNED:
+        setattr(asked, keyword, "")
+    for keyword in _SEQUENCES:
+        setattr(asked, keyword, [])
+    return asked
 
 
 def said(status: int) -> str:

@@ -80,16 +80,19 @@ class ForeignWorklist:
 
     def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
         asked = event.identifier
-        (wanted,) = asked.ScheduledWorkitemCodeSequence
+        wanted = {(one.CodeValue, one.CodingSchemeDesignator) for one in asked.ScheduledWorkitemCodeSequence}
+        studies = {str(one.StudyInstanceUID) for one in asked.ReferencedRequestSequence}
         for step in list(self.steps.values()):
             codes = {(one.CodeValue, one.CodingSchemeDesignator) for one in step.ScheduledWorkitemCodeSequence}
-            if step.ProcedureStepState != asked.ProcedureStepState:
+            if asked.ProcedureStepState and step.ProcedureStepState != asked.ProcedureStepState:
                 continue
-            if (wanted.CodeValue, wanted.CodingSchemeDesignator) not in codes:
+            if wanted and not wanted & codes:
+                continue
+            if studies and not studies & {str(one.StudyInstanceUID) for one in step.ReferencedRequestSequence}:
                 continue
             found = Dataset()
             for element in asked:
-                found[element.tag] = step.get(element.tag, element)
+                found[element.tag] = step[element.tag] if element.tag in step else element  # noqa: SIM401
             yield 0xFF00, found
         self.after_find()
 

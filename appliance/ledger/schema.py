@@ -348,6 +348,17 @@ task = Table(
     Column("changed_at", String, nullable=False),
 )
 
+# Steps of somebody else's worklist that the box has raised, or is about to.
+raised_step = Table(
+    "raised_step",
+    metadata,
+    Column("destination", String, primary_key=True),
+    Column("uid", String, primary_key=True),
+    Column("package", String, primary_key=True),
+    Column("before", String, nullable=False),  # its priority
+    Column("mark", String, nullable=False),  # the finding that raised it
+)
+
 subscription = Table(
     "subscription",
     metadata,

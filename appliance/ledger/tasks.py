@@ -118,6 +118,38 @@ class Tasks(Database):
             noted = t.task.update().where(c.id == task.id, c.reason != reason).values(reason=reason)
             return bool(connection.execute(noted).rowcount)
 
+    # --- what was raised there --------------------------------------------------------------------------
+
+    def raised_step(self, destination: str, uid: str, package: str) -> tuple[str, str] | None:
+        """The priority of a step before a package raised it, and the finding that did; None if it did not."""
+        c = t.raised_step.c
+        query = sa.select(c.before, c.mark).where(c.destination == destination, c.uid == uid, c.package == package)
+        with self.read() as connection:
+            row = connection.execute(query).first()
+            return None if row is None else (str(row.before), str(row.mark))
+
+    def raised_by_others(self, destination: str, uid: str, package: str) -> str:
+        """The priority from which another package has raised a step; "" if none has."""
+        c = t.raised_step.c
+        query = sa.select(c.before).where(c.destination == destination, c.uid == uid, c.package != package).limit(1)
+        with self.read() as connection:
+            return str(connection.scalar(query) or "")
+
+    def remember_raised(self, destination: str, uid: str, package: str, before: str, mark: str) -> None:
+        """Write down that a step is about to be raised; what is known of it already stays."""
+        if self.raised_step(destination, uid, package) is None:
+            values = {"destination": destination, "uid": uid, "package": package, "before": before, "mark": mark}
+            with self._write() as connection:
+                connection.execute(t.raised_step.insert().values(**values))
+
+    def forget_raised(self, destination: str, uid: str, package: str) -> None:
+        """A step is raised no more."""
+        c = t.raised_step.c
+        with self._write() as connection:
+            connection.execute(
+                t.raised_step.delete().where(c.destination == destination, c.uid == uid, c.package == package)
+            )
+
     def _move_task(self, task: Task, what: str, name: Event, **columns: Any) -> None:
         c = t.task.c
         with self._write() as connection:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.delivery.commitment import Asker
@@ -15,6 +16,7 @@ from appliance.delivery.hl7 import MllpClient, outcome
 from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
 from appliance.delivery.rest import send_request
+from appliance.delivery.steps import show_there
 from appliance.delivery.webhook import Webhook, post, read_secret
 from appliance.delivery.worklist import show
 from appliance.ledger.database import Row
@@ -38,6 +40,7 @@ from appliance.settings import (
     OrderDestination,
     RestDestination,
     Settings,
+    UpsDestination,
     WebhookDestination,
     WorklistDestination,
 )
@@ -328,6 +331,8 @@ def _deliverer(
             return lambda row: post(webhook(destination), row["uid"], (folder / row["path"]).read_bytes())
         case WorklistDestination():
             return lambda row: _show(settings, ledger, folder / row["path"])
+        case UpsDestination():
+            return lambda row: _show_there(settings, ledger, destination, folder / row["path"])
         case OrderDestination():
             return _hl7_sender(folder, destination, stack)
         case RestDestination():
@@ -338,6 +343,47 @@ def _deliverer(
 
 def _uids(keywords: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(one) for keyword in keywords for one in SYNTAXES if one.keyword == keyword)
+
+
+def ups_peer(destination: UpsDestination) -> Peer:
+    """The peer of a worklist of others; files for TLS are read anew.
+
+    Raises:
+        ScansideError: one of them cannot be used.
+    """
+    context = context_of(destination.tls) if destination.tls else None
+    return Peer(destination.ae_title, destination.host, destination.port, context)
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What the ledger remembers of the steps that were raised at one destination."""
+
+    ledger: Ledger
+    destination: str
+
+    def raised(self, uid: str, package: str) -> tuple[str, str] | None:
+        return self.ledger.raised_step(self.destination, uid, package)
+
+    def raised_by_others(self, uid: str, package: str) -> str:
+        return self.ledger.raised_by_others(self.destination, uid, package)
+
+    def remember(self, uid: str, package: str, before: str, mark: str) -> None:
+        self.ledger.remember_raised(self.destination, uid, package, before, mark)
+
+    def forget(self, uid: str, package: str) -> None:
+        self.ledger.forget_raised(self.destination, uid, package)
+
+
+def _show_there(settings: Settings, ledger: Ledger, destination: UpsDestination, path: Path) -> Result:
+    return show_there(
+        path,
+        ups_peer(destination),
+        settings.intake.ae_title,
+        frozenset(destination.reading_codes),
+        _Raised(ledger, destination.name),
+        destination.answer_seconds,
+    )
 
 
 def _show(settings: Settings, ledger: Ledger, path: Path) -> Result:

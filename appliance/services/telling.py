@@ -29,6 +29,7 @@ from appliance.settings import (
     OrderDestination,
     RestDestination,
     Settings,
+    UpsDestination,
     WorklistDestination,
     WorklistTarget,
     fill,
@@ -194,7 +195,7 @@ def marks(
         at = datetime.fromisoformat(issued_at)
         notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, ())
         match destination:
-            case WorklistDestination():
+            case WorklistDestination() | UpsDestination():
                 item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
                 content = render_mark(notice, header, destination.mode, item, late_seconds)
                 made.append(Change(destination, identity, f"{identity}.json", content))

@@ -20,7 +20,7 @@ from appliance.ledger.tasks import Task
 from appliance.ledger.worklist import date_time
 from dicom_io.errors import ScansideError
 from dicom_io.scu import Peer
-from dicom_io.ups_user import Pull, pulling, said
+from dicom_io.ups_user import CLAIMED_ALREADY, ENDED, GONE, NOT_OURS, Pull, is_done, pulling, said
 from dicom_io.workitem import (
     CANCELED,
     COMPLETED,
@@ -39,10 +39,6 @@ MOST_TASKS = 50
 """Tasks that are claimed at once."""
 LONGEST_REASON = 1000
 DISCONTINUED = code("110513", "DCM", "Discontinued for unspecified reason")
-NOT_OURS = 0xC301
-CLAIMED_ALREADY = 0xC302
-ENDED = (0xC300, 0xC311, 0xB304, 0xB306)
-GONE = (0xC307, 0x0112)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +255,7 @@ class Performer(threading.Thread):
         if status == CLAIMED_ALREADY:
             # By us before a death, or by somebody else: only whoever has the lock may change it.
             status = worklist.set(task.uid, _begun(), task.transaction_uid)
-        if _is_done(status):
+        if is_done(status):
             self._ledger.task_claimed(task)
         elif status == NOT_OURS:
             self._lose(task, "somebody else has claimed it")
@@ -272,7 +268,7 @@ class Performer(threading.Thread):
 
     def _finish(self, worklist: Pull, task: Task) -> None:
         status = worklist.set(task.uid, task.changes, task.transaction_uid)
-        if _is_done(status):
+        if is_done(status):
             status = worklist.change_state(task.uid, task.final, task.transaction_uid)
         if status in ENDED:
             # It ended at an earlier try of ours, whose answer we did not hear; or otherwise than we wanted.
@@ -286,7 +282,7 @@ class Performer(threading.Thread):
         elif status in GONE:
             self._lose(task, "the worklist does not have it any more")
             return
-        elif not _is_done(status):
+        elif not is_done(status):
             self._complain(task, f"{task.final} was answered with {said(status)}")
             return
         self._ledger.task_ended(task)
@@ -310,8 +306,3 @@ def _begun() -> Step:
     changes: Step = {}
     put(changes, "ProcedureStepProgressInformationSequence", "SQ", progress)
     return changes
-
-
-def _is_done(status: int) -> bool:
-    """Success, or one of the warnings of N-SET and N-ACTION (PS3.7 Annex C)."""
-    return status in (0x0000, 0x0001, 0x0107, 0x0116) or (status & 0xF000 == 0xB000 and status not in ENDED)
