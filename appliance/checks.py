@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 
+from pydicom import uid
+from pydicom.uid import ImplicitVRLittleEndian
+
 from appliance.governance.board import read_board
 from appliance.governance.package import Package, load_configured
 from appliance.inference.served import served_problem
@@ -16,9 +19,19 @@ from appliance.intake.spool import Spool
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
-from appliance.services.delivery import archive, dicom_peer, mail_server, mllp_client, rest, ups_peer, webhook
+from appliance.services.delivery import (
+    archive,
+    dicom_peer,
+    mail_server,
+    mllp_client,
+    rest,
+    syntaxes_of,
+    ups_peer,
+    webhook,
+)
 from appliance.services.orders import worklist_peer
 from appliance.services.performing import code_of, performer_peer
+from appliance.services.routing import classes_of
 from appliance.services.telling import try_template
 from appliance.settings import (
     Destination,
@@ -40,7 +53,7 @@ from appliance.settings import (
 )
 from dicom_io.errors import ScansideError
 from dicom_io.mwl import asking
-from dicom_io.scu import Peer, echo
+from dicom_io.scu import Peer, accepted, echo
 from dicom_io.tls import ServerCertificates
 from dicom_io.ups_user import pulling
 from dicom_io.web import reach
@@ -143,7 +156,7 @@ def _reach(destination: Destination, title: str) -> str:
         case DicomDestination():
             peer = dicom_peer(destination)
             echo(peer, title)
-            return f"{peer} answers"
+            return f"{peer} answers; {_taken(destination, peer, title)}"
         case DicomwebDestination():
             there = archive(destination)
             reach(there)
@@ -167,6 +180,29 @@ def _reach(destination: Destination, title: str) -> str:
             return f"{peer} answers"
         case WorklistDestination():
             return f"it is our own; a positive study is {'moved' if destination.mode == 'reprioritise' else 'marked'}"
+
+
+def _taken(destination: DicomDestination, peer: Peer, title: str) -> str:
+    """What of the objects that it is to get it accepts in the negotiation, and in which class and transfer syntax."""
+    syntaxes = [*syntaxes_of(destination), ImplicitVRLittleEndian]
+    classes = {kind: [getattr(uid, keyword) for keyword in found] for kind, found in classes_of(destination).items()}
+    proposed = {(str(one), str(syntax)) for found in classes.values() for one in found for syntax in syntaxes}
+    taken = accepted(peer, title, proposed) if proposed else frozenset()
+    said, missing = [], []
+    for kind, found in classes.items():
+        ways = [(one, syntax) for one in found for syntax in syntaxes if (str(one), str(syntax)) in taken]
+        if ways:
+            said.append(f"{kind} as {uid.UID(ways[0][0]).name}")
+        else:
+            missing.append(kind)
+    if not said:
+        raise ScansideError(
+            f"it accepts none of {', '.join(missing)}",
+            str(peer),
+            "see what it is set to accept, and objects and sop_classes here",
+        )
+    but = f"; it does NOT accept {', '.join(missing)}" if missing else ""
+    return f"takes {', '.join(said)}{but}"
 
 
 def _orders(settings: Settings, host: str) -> list[Check]:

@@ -109,6 +109,22 @@ def echo(peer: Peer, calling_ae: str, *, timeout: float = 10.0) -> None:
             raise PeerError(f"it answered C-ECHO with status 0x{status:04X}", str(peer), "see its log")
 
 
+def accepted(
+    peer: Peer, calling_ae: str, contexts: Set[tuple[str, str]], *, timeout: float = 10.0
+) -> frozenset[tuple[str, str]]:
+    """Which (abstract syntax, transfer syntax) of some, at most `MAXIMUM_CONTEXTS`, the peer accepts; nothing is sent.
+
+    Raises:
+        PeerError: no association.
+    """
+    try:
+        with association_with(peer, calling_ae, contexts, timeout) as association:
+            taken = association.accepted_contexts
+            return frozenset((str(one.abstract_syntax), str(one.transfer_syntax[0])) for one in taken)
+    except NotAccepted:
+        return frozenset()
+
+
 def send(
     files: Iterable[Path],
     peer: Peer,

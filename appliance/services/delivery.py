@@ -306,7 +306,7 @@ def _deliverer(
     match destination:
         case DicomDestination():
             promised = destination.commitment != "no"
-            wanted = _uids(destination.transfer_syntaxes)
+            wanted = syntaxes_of(destination)
             return lambda row: store(
                 folder / row["path"],
                 dicom_peer(destination),
@@ -315,7 +315,7 @@ def _deliverer(
                 syntaxes=wanted,
             )
         case DicomwebDestination():
-            wanted = _uids(destination.transfer_syntaxes)
+            wanted = syntaxes_of(destination)
             return lambda row: store_web(folder / row["path"], row["uid"], archive(destination), wanted)
         case Hl7Destination():
             return _hl7_sender(folder, destination, stack)
@@ -341,8 +341,9 @@ def _deliverer(
             )
 
 
-def _uids(keywords: Sequence[str]) -> tuple[str, ...]:
-    return tuple(str(one) for keyword in keywords for one in SYNTAXES if one.keyword == keyword)
+def syntaxes_of(destination: ImageDestination) -> tuple[str, ...]:
+    """UIDs of the transfer syntaxes that a destination wants, the best first."""
+    return tuple(str(one) for keyword in destination.transfer_syntaxes for one in SYNTAXES if one.keyword == keyword)
 
 
 def ups_peer(destination: UpsDestination) -> Peer:

@@ -46,6 +46,15 @@ def in_place_of(destination: ImageDestination, name: str) -> tuple[str, ...]:
     return tuple(one for one in _FORMS[_FORMS.index(name) + 1 :] if class_of(one) in destination.sop_classes)
 
 
+def classes_of(destination: ImageDestination) -> dict[str, tuple[str, ...]]:
+    """Kind of objects that a destination wants → keywords of the classes that they may come in, the best first."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in destination.objects:
+        names = _FORMS if kind == REPORT else (kind,)
+        found[kind] = tuple(one for one in map(class_of, names) if one in destination.sop_classes)
+    return found
+
+
 def needs_2d(destination: ImageDestination) -> bool:
     """Whether a destination may come to need reports without coordinates in space."""
     return REPORT in destination.objects and class_of(REPORT_2D) in destination.sop_classes

@@ -26,11 +26,13 @@ from pydicom.uid import (
 )
 
 from appliance import init
+from appliance.checks import run_checks
 from appliance.delivery.dicom import store
 from appliance.delivery.dicomweb import store_web
 from appliance.demo import orthanc as peers
 from appliance.ledger.views import event_counts, study_report
 from appliance.operations.leash import Leashed
+from appliance.settings import DicomDestination, Settings
 from dicom_io.errors import PeerError
 from dicom_io.objects.common import part10
 from dicom_io.scu import Peer, echo
@@ -146,6 +148,34 @@ def test_an_archive_that_refuses_classes_gets_what_it_can_show(
     said = (tmp_path / "deliver.log").read_text()
     assert "goes there instead" in said and "segmentation to pacs: not taken there" in said
     issued.box.ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ([], "takes report as Comprehensive 3D SR Storage, segmentation as Segmentation Storage"),
+        (
+            ["ComprehensiveSRStorage", "SecondaryCaptureImageStorage"],
+            "takes report as Comprehensive SR Storage; it does NOT accept segmentation",
+        ),
+        (
+            ["SecondaryCaptureImageStorage"],
+            "takes report as Secondary Capture Image Storage; it does NOT accept segmentation",
+        ),
+        (["CTImageStorage"], "it accepts none of report, segmentation"),
+    ],
+    ids=["everything", "no 3D SR", "captures only", "nothing of ours"],
+)
+def test_the_check_says_beforehand_what_an_archive_takes(classes: list[str], said: str, tmp_path: Path) -> None:
+    with storescp(tmp_path, classes=classes) as (peer, _):
+        destination = DicomDestination(
+            kind="dicom", name="pacs", ae_title=peer.ae_title, host=peer.host, port=peer.port,
+            objects=["report", "segmentation"],
+        )  # fmt: skip
+        settings = Settings(box={"state_directory": tmp_path / "box"}, destination=[destination])  # type: ignore[arg-type]
+        (check,) = [one for one in run_checks(settings) if one.check == "destination pacs"]
+    assert check.ok == ("none" not in said)
+    assert said in check.detail
 
 
 @pytest.fixture(scope="module")
