@@ -419,6 +419,11 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
         finding=codes.INTRACRANIAL_HEMORRHAGE if verdict.positive else None,
         result=codes.SUSPECTED if verdict.positive else codes.NONE_FOUND,
         actionable=codes.ACTIONABLE_1 if verdict.positive else None,
+        types=tuple(
+            codes.SUBTYPES[label]
+            for label in (wording.likely_subtypes(verdict.subtypes) if verdict.positive else ())
+            if label in codes.SUBTYPES
+        ),
         impression=wording.impression(verdict),
         quantities=(
             _probability(codes.PROBABILITY_ANY, verdict.probability),

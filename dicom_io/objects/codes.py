@@ -65,6 +65,7 @@ TRIAGE_RESULT = Concept("TRIAGE-RESULT", PRIVATE_SCHEME, "Triage result", OWN)
 SUSPECTED = Concept("TRIAGE-SUSPECTED", PRIVATE_SCHEME, "Hemorrhage suspected, unverified", OWN)
 NONE_FOUND = Concept("TRIAGE-NONEFOUND", PRIVATE_SCHEME, "No hemorrhage found, triage only", OWN)
 NOT_ANALYSED = Concept("NOT-ANALYSED", PRIVATE_SCHEME, "Study not analysed", OWN)
+SUSPECTED_TYPE = Concept("HEMORRHAGE-TYPE", PRIVATE_SCHEME, "Suspected type of hemorrhage", OWN)
 LIMITATION = Concept("LIMITATION", PRIVATE_SCHEME, "Limitation of the analysis", OWN)
 REVISION = Concept("REVISION", PRIVATE_SCHEME, "Revision of the verdict", OWN)
 MESSAGE_KIND = Concept(

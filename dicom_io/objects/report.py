@@ -80,6 +80,7 @@ class Report:
         finding: what is suspected; None if nothing was found, so that no reader takes it for a finding.
         result: the coded triage result.
         actionable: category of an actionable finding (PS3.16 CID 7035), if it is one.
+        types: the likely types of what is suspected, most likely first.
         impression: one or more sentences for a person.
         quantities: study-level numbers.
         findings: where it is seen, most important first.
@@ -103,6 +104,7 @@ class Report:
     images: tuple[ImageReference, ...]
     complete: bool = True
     actionable: Concept | None = None
+    types: tuple[Concept, ...] = ()
     outlines: tuple[Drawn, ...] = ()
 
 
@@ -275,7 +277,11 @@ def _study_group(made: Dataset, report: Report, source: Dataset, identification:
         measurements=measurements or None,
         qualitative_evaluations=[
             sr.QualitativeEvaluation(coded(name), coded(value))
-            for name, value in ((codes.TRIAGE_RESULT, report.result), (codes.ACTIONABILITY, report.actionable))
+            for name, value in (
+                (codes.TRIAGE_RESULT, report.result),
+                (codes.ACTIONABILITY, report.actionable),
+                *((codes.SUSPECTED_TYPE, one) for one in report.types),
+            )
             if value is not None
         ],
     )

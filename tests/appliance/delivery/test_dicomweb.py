@@ -6,15 +6,17 @@ import base64
 import json
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from appliance.delivery.dicomweb import authorization, store_web
 from appliance.delivery.tls import client_context
@@ -34,6 +36,7 @@ class Service(ThreadingHTTPServer):
     def __init__(self, status: int, content: bytes, context: ssl.SSLContext | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.status, self.content = status, content
+        self.refuses: Collection[str] = ()  # transfer syntaxes, with 415
         self.heard: list[tuple[str, str, dict[str, str], bytes]] = []
         if context is not None:
             self.socket = context.wrap_socket(self.socket, server_side=True)
@@ -54,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.heard.append((self.command, self.path, dict(self.headers), body))
         if self.server.status == 0:
             return
-        self.send_response(self.server.status)
+        refused = any(f"UI{chr(len(one))}\0{one}".encode() in body for one in map(padded, self.server.refuses))
+        self.send_response(415 if refused else self.server.status)
         self.send_header("Content-Length", str(len(self.server.content)))
         if 300 <= self.server.status < 400:
             self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
@@ -65,6 +69,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         """Say nothing."""
+
+
+def padded(uid: str) -> str:
+    return uid + "\0" * (len(uid) % 2)
 
 
 @contextmanager
@@ -146,6 +154,43 @@ def test_the_request_is_one_part_that_holds_the_file(finding: Path) -> None:
     (part,) = message.get_payload()
     assert part.get_content_type() == "application/dicom"  # type: ignore[union-attr]
     assert body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0] == finding.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("refused", "sent", "outcome"),
+    [
+        ([], [JPEG2000Lossless], "acknowledge"),
+        ([JPEG2000Lossless], [JPEG2000Lossless, DeflatedExplicitVRLittleEndian], "acknowledge"),
+        (
+            [JPEG2000Lossless, DeflatedExplicitVRLittleEndian],
+            [JPEG2000Lossless, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian],
+            "acknowledge",
+        ),
+        (
+            [JPEG2000Lossless, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian],
+            [JPEG2000Lossless, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian],
+            "decline",
+        ),
+    ],
+)
+def test_the_next_transfer_syntax_is_tried_at_once(
+    refused: list[str], sent: list[str], outcome: str, tmp_path: Path
+) -> None:
+    series = ct_series(tmp_path)
+    path = tmp_path / "segmentation.object"
+    path.write_bytes(part10(rendered(series, verdict_on(series), "segmentation")))
+    uid = str(dcmread(path).SOPInstanceUID)
+    with service(content=sequence(KEPT, uid=uid)) as there:
+        there.refuses = [str(one) for one in refused]
+        # Run lengths are not for single bits: they are left out.
+        wanted = [str(one) for one in (RLELossless, JPEG2000Lossless, DeflatedExplicitVRLittleEndian)]
+        found, said = store_web(path, uid, there.archive(), wanted)
+    assert found == outcome
+    parts = [body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0] for _, _, _, body in there.heard]
+    files = [dcmread(BytesIO(part)) for part in parts]
+    assert [one.file_meta.TransferSyntaxUID for one in files] == sent
+    assert all((one.pixel_array == dcmread(path).pixel_array).all() for one in files)
+    assert ("it does not accept JPEG 2000" in said) == (bool(refused) and outcome == "acknowledge")
 
 
 def test_nobody_there_and_one_who_hangs_up_are_worth_another_try(finding: Path) -> None:

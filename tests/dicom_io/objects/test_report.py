@@ -92,6 +92,9 @@ def test_the_study_group_says_what_the_verdict_says(report: tuple[Verdict, Path]
     assert group.finding_type == (code(codes.INTRACRANIAL_HEMORRHAGE) if verdict.positive else None)
     categories = [one.value for one in group.get_qualitative_evaluations(code(codes.ACTIONABILITY))]
     assert categories == ([code(codes.ACTIONABLE_1)] if verdict.positive else [])
+    types = [one.value for one in group.get_qualitative_evaluations(code(codes.SUSPECTED_TYPE))]
+    likely = [code(codes.SUBTYPES[one]) for one in ("subdural", "subarachnoid")]
+    assert types == (likely if verdict.positive else [])
 
 
 def test_a_negative_report_holds_no_finding(report: tuple[Verdict, Path]) -> None:
