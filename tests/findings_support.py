@@ -27,6 +27,7 @@ from appliance.inference.verdict import aggregate
 from appliance.ledger.records import SlabResult, Verdict
 from appliance.settings import Settings
 from dicom_io.header import read_header
+from dicom_io.objects.common import part10
 from dicom_io.pixels import decode
 from dicom_io.volume import assemble, planes_of
 from tests.peers import program as tool
@@ -191,6 +192,16 @@ def rendered(series: Series, verdict: Verdict, name: str, **changes: Any) -> Dat
         "device": package_device(verdict, uid_root="2.25", station="CT-BOX-1", manufacturer="scanside"),
     }
     return render(name, verdict, **{**arguments, **changes})
+
+
+def written_objects(folder: Path) -> dict[str, Path]:
+    """One object of each encoding, as it lies on the box: name → its file in that folder."""
+    series = ct_series(folder)
+    verdict = verdict_on(series)
+    paths = {name: folder / f"{name}.object" for name in ("report", "capture.1", "segmentation", "presentation.1")}
+    for name, path in paths.items():
+        path.write_bytes(part10(rendered(series, verdict, name)))
+    return paths
 
 
 def renamed(verdict: Verdict, **changes: Any) -> Verdict:

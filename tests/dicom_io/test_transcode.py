@@ -24,23 +24,16 @@ from pydicom.uid import (
 )
 
 from dicom_io import transcode
-from dicom_io.objects.common import part10
 from dicom_io.transcode import SYNTAXES, fitting, transcoded
 from tests.dicom_io.support import save
-from tests.findings_support import ct_series, rendered, verdict_on
+from tests.findings_support import written_objects
 
 PLAIN = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
 
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("objects")
-    series = ct_series(folder)
-    verdict = verdict_on(series)
-    paths = {name: folder / f"{name}.object" for name in ("report", "capture.1", "segmentation", "presentation.1")}
-    for name, path in paths.items():
-        path.write_bytes(part10(rendered(series, verdict, name)))
-    return paths
+    return written_objects(tmp_path_factory.mktemp("objects"))
 
 
 def picture(data: bytes, rows: int, columns: int, bits: int) -> Dataset:

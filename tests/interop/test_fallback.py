@@ -34,12 +34,11 @@ from appliance.ledger.views import event_counts, study_report
 from appliance.operations.leash import Leashed
 from appliance.settings import DicomDestination, Settings
 from dicom_io.errors import PeerError
-from dicom_io.objects.common import part10
 from dicom_io.scu import Peer, echo
 from dicom_io.transcode import transcoded
 from dicom_io.web import Archive
 from tests.appliance.test_issuing import Issued, seen
-from tests.findings_support import ct_series, dciodvfy_errors, rendered, verdict_on
+from tests.findings_support import dciodvfy_errors, written_objects
 from tests.interop.box import wait_for
 from tests.peers import program
 
@@ -181,13 +180,7 @@ def test_the_check_says_beforehand_what_an_archive_takes(classes: list[str], sai
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Object → its file, as it lies on the box."""
-    folder = tmp_path_factory.mktemp("objects")
-    series = ct_series(folder)
-    verdict = verdict_on(series)
-    paths = {name: folder / f"{name}.object" for name in ("report", "capture.1", "segmentation", "presentation.1")}
-    for name, path in paths.items():
-        path.write_bytes(part10(rendered(series, verdict, name)))
-    return paths
+    return written_objects(tmp_path_factory.mktemp("objects"))
 
 
 WANTED = tuple(map(str, (JPEG2000Lossless, RLELossless, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian)))
