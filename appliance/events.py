@@ -67,6 +67,7 @@ class Event(StrEnum):
     MESSAGE_DUPLICATE = "message.duplicate"
     MESSAGE_REFUSED = "message.refused"
     MESSAGE_UNREADABLE = "message.unreadable"
+    MESSAGE_ANSWERED = "message.answered"
     MESSAGES_EMPTIED = "messages.emptied"
     ORDER_PLACED = "order.placed"
     ORDER_CHANGED = "order.changed"

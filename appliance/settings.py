@@ -518,6 +518,9 @@ class Hl7Destination(_Section):
     application_seconds: float = Field(
         30.0, gt=0, le=300, description="Longest wait for the application's acknowledgement after the accept one."
     )
+    application_elsewhere: bool = Field(
+        False, description="The application's acknowledgement may also come as a message of its own, to intake.hl7."
+    )
     template: Path | None = Field(
         None,
         description="Jinja2 template that writes the message in this site's own form; unset: the standard one. "
@@ -878,6 +881,16 @@ class Settings(BaseSettings):
         for one in steps:
             if one.after_seconds >= self.delivery.alarm_seconds:
                 raise ValueError(f"{one.name}.after_seconds is not below delivery.alarm_seconds")
+        return self
+
+    @model_validator(mode="after")
+    def _hears_answers(self) -> Settings:
+        for one in self.destination:
+            if isinstance(one, Hl7Destination) and one.application_elsewhere:
+                if one.acknowledgement != "application":
+                    raise ValueError(f'{one.name}.application_elsewhere needs acknowledgement = "application"')
+                if self.intake.hl7 is None:
+                    raise ValueError(f"{one.name}.application_elsewhere: there is no [intake.hl7] to hear it")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -26,6 +27,8 @@ from dicom_io.errors import PeerError
 
 log = logging.getLogger(__name__)
 
+ELSEWHERE_SECONDS = 0.2
+"""So often it is looked for an answer that came elsewhere."""
 MAXIMUM_ACKNOWLEDGEMENT = 256 * 1024
 """Bytes; an acknowledgement is some hundred bytes, so a larger block is a peer that speaks something else."""
 
@@ -188,6 +191,8 @@ class MllpClient:
         self.ack_timeout = ack_timeout
         self.application_timeout = application_timeout
         self.context = context
+        self.elsewhere: Callable[[str], bytes | None] | None = None
+        """Of an MSH-10, the application's acknowledgement that came as a message of its own (2.9.3), once."""
         self._socket: socket.socket | None = None
         self._deframer = Deframer(MAXIMUM_ACKNOWLEDGEMENT)
         self._waiting: list[bytes] = []
@@ -240,6 +245,7 @@ class MllpClient:
         """
         control_id = control_id_of(message)
         both = wants_application_answer(message)
+        elsewhere = False
         block = frame(message)
         with self._lock:
             try:
@@ -256,8 +262,8 @@ class MllpClient:
                 if both and answer.accepts:
                     deadline = time.monotonic() + self.application_timeout
                     told = f"{self.application_timeout:g} s after the peer had committed it (CA)"
-                    answer = self._await(connection, control_id, deadline, told, application=True)
-                if both and (thanks := accept_answer(answer, message)) is not None:
+                    answer, elsewhere = self._application(connection, control_id, deadline, told)
+                if both and not elsewhere and (thanks := accept_answer(answer, message)) is not None:
                     self._thank(connection, frame(thanks))
                 return answer
             except BaseException:
@@ -366,6 +372,32 @@ class MllpClient:
                     "the message will be sent again",
                 ) from error
         return True
+
+    def _application(
+        self, connection: socket.socket, control_id: str, deadline: float, told: str
+    ) -> tuple[Acknowledgement, bool]:
+        """The application's answer, and whether it came elsewhere; then the peer may have closed this connection."""
+        if self.elsewhere is None:
+            return self._await(connection, control_id, deadline, told, application=True), False
+        gone: PeerError | None = None
+        while True:
+            if (raw := self.elsewhere(control_id)) and (answer := parse_acknowledgement(raw)) is not None:
+                if gone is not None:
+                    self._drop()
+                return answer, True
+            at = time.monotonic()
+            if gone is not None:
+                if at >= deadline:
+                    raise gone
+                time.sleep(min(ELSEWHERE_SECONDS, deadline - at))
+                continue
+            until = min(deadline, at + ELSEWHERE_SECONDS)
+            try:
+                return self._await(connection, control_id, until, told, application=True), False
+            except PeerError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                gone = error if time.monotonic() < until else None
 
     def _await(
         self, connection: socket.socket, control_id: str, deadline: float, told: str, *, application: bool = False

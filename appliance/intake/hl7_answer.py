@@ -48,6 +48,12 @@ def answers(message: Message, box: str, *, unkept: str = "") -> list[str]:
     return said
 
 
+def accepted(message: Message, box: str) -> list[str]:
+    """What is answered to an application acknowledgement that is kept: a CA, where it asks for one (MSH-15)."""
+    wanted = _wants(message.header[15].upper(), True)
+    return [_acknowledgement(message, "CA", (), box)] if wanted else []
+
+
 def too_long(maximum: int, box: str) -> str:
     """The answer to a block that is longer than may be; nothing of it was read."""
     unread = Message(("MSH", "|", "^~\\&", *[""] * 18), "", "")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.events import Event
-from appliance.intake.hl7_answer import answers, too_long
+from appliance.intake.hl7_answer import accepted, answers, too_long
 from appliance.intake.hl7_message import Fault, Message, Rules, read_message
 from appliance.ledger.orders import NewMessage
 from appliance.ledger.store import Ledger
@@ -25,6 +26,7 @@ class OrderReceiver:
         maximum: longest message, in bytes.
         ring: wakes the engine; called after each message that changed something.
         shortage: why the disk should take no more, "" if it may.
+        answering: names of destinations whose application acknowledgements may come here.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class OrderReceiver:
         maximum: int,
         ring: Callable[[], None],
         shortage: Callable[[], str],
+        answering: Collection[str] = (),
     ) -> None:
         self._ledger = ledger
         self._rules = rules
@@ -42,11 +45,14 @@ class OrderReceiver:
         self._maximum = maximum
         self._ring = ring
         self._shortage = shortage
+        self._answering = answering
 
     def take(self, block: bytes, peer: str) -> list[str]:
         """Write a message down; what is answered to it."""
         message = read_message(block, self._rules)
         if message.is_answer:
+            if self._answered(message, block):
+                return accepted(message, self._box)
             log.warning("hl7: an acknowledgement came from %s, where none is waited for; ignored", peer)
             return []
         # A long name stands in the second component of MSH-3.
@@ -82,6 +88,21 @@ class OrderReceiver:
         if message.changes and taken == "taken":
             self._ring()
         return answers(message, self._box)
+
+    def _answered(self, message: Message, block: bytes) -> bool:
+        """Keep an application acknowledgement for the delivery that waits for it; whether one does."""
+        if not self._answering:
+            return False
+        lines = re.split(r"[\r\n]+", block.decode("utf-8", "replace"))
+        found = [line.split(message.header[1]) for line in lines if line.startswith("MSA")]
+        if not found or len(found[0]) < 3 or found[0][1] not in ("AA", "AE", "AR"):
+            return False
+        try:
+            return self._ledger.take_answer(found[0][2].strip(), block, self._answering)
+        except (OSError, SQLAlchemyError):
+            # It is not acknowledged, so that it may come again.
+            log.exception("hl7: an application acknowledgement could not be written down")
+            return False
 
     def unreadable(self, peer: str, what: str, is_too_long: bool) -> str:
         """Write down what came that was no message; what is answered to it, "" for nothing."""

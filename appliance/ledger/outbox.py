@@ -305,6 +305,39 @@ class Outbox(Escalation):
                 )
             return len(rows)
 
+    def take_answer(self, control_id: str, content: bytes, destinations: Collection[str]) -> bool:
+        """Keep an application acknowledgement that came as a message of its own; False if nobody waits for it.
+
+        Args:
+            destinations: those whose answers may come so.
+        """
+        d, f, a = t.delivery.c, t.finding.c, t.application_answer.c
+        waiting = (
+            sa.select(d.id)
+            .join(t.finding)
+            .where(f.uid == control_id, d.destination.in_(destinations), d.state.in_(("pending", "sending")))
+        )
+        with self._write() as connection:
+            key = connection.scalar(waiting)
+            if key is None:
+                return False
+            connection.execute(t.application_answer.delete().where(a.control_id == control_id))
+            values = {"control_id": control_id, "content": content, "received_at": now()}
+            connection.execute(t.application_answer.insert().values(**values))
+            self._append(connection, Event.MESSAGE_ANSWERED, None, delivery=key)
+            return True
+
+    def answer_to(self, control_id: str) -> bytes | None:
+        """The application acknowledgement of that message that came as a message of its own, once; None if none did."""
+        a = t.application_answer.c
+        query = sa.select(a.content).where(a.control_id == control_id)
+        with self.read() as connection:
+            found: bytes | None = connection.scalar(query)
+        if found is not None:
+            with self._write() as connection:
+                connection.execute(t.application_answer.delete().where(a.control_id == control_id))
+        return found
+
     def requeue_delivery(self, delivery_id: int, destinations: Collection[str]) -> None:
         """Send a dead, rejected, replaced or withdrawn delivery once more, because somebody asked for it.
 

@@ -220,6 +220,15 @@ hl7_message = Table(
     Index("ix_hl7_message_kept", "received_at", sqlite_where=sa.text("content IS NOT NULL")),
 )
 
+# Application acknowledgements of our alerts that came as messages of their own, until delivery has read them.
+application_answer = Table(
+    "application_answer",
+    metadata,
+    Column("control_id", String, primary_key=True),  # MSH-10 of the alert
+    Column("content", LargeBinary, nullable=False),
+    Column("received_at", String, nullable=False),
+)
+
 imaging_order = Table(
     "imaging_order",
     metadata,

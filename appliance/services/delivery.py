@@ -12,7 +12,7 @@ from pathlib import Path
 from appliance.delivery.commitment import Asker
 from appliance.delivery.dicom import store
 from appliance.delivery.dicomweb import authorization, store_web
-from appliance.delivery.hl7 import MllpClient, outcome
+from appliance.delivery.hl7 import MllpClient, outcome, parse_acknowledgement
 from appliance.delivery.mail import MailServer, send_mail
 from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
 from appliance.delivery.rest import send_request
@@ -318,7 +318,7 @@ def _deliverer(
             wanted = syntaxes_of(destination)
             return lambda row: store_web(folder / row["path"], row["uid"], archive(destination), wanted)
         case Hl7Destination():
-            return _hl7_sender(folder, destination, stack)
+            return _hl7_sender(folder, destination, stack, ledger)
         case MailDestination():
             # Read at each try: what is renewed or mended needs no restart.
             return lambda row: send_mail(
@@ -334,7 +334,7 @@ def _deliverer(
         case UpsDestination():
             return lambda row: _show_there(settings, ledger, destination, folder / row["path"])
         case OrderDestination():
-            return _hl7_sender(folder, destination, stack)
+            return _hl7_sender(folder, destination, stack, ledger)
         case RestDestination():
             return lambda row: send_request(
                 folder / row["path"], row["uid"], rest(destination), destination.header, destination.secret_file
@@ -396,17 +396,22 @@ def _show(settings: Settings, ledger: Ledger, path: Path) -> Result:
 
 
 def _hl7_sender(
-    folder: Path, destination: Hl7Destination | OrderDestination, stack: ExitStack
+    folder: Path, destination: Hl7Destination | OrderDestination, stack: ExitStack, ledger: Ledger
 ) -> Callable[[Row], Result]:
     client = mllp_client(destination.model_copy(update={"tls": None}))
     stack.callback(client.close)
+    if isinstance(destination, Hl7Destination) and destination.application_elsewhere:
+        client.elsewhere = ledger.answer_to
 
     def send(row: Row) -> Result:
         if destination.tls is not None:
             # At each try, for the next connection: a file that is missing costs the other destinations nothing.
             client.context = context_of(destination.tls)
+        # It may have come after an earlier try had given up: then there is nothing to send again.
+        came = client.elsewhere(row["uid"]) if client.elsewhere else None
         try:
-            answer = client.send((folder / row["path"]).read_bytes().decode("utf-8"))
+            answer = parse_acknowledgement(came) if came else None
+            answer = answer or client.send((folder / row["path"]).read_bytes().decode("utf-8"))
         except ValueError as error:
             # The message itself cannot be framed: it would not get better by sending it again.
             return "reject", str(error)

@@ -21,7 +21,7 @@ from appliance.ledger.orders import Identifier
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog
 from appliance.services.peers import context_of
-from appliance.settings import Hl7Intake, Intake, ModalityWorklist, Settings
+from appliance.settings import Hl7Destination, Hl7Intake, Intake, ModalityWorklist, Settings
 from dicom_io.scu import Peer
 from dicom_io.tls import ServerCertificates
 
@@ -77,7 +77,11 @@ def hear_orders(
         message_seconds=hl7.message_seconds,
         idle_seconds=hl7.idle_seconds,
     )
-    receiver = OrderReceiver(ledger, rules_of(hl7), settings.box.name, hl7.maximum_message_bytes, ring, shortage)
+    told = settings.alert_destinations
+    answering = [one.name for one in told if isinstance(one, Hl7Destination) and one.application_elsewhere]
+    receiver = OrderReceiver(
+        ledger, rules_of(hl7), settings.box.name, hl7.maximum_message_bytes, ring, shortage, answering
+    )
     listener = Listener(ports, limits, receiver.take, receiver.unreadable)
     numbers = listener.start()
     log.info("intake: hears HL7 on %s:%s", settings.intake.host, " and ".join(map(str, numbers)))
