@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 SYNTAXES = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
 PENDING = (0xFF00, 0xFF01)
+LONGEST_ANSWER = 6
+"""So many times the time limit of one answer all answers to a question may take."""
 MOST_ITEMS = 200
 """More answers are not waited for: the provider ignores the key that it was asked by, as PS3.4 lets it."""
 
@@ -55,9 +58,10 @@ class Query:
             items in the DICOM JSON model, and whether that is all there is.
 
         Raises:
-            PeerError: a failure, or no answer in time.
+            PeerError: a failure, no answer in time, or answers without end.
         """
         found: list[Step] = []
+        deadline = time.monotonic() + LONGEST_ANSWER * self._timeout
         unreadable = 0
         cancelled = False
         try:
@@ -75,9 +79,10 @@ class Query:
                         what = f"it answered C-FIND with status 0x{code:04X}{f' ({said})' if said else ''}"
                         raise PeerError(what, str(self._peer), "see its log")
                     break
-                if number >= 10 * MOST_ITEMS:
+                if number >= 10 * MOST_ITEMS or time.monotonic() > deadline:
                     self._association.abort()
-                    break
+                    what = "it does not come to an end with its answers to one C-FIND"
+                    raise PeerError(what, str(self._peer), "see how many items its worklist has")
                 if number >= MOST_ITEMS:
                     if not cancelled:
                         cancelled = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from dicom_io.ups import SYNTAXES
 from dicom_io.workitem import CHANGE_STATE, MEANINGS, PULL, PUSH, SCHEDULED, Step, from_dataset, put, text, to_dataset
 
 PENDING = (0xFF00, 0xFF01)
+LONGEST_ANSWER = 6
+"""So many times the time limit of one answer all answers to a query may take."""
 MOST_STEPS = 1000
 """More answers to one query are not waited for."""
 
@@ -60,6 +63,7 @@ class Pull:
 
     def _find(self, asked: Dataset) -> list[Step]:
         found: list[Step] = []
+        deadline = time.monotonic() + LONGEST_ANSWER * self._timeout
         try:
             for status, answer in self._association.send_c_find(asked, PULL):
                 number = self._status(status, "C-FIND")
@@ -67,9 +71,10 @@ class Pull:
                     if number:
                         raise PeerError(f"it answered C-FIND with {said(number)}", str(self._peer), "see its log")
                     break
-                if len(found) >= MOST_STEPS:
+                if len(found) >= MOST_STEPS or time.monotonic() > deadline:
                     self._association.abort()
-                    break
+                    what = "it does not come to an end with its answers to one C-FIND"
+                    raise PeerError(what, str(self._peer), "see how many steps its worklist has")
                 if answer is not None:
                     found.append(from_dataset(answer))
         except PeerError:

@@ -184,6 +184,7 @@ class Asker(threading.Thread):
         # By which alone every provider must match.
         keys += [("PatientID", patient) for patient in list(patients)[:MOST_ACCESSIONS] if patient]
         for keyword, value in keys:
+            self._turn()
             items, _ = query.find(keyword, value)
             found = [item for item in items if is_about(item, numbers, one.study_instance_uid)]
             if orders := orders_in(found, self._urgent, self._authority):

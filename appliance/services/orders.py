@@ -109,7 +109,7 @@ def ask_for_orders(settings: Settings, ledger: Ledger, watchdog: Watchdog, ring:
         ring,
         answer_seconds=section.answer_seconds,
         give_up_seconds=section.give_up_seconds,
-        turn=watchdog.loop("the modality worklist", LONGEST_PAUSE + 6 * section.answer_seconds + 60.0),
+        turn=watchdog.loop("the modality worklist", LONGEST_PAUSE + 10 * section.answer_seconds + 60.0),
     )
     asker.start()
     log.info("intake: asks %s@%s:%d about orders", section.ae_title, section.host, section.port)

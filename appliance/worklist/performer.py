@@ -215,13 +215,16 @@ class Performer(threading.Thread):
             for task in tasks:
                 self._turn()
                 self._advance(worklist, task)
-            for wanted in self._codes if len(tasks) < MOST_TASKS else ():
+            room = MOST_TASKS - len(tasks)
+            for wanted in self._codes if room > 0 else ():
                 self._turn()
                 for step in worklist.scheduled(wanted):
-                    if self._stopping.is_set():
+                    if self._stopping.is_set() or room <= 0:
                         return
+                    self._turn()
                     if (new := self._taken(step, wanted)) is not None:
                         self._claim(worklist, new)
+                        room -= 1
 
     def _taken(self, step: Step, wanted: Step) -> Task | None:
         """The task of a step that we are about to claim; written down."""

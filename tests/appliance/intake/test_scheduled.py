@@ -20,6 +20,8 @@ from appliance.intake.scheduled import Asker, is_about, orders_in
 from appliance.ledger.orders import Identifier, Order
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts
+from appliance.operations.health import Watchdog
+from appliance.services.orders import ask_for_orders, said_of
 from appliance.settings import ModalityWorklist
 from dicom_io.errors import PeerError
 from dicom_io.mwl import MOST_ITEMS, asking
@@ -244,3 +246,33 @@ def test_check_asks_for_an_order_that_nobody_has() -> None:
         assert checks._modality_worklist(section, "SCANSIDE") == f"{peer} answers"
     with pytest.raises(PeerError):
         checks._modality_worklist(section, "SCANSIDE")
+
+
+def test_a_provider_that_trickles_is_left(tmp_path: Path) -> None:
+    def for_ever(_: Dataset) -> Iterator[tuple[int, Dataset | None]]:
+        while True:
+            yield 0xFF00, scheduled()
+            time.sleep(0.1)
+
+    with provider(for_ever) as peer, pytest.raises(PeerError, match="does not come to an end"):  # noqa: SIM117
+        with asking(peer, "SCANSIDE", 0.5) as query:
+            query.find("AccessionNumber", "A1")
+
+
+def test_intake_asks_the_worklist_of_its_settings(tmp_path: Path) -> None:
+    box = new_box(tmp_path)
+    bring(box, 1, slices=1)
+    with provider(lambda wanted: iter([(0xFF00, scheduled(RequestedProcedurePriority="HIGH"))])) as peer:
+        section = ModalityWorklist(ae_title="RIS", host="127.0.0.1", port=peer.port, urgent_priorities=["HIGH"])
+        intake = box.settings.intake.model_copy(update={"modality_worklist": section})
+        settings = box.settings.model_copy(update={"intake": intake})
+        rung = threading.Event()
+        asker = ask_for_orders(settings, box.ledger, Watchdog(), rung.set)
+        assert asker is not None and rung.wait(60)
+        asker.stop()
+        asker.join(30)
+    (order,) = orders(box.ledger)
+    assert order.urgent and order.priority == "A"
+    said = said_of(settings, box.ledger, 1)
+    assert [one["id"] for one in said["orders"]] == [order.id] and said["asked"] == [{"state": "found", "reason": ""}]
+    assert ask_for_orders(box.settings, box.ledger, Watchdog(), rung.set) is None
