@@ -21,16 +21,14 @@ from appliance.ledger.views import unreached_alerts, waiting_destinations
 from appliance.operations.audit import standing
 from appliance.services.delivery import (
     archive,
-    dicom_peer,
     mail_server,
     mllp_client,
     rest,
     syntaxes_of,
-    ups_peer,
     webhook,
 )
-from appliance.services.orders import worklist_peer
-from appliance.services.performing import code_of, performer_peer
+from appliance.services.peers import peer_of
+from appliance.services.performing import code_of
 from appliance.services.routing import classes_of
 from appliance.services.telling import try_template
 from appliance.settings import (
@@ -154,7 +152,7 @@ def _reach(destination: Destination, title: str) -> str:
     """Something takes connections there, and lets us in; nothing is sent."""
     match destination:
         case DicomDestination():
-            peer = dicom_peer(destination)
+            peer = peer_of(destination)
             echo(peer, title)
             return f"{peer} answers; {_taken(destination, peer, title)}"
         case DicomwebDestination():
@@ -174,7 +172,7 @@ def _reach(destination: Destination, title: str) -> str:
             hook.connection().close()
             return f"{hook.where} takes connections"
         case UpsDestination():
-            peer = ups_peer(destination)
+            peer = peer_of(destination)
             with pulling(peer, title, destination.answer_seconds) as worklist:
                 worklist.of_study("2.25.1")
             return f"{peer} answers"
@@ -216,7 +214,7 @@ def _orders(settings: Settings, host: str) -> list[Check]:
 
 def _modality_worklist(section: ModalityWorklist, title: str) -> str:
     """It takes a question; of an accession number that nobody has."""
-    peer = worklist_peer(section)
+    peer = peer_of(section)
     with asking(peer, section.calling_ae_title or title, section.answer_seconds) as query:
         query.find("AccessionNumber", "SCANSIDE-CHECK")
     return f"{peer} answers"
@@ -224,7 +222,7 @@ def _modality_worklist(section: ModalityWorklist, title: str) -> str:
 
 def _performer(section: Performing, title: str) -> str:
     """It lets itself be asked for tasks."""
-    peer = performer_peer(section)
+    peer = peer_of(section)
     with pulling(peer, section.calling_ae_title or title, section.answer_seconds) as worklist:
         waiting = sum(len(worklist.scheduled(code_of(one))) for one in section.workitem_codes)
     return f"{peer} answers; {waiting} tasks are scheduled there"

@@ -25,7 +25,7 @@ from appliance.ledger.selftest import SELFTEST_ALERTS, SELFTEST_DESTINATIONS
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog, notify
 from appliance.services.lateness import mark_late
-from appliance.services.peers import context_of
+from appliance.services.peers import context_of, peer_of
 from appliance.services.performing import perform_tasks
 from appliance.services.process import STOP_SECONDS, service
 from appliance.services.routing import in_place_of
@@ -45,7 +45,6 @@ from appliance.settings import (
     WorklistDestination,
 )
 from dicom_io.errors import ScansideError
-from dicom_io.scu import Peer
 from dicom_io.transcode import SYNTAXES
 from dicom_io.web import Archive
 
@@ -192,16 +191,6 @@ def _selftest_deliverer(settings: Settings, ledger: Ledger, name: str) -> Callab
     return deliver
 
 
-def dicom_peer(destination: DicomDestination) -> Peer:
-    """The peer of a DICOM destination; files for TLS are read anew.
-
-    Raises:
-        ScansideError: one of them cannot be used.
-    """
-    context = context_of(destination.tls) if destination.tls else None
-    return Peer(destination.ae_title, destination.host, destination.port, context)
-
-
 def archive(destination: DicomwebDestination) -> Archive:
     """The archive of a DICOMweb destination; its files are read anew.
 
@@ -228,7 +217,7 @@ def _asker(settings: Settings, ledger: Ledger, destination: Destination) -> Call
         ledger,
         destination.name,
         settings.findings_directory,
-        lambda: dicom_peer(destination),
+        lambda: peer_of(destination),
         settings.intake.ae_title,
         destination.commitment,
         destination.commitment_seconds,
@@ -309,7 +298,7 @@ def _deliverer(
             wanted = syntaxes_of(destination)
             return lambda row: store(
                 folder / row["path"],
-                dicom_peer(destination),
+                peer_of(destination),
                 settings.intake.ae_title,
                 commitment=promised,
                 syntaxes=wanted,
@@ -346,16 +335,6 @@ def syntaxes_of(destination: ImageDestination) -> tuple[str, ...]:
     return tuple(str(one) for keyword in destination.transfer_syntaxes for one in SYNTAXES if one.keyword == keyword)
 
 
-def ups_peer(destination: UpsDestination) -> Peer:
-    """The peer of a worklist of others; files for TLS are read anew.
-
-    Raises:
-        ScansideError: one of them cannot be used.
-    """
-    context = context_of(destination.tls) if destination.tls else None
-    return Peer(destination.ae_title, destination.host, destination.port, context)
-
-
 @dataclass(frozen=True, slots=True)
 class _Raised:
     """What the ledger remembers of the steps that were raised at one destination."""
@@ -379,7 +358,7 @@ class _Raised:
 def _show_there(settings: Settings, ledger: Ledger, destination: UpsDestination, path: Path) -> Result:
     return show_there(
         path,
-        ups_peer(destination),
+        peer_of(destination),
         settings.intake.ae_title,
         frozenset(destination.reading_codes),
         _Raised(ledger, destination.name),

@@ -20,9 +20,8 @@ from appliance.ledger.database import later
 from appliance.ledger.orders import Identifier
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog
-from appliance.services.peers import context_of
-from appliance.settings import Hl7Destination, Hl7Intake, Intake, ModalityWorklist, Settings
-from dicom_io.scu import Peer
+from appliance.services.peers import peer_of
+from appliance.settings import Hl7Destination, Hl7Intake, Intake, Settings
 from dicom_io.tls import ServerCertificates
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def ask_for_orders(settings: Settings, ledger: Ledger, watchdog: Watchdog, ring:
         return None
     asker = Asker(
         ledger,
-        lambda: worklist_peer(section),
+        lambda: peer_of(section),
         section.calling_ae_title or settings.intake.ae_title,
         section.urgent_priorities,
         settings.intake.authority,
@@ -114,15 +113,6 @@ def ask_for_orders(settings: Settings, ledger: Ledger, watchdog: Watchdog, ring:
     asker.start()
     log.info("intake: asks %s@%s:%d about orders", section.ae_title, section.host, section.port)
     return asker
-
-
-def worklist_peer(section: ModalityWorklist) -> Peer:
-    """The modality worklist; files for TLS are read anew.
-
-    Raises:
-        ScansideError: one of them cannot be used.
-    """
-    return Peer(section.ae_title, section.host, section.port, context_of(section.tls) if section.tls else None)
 
 
 def said_of(settings: Settings, ledger: Ledger, study_id: int) -> dict[str, list[dict[str, Any]]]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import ssl
 
 from appliance.delivery.tls import client_context
-from appliance.settings import ClientTls
+from appliance.settings import ClientTls, DicomDestination, ModalityWorklist, Performing, UpsDestination
+from dicom_io.scu import Peer
+
+
+def peer_of(section: DicomDestination | ModalityWorklist | Performing | UpsDestination) -> Peer:
+    """The DICOM peer of a section; files for TLS are read anew.
+
+    Raises:
+        ScansideError: one of them cannot be used.
+    """
+    return Peer(section.ae_title, section.host, section.port, context_of(section.tls) if section.tls else None)
 
 
 def context_of(tls: ClientTls | None) -> ssl.SSLContext:

@@ -14,10 +14,9 @@ from appliance.ledger.store import Ledger
 from appliance.ledger.tasks import Task
 from appliance.ledger.views import find_study, study_report
 from appliance.operations.health import Watchdog
-from appliance.services.peers import context_of
-from appliance.settings import DicomDestination, DicomwebDestination, ImageDestination, Performing, Settings
+from appliance.services.peers import peer_of
+from appliance.settings import DicomDestination, DicomwebDestination, ImageDestination, Settings
 from appliance.worklist.performer import LONGEST_PAUSE, Outcome, Output, Performer
-from dicom_io.scu import Peer
 from dicom_io.workitem import Step, code, text
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def perform_tasks(settings: Settings, ledger: Ledger, watchdog: Watchdog) -> Per
     package = section.package or settings.models.packages[0]
     performer = Performer(
         ledger,
-        lambda: performer_peer(section),
+        lambda: peer_of(section),
         section.calling_ae_title or settings.intake.ae_title,
         [code_of(one) for one in section.workitem_codes],
         code_of(section.station, settings.box.name),
@@ -46,15 +45,6 @@ def perform_tasks(settings: Settings, ledger: Ledger, watchdog: Watchdog) -> Per
     performer.start()
     log.info("delivery: takes tasks from %s@%s:%d", section.ae_title, section.host, section.port)
     return performer
-
-
-def performer_peer(section: Performing) -> Peer:
-    """The worklist; files for TLS are read anew.
-
-    Raises:
-        ScansideError: one of them cannot be used.
-    """
-    return Peer(section.ae_title, section.host, section.port, context_of(section.tls) if section.tls else None)
 
 
 def code_of(said: str, meaning: str = "") -> Step:
