@@ -34,8 +34,14 @@ _HEAD = """\
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pacs": {"kind": "dicom", "objects": ["report", "capture"], "commitment": "if_offered"},
-    # Shows or at least keeps everything, and reports to the modality of our AE title in its DicomModalities.
-    "orthanc": {"kind": "dicom", "objects": list(get_args(ObjectKind)), "commitment": "required"},
+    # Shows or at least keeps everything, also compressed, and reports to the modality of our AE title in its
+    # DicomModalities.
+    "orthanc": {
+        "kind": "dicom",
+        "objects": list(get_args(ObjectKind)),
+        "transfer_syntaxes": ["JPEG2000Lossless", "ExplicitVRLittleEndian"],
+        "commitment": "required",
+    },
     "dicomweb": {"kind": "dicomweb", "objects": list(get_args(ObjectKind))},
 }
 """What a destination of a kind is set up with."""

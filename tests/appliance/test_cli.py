@@ -56,6 +56,8 @@ def test_init_sets_up_each_kind_of_archive(tmp_path: Path) -> None:
     assert (pacs.objects, pacs.commitment) == (["report", "capture"], "if_offered")
     assert (orthanc.ae_title, orthanc.port, orthanc.commitment) == ("ORTHANC", 4242, "required")
     assert isinstance(archive, DicomwebDestination) and archive.url == "https://archive/web"
+    assert orthanc.transfer_syntaxes == ["JPEG2000Lossless", "ExplicitVRLittleEndian"]
+    assert pacs.transfer_syntaxes == archive.transfer_syntaxes == ["ExplicitVRLittleEndian"]
     assert orthanc.objects == archive.objects == ["report", "capture", "segmentation", "presentation", "selection"]
 
 

@@ -1,6 +1,7 @@
 """The findings in OHIF, a viewer that nobody here wrote: listed, drawn where the bleed is, opened on their slice.
 
-The box stores them in Orthanc; the viewer reads them from its DICOMweb, in a browser without a window. What is asked is
+The box stores them in Orthanc, pictures and segmentation compressed; the viewer reads them from its DICOMweb, in a
+browser without a window. What is asked is
 the page's own state and the pixels on its screen. Pictures are kept in the test's folder.
 """
 
@@ -16,8 +17,11 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
+from pydicom.uid import JPEG2000Lossless
 
+from appliance.delivery.dicom import store
 from appliance.demo.orthanc import DICOMWEB, Orthanc
+from dicom_io.scu import Peer
 from tests.interop.box import Box, head, study
 from tests.peers import node_packages, npm_package, program
 
@@ -62,6 +66,7 @@ def seen(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     subprocess.run([*scanner, *map(str, files)], check=True, capture_output=True, timeout=60)
     box.send(files)
     report = box.settled(uid)
+    compress(pacs, uid, folder / "again.dcm")
     command = ["node", HERE / "look.cjs", ohif / "dist", pacs.url, uid, browser, folder]
     done = subprocess.run([str(part) for part in command], cwd=modules, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -71,6 +76,18 @@ def seen(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         source = pydicom.dcmread(path, stop_before_pixels=True)
         place[str(source.SOPInstanceUID)] = int(np.abs(heights - source.ImagePositionPatient[2]).argmin())
     return Seen(json.loads(done.stdout.splitlines()[-1]), report["verdicts"][-1]["result"], place)
+
+
+def compress(pacs: Orthanc, study: str, path: Path) -> None:
+    """Have pictures and segmentation in JPEG 2000, as a destination with such `transfer_syntaxes` gets them."""
+    peer = Peer(pacs.ae_title, pacs.host, pacs.port)
+    for one in pacs.instances(study):
+        if one.modality in ("SEG", "OT"):
+            path.write_bytes(pacs.file(one.orthanc_id))
+            pacs._fetch(f"/instances/{one.orthanc_id}", method="DELETE")
+            assert store(path, peer, "SCANSIDE", syntaxes=[JPEG2000Lossless]) == ("acknowledge", "")
+            path.write_bytes(pacs.file(one.orthanc_id))
+            assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == JPEG2000Lossless
 
 
 def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
