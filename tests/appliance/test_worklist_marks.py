@@ -216,7 +216,12 @@ def test_whatever_a_header_holds_the_item_can_be_read(tmp_path: Path, header: di
     shown.issue()
     shown.carry_out()
     ((uid, _),) = shown.items()
-    to_dataset(read_json(json.dumps(shown.ledger.workitem(uid)["step"]).encode()))
+    step = shown.ledger.workitem(uid)["step"]
+    read = read_json(json.dumps(step).encode())
+    assert {key: one for key, one in read.items() if one["vr"] != "SQ"} == {
+        key: one for key, one in step.items() if one["vr"] != "SQ"
+    }, "it is read as it was written"
+    assert to_dataset(step).ProcedureStepState == "SCHEDULED"
     shown.ledger.close()
 
 

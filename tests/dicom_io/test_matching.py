@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicom_io.matching import MAXIMUM_KEYS, matches, read_query, selected
-from dicom_io.workitem import Step, WorkitemError, put, tag, text, values
+from dicom_io.workitem import MEANINGS, Step, WorkitemError, put, tag, text, values
 from tests.workitems import workitem
 
 
@@ -138,6 +139,8 @@ def test_what_is_no_parameter(parameter: tuple[str, str]) -> None:
 def test_hostile_parameters_are_an_error_or_keys(parameters: list[tuple[str, str]]) -> None:
     try:
         asked = read_query(parameters)
-        matches(workitem(), asked.keys)
-    except WorkitemError:
-        pass
+    except WorkitemError as error:
+        assert error.what and error.status in MEANINGS
+    else:
+        assert all(re.fullmatch("[0-9A-F]{8}", key) for key in asked.keys)
+        assert matches(workitem(), asked.keys) in (True, False)

@@ -253,15 +253,23 @@ def test_long_names_of_applications_hold_no_alert_back() -> None:
         ),
         st.text(st.characters(codec="utf-8"), max_size=90) | st.text("&^~|\\x", min_size=60, max_size=300),
     ),
+    st.lists(st.text(st.characters(codec="utf-8"), max_size=250), min_size=3, max_size=3),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=60),
 )
-def test_whatever_the_images_say_of_the_patient_the_alert_may_leave(said: dict[str, str], box: str) -> None:
+def test_whatever_the_images_say_of_the_patient_the_alert_may_leave(
+    said: dict[str, str], issuer: list[str], box: str
+) -> None:
     source = Dataset()
     source.StudyInstanceUID = "1.2.3"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for keyword, value in said.items():
             source.add(DataElement(tag_for_keyword(keyword), "LO", value, already_converted=True))
+        item = Dataset()
+        for keyword, value in zip(("LocalNamespaceEntityID", "UniversalEntityID", "UniversalEntityIDType"), issuer,
+                                  strict=True):  # fmt: skip
+            item.add(DataElement(tag_for_keyword(keyword), "LO", value, already_converted=True))
+        source.IssuerOfAccessionNumberSequence = source.IssuerOfPatientIDQualifiersSequence = [item]
     assert fault(alert(POSITIVE, source, sending_application=box)) == ""
 
 
