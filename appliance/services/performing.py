@@ -56,7 +56,8 @@ def code_of(said: str, meaning: str = "") -> Step:
 def study_of(settings: Settings, ledger: Ledger, step: Step, uid: str) -> int | None:
     """The study with that UID, if it is here and of the step's patient; else None."""
     study = find_study(ledger, uid)
-    if study is None or ledger.selftest(study) is not None:
+    # A number of a study is no UID.
+    if study is None or ledger.begun(study)[0] != uid or ledger.selftest(study) is not None:
         return None
     authority = settings.intake.authority
     asked = Identifier(text(step, "PatientID").strip(), text(step, "IssuerOfPatientID").strip() or authority)

@@ -223,7 +223,7 @@ class Performer(threading.Thread):
                         return
                     self._turn()
                     if (new := self._taken(step, wanted)) is not None:
-                        self._claim(worklist, new)
+                        self._claim(worklist, new, asked_before=False)
                         room -= 1
 
     def _taken(self, step: Step, wanted: Step) -> Task | None:
@@ -242,7 +242,7 @@ class Performer(threading.Thread):
 
     def _advance(self, worklist: Pull, task: Task) -> None:
         if task.state == "claiming":
-            self._claim(worklist, task)
+            self._claim(worklist, task, asked_before=True)
         elif task.state == "claimed":
             if (outcome := self._outcome(task)) is not None:
                 final = COMPLETED if outcome.completed else CANCELED
@@ -253,11 +253,12 @@ class Performer(threading.Thread):
         else:
             self._finish(worklist, task)
 
-    def _claim(self, worklist: Pull, task: Task) -> None:
+    def _claim(self, worklist: Pull, task: Task, *, asked_before: bool) -> None:
         status = worklist.change_state(task.uid, IN_PROGRESS, task.transaction_uid)
         if status == CLAIMED_ALREADY:
-            # By us before a death, or by somebody else: only whoever has the lock may change it.
-            status = worklist.set(task.uid, _begun(), task.transaction_uid)
+            # By us before a death, or by somebody else: only whoever has the lock may change it. A claim that was never
+            # asked for before cannot be ours, even where a worklist looks at no lock.
+            status = worklist.set(task.uid, _begun(), task.transaction_uid) if asked_before else NOT_OURS
         if is_done(status):
             self._ledger.task_claimed(task)
         elif status == NOT_OURS:

@@ -111,13 +111,22 @@ def test_a_refused_study_cancels_its_task_with_the_reason(work: Work) -> None:
     "step",
     [
         ai_task("2.1", study="1.7"),
+        ai_task("2.1", study="1"),
         ai_task("2.1", patient="P2"),
         ai_task("2.1", InputReadinessState="INCOMPLETE"),
         ai_task("2.1", ScheduledStationNameCodeSequence=[code("OTHER", "99X")]),
         ai_task("2.1", ScheduledWorkitemCodeSequence=[code("110005")]),
         ai_task("2.1", ProcedureStepState="IN PROGRESS"),
     ],
-    ids=["a study that is not here", "another patient", "not ready", "another station", "other work", "claimed"],
+    ids=[
+        "a study that is not here",
+        "a number",
+        "another patient",
+        "not ready",
+        "another station",
+        "other work",
+        "claimed",
+    ],
 )
 def test_what_is_not_ours_is_left_alone(tmp_path: Path, step: Dataset) -> None:
     work = Work(tmp_path, step)
@@ -154,6 +163,7 @@ def somebody_claims(work: Work, uid: str = "2.1") -> Callable[[], None]:
 
 def test_a_claim_that_somebody_else_made_first_is_theirs(work: Work) -> None:
     work.there.after_find = somebody_claims(work)
+    work.there.answer["N-SET"] = 0x0000  # a worklist that looks at no lock
     work.outcome = DONE
     work.step(3)
     assert work.task().state == "lost" and work.there.locks == {"2.1": "9.9"} and work.there.told == []
