@@ -21,7 +21,7 @@ from appliance.bench.box import Box, Sending, running_box
 from appliance.bench.contestants import CONTESTANTS, OURS
 from appliance.bench.senders import SENDERS
 from appliance.bench.slices import Slice
-from appliance.bench.studies import Study, copies, original
+from appliance.bench.studies import SYNTAXES, Study, copies, original
 from appliance.governance.package import load_configured
 from appliance.inference.triton import TritonClient
 from appliance.ledger.views import timeline
@@ -52,9 +52,7 @@ SCENARIOS = {
     "mixed_paced": Scenario(((28, "explicit"), (300, "explicit")), True),
     "thick_28_fast": Scenario(((28, "explicit"),), False),
     "thin_300_fast": Scenario(((300, "explicit"),), False),
-    "thin_300_rle_paced": Scenario(((300, "rle"),), True),
-    "thin_300_jpegls_paced": Scenario(((300, "jpegls"),), True),
-    "thin_300_jpeg2000_paced": Scenario(((300, "jpeg2000"),), True),
+    **{f"thin_300_{syntax}_paced": Scenario(((300, syntax),), True) for syntax in SYNTAXES if syntax != "explicit"},
 }
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pydicom
 from pydicom.encaps import encapsulate
-from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from appliance.bench.decode import encoded
 from dicom_io.header import read_header
@@ -22,9 +31,12 @@ BLEED = "intraparenchymal"
 
 SYNTAXES = {
     "explicit": ExplicitVRLittleEndian,
+    "deflated": DeflatedExplicitVRLittleEndian,
     "rle": RLELossless,
+    "jpeglossless": JPEGLosslessSV1,
     "jpegls": JPEGLSLossless,
     "jpeg2000": JPEG2000Lossless,
+    "htj2k": HTJ2KLossless,
 }
 
 
@@ -52,11 +64,11 @@ def original(folder: Path, slices: int, syntax: str = "explicit") -> Study:
     paths = write_study(_head(round(160.0 / slices, 3)), folder)
     if syntax != "explicit":
         for path in paths:
-            dataset = pydicom.dcmread(path)
-            frame = encoded(SYNTAXES[syntax], dataset.pixel_array, dataset)
-            dataset.file_meta.TransferSyntaxUID = UID(SYNTAXES[syntax])
-            dataset.PixelData = encapsulate([frame])
-            dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+            dataset, uid = pydicom.dcmread(path), UID(SYNTAXES[syntax])
+            if uid.is_encapsulated:
+                dataset.PixelData = encapsulate([encoded(uid, dataset.pixel_array, dataset)])
+                dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+            dataset.file_meta.TransferSyntaxUID = uid
             dataset.save_as(path, enforce_file_format=True)
     return Study(read_header(paths[0]).study_instance_uid, tuple(paths))
 

@@ -211,6 +211,7 @@ def test_killed_at_every_step(boxes: tuple[Runner, Path], quick: Path, number: i
     assert len(ward.answered) >= KILLS_OF_A_BOX
 
 
+@pytest.mark.timeout(120 * ROUNDS)
 def test_killed_while_it_starts_for_the_first_time(boxes: tuple[Runner, Path], quick: Path) -> None:
     runner, folder = boxes
     found = []
