@@ -248,14 +248,16 @@ def test_check_asks_for_an_order_that_nobody_has() -> None:
         checks._modality_worklist(section, "SCANSIDE")
 
 
-def test_a_provider_that_trickles_is_left(tmp_path: Path) -> None:
+def test_a_provider_that_trickles_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicom_io.mwl.LONGEST_ANSWER", 0.05)
+
     def for_ever(_: Dataset) -> Iterator[tuple[int, Dataset | None]]:
         while True:
             yield 0xFF00, scheduled()
             time.sleep(0.1)
 
     with provider(for_ever) as peer, pytest.raises(PeerError, match="does not come to an end"):  # noqa: SIM117
-        with asking(peer, "SCANSIDE", 0.5) as query:
+        with asking(peer, "SCANSIDE") as query:
             query.find("AccessionNumber", "A1")
 
 
