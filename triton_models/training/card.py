@@ -370,7 +370,8 @@ def _real(real: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         f"`{real['name']}`, a real head CT without visible haemorrhage, {len(real['slabs'])} slabs. {gate}".rstrip(),
         f"It comes out **{'positive, which is wrong' if real['positive'] else 'negative'}**: probability "
-        f"{real['probability']:.3f}, positive from {real['threshold']:g} on. One head proves nothing.",
+        f"{real['probability']:.3f}, positive from {real['threshold']:g} on. One head proves nothing, and this one "
+        "less: how training varies what lies beside bone was set with it in view.",
         *_raised(real),
         "",
         "Probability of each slab, foot to head: " + ", ".join(f"{one:.3f}" for one in real["slabs"]) + ".",

@@ -35,8 +35,9 @@ MAP_SIZE = 64
 MAP_PIXEL_MM2 = (SIZE / MAP_SIZE) ** 2
 SLAB_MM = 5.0
 NEIGHBOURS = 1
-CROP = (224, 192)
-"""Rows and columns that training looks at: a head fits, and a third of the field, air, is saved."""
+CROP = (192, 160)
+"""Rows and columns that training looks at, around the middle of the skull: the brain fits, and half of the field, air
+and scalp, is saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,11 +344,21 @@ class Variety:
         angle, scale = 0.0, 1.0
         if rng.random() < 0.6:
             angle, scale = np.deg2rad(rng.normal(0, 10)), float(rng.uniform(0.82, 1.15))
-        down, across = 4 * rng.integers(-6, 7, 2)
+        down, across = 4 * rng.integers(-4, 5, 2)
         turned = scale * np.array([[mirror * np.cos(angle), -np.sin(angle)], [mirror * np.sin(angle), np.cos(angle)]])
         middle = np.array([columns / 2 + across - 0.5, rows / 2 + down - 0.5])
-        move = np.column_stack([turned, middle - turned @ np.full(2, SIZE / 2 - 0.5)])
-        stack = cv2.merge([fields[n] for n in picked]).astype(np.float32)
+        bone = cv2.moments((fields[1] > 200).astype(np.uint8), binaryImage=True)
+        centre = np.full(2, SIZE / 2 - 0.5)
+        if crop != (SIZE, SIZE) and bone["m00"] > 400:
+            away = np.array([bone["m10"], bone["m01"]]) / bone["m00"] - centre
+            centre += 4 * np.rint(away / 4)  # whole pixels of the map, so that its edges stay where they are sharp
+        move = np.column_stack([turned, middle - turned @ centre])
+        layers = [fields[n] for n in picked]
+        if rng.random() < 0.2:  # who moves between two slices lies a little elsewhere in the next
+            for end in (0, 2):
+                step = np.column_stack([np.eye(2), rng.uniform(-1.5, 1.5, 2)])
+                layers[end] = cv2.warpAffine(layers[end], step, (SIZE, SIZE), borderValue=(-1024.0,) * 4)
+        stack = cv2.merge(layers).astype(np.float32)
         bent = self._bend(rng) if rng.random() < 0.25 else None
         if bent is not None:
             stack = cv2.remap(stack, *bent, cv2.INTER_LINEAR, borderValue=(-1024.0,) * 4)
@@ -378,8 +389,8 @@ class Variety:
             hu += self._streaks(rng, rows, columns)[:, :, None] * np.float32(rng.uniform(1, 7))
         if chance[4] < 0.3:  # kernels and filters change how far grey stands from white matter
             hu += np.float32(rng.uniform(-0.2, 0.25)) * (np.clip(hu, 0, 80) - 34) * (hu > 0)
-        if chance[6] < 0.6:
-            _against_bone(rng, hu)
+        if chance[6] < 0.8:
+            _against_bone(rng, hu, self._slow[rng.integers(len(self._slow)), :rows, :columns])
         hu *= np.float32(rng.normal(1, 0.03))
         hu += np.float32(rng.normal(0, 4))
         if chance[5] < 0.05:  # an image that was stored through a window
@@ -405,18 +416,37 @@ class Variety:
         return np.asarray(bands[place, 0] / bands.std() * near, dtype=np.float32)
 
 
-def _against_bone(rng: np.random.Generator, hu: NDArray[np.float32]) -> None:
+def _against_bone(rng: np.random.Generator, hu: NDArray[np.float32], slow: NDArray[np.float32]) -> None:
     """Brain close to the skull without fluid between, and the brightness that bone lends to what lies beside it.
 
     The simulated heads have a dark seam there that many real ones lack: a network that has only seen it takes a bright
-    seam for a subdural bleed.
+    seam for a subdural bleed. In the one real head at hand the median is 51 HU 2 mm from the bone, 41 at 4 and 36 at 8;
+    in the simulated ones 23, 36 and 34.
+
+    Args:
+        rng: decides how much.
+        hu: (rows, columns, 3), changed in place.
+        slow: (rows, columns) of unit spread: the brightness is not the same all around.
     """
-    bone = np.clip((hu - 150) / 350, 0, 1)
-    near = np.clip(2.2 * cv2.GaussianBlur(bone, (0, 0), rng.uniform(1.5, 6)), 0, 1)
-    near *= (hu > -60) & (hu < 150)
-    if rng.random() < 0.6:
-        hu -= near * np.float32(rng.uniform(0.4, 1)) * np.minimum(hu - np.float32(rng.uniform(22, 40)), 0)
-    hu += near * np.float32(rng.uniform(-2, 25))
+    bone = np.asarray(np.clip((hu - 150) / 350, 0, 1), dtype=np.float32)
+    soft = ((hu > -60) & (hu < 150)).astype(np.float32)
+    near = _near(rng, bone, (1.5, 6))
+    near *= soft
+    if rng.random() < 0.8:
+        # The level is lifted and the grain on it stays.
+        level = cv2.GaussianBlur(np.clip(hu, -40, 60), (0, 0), 1.2)
+        hu -= near * np.float32(rng.uniform(0.5, 1)) * np.minimum(level - np.float32(rng.uniform(26, 46)), 0)
+    if rng.random() < 0.5:  # the edge of the bone is as wide as the scanner's blur
+        hu += _near(rng, bone, (0.6, 1.4)) * soft * np.float32(rng.uniform(0, 50))
+    around = np.clip(1 + np.float32(rng.uniform(0, 0.7)) * slow, 0, 2)[:, :, None]
+    far = near if rng.random() < 0.5 else _near(rng, bone, (3, 10)) * soft
+    hu += far * around * np.float32(rng.uniform(-2, 26))
+
+
+def _near(rng: np.random.Generator, bone: NDArray[np.float32], sigma: tuple[float, float]) -> NDArray[np.float32]:
+    """How near each pixel is to bone, 0..1, fading over some of so many pixels."""
+    blurred = cv2.GaussianBlur(bone, (0, 0), rng.uniform(*sigma))
+    return np.asarray(np.clip(np.float32(rng.uniform(1.8, 3)) * blurred, 0, 1), dtype=np.float32)
 
 
 def _moved(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from appliance.inference.preprocess import model_input
 from triton_models.training import samples
@@ -122,6 +123,41 @@ def test_however_a_sample_is_varied_its_truth_moves_along(variety: Variety, seed
         of_hu, of_map = np.indices(light.shape)[axis], np.indices(blood[2].shape)[axis]
         told = 4 * (of_map * blood[2]).sum() / blood[2].sum() + 1.5
         assert (of_hu * light).sum() / light.sum() == pytest.approx(told, abs=0.6)
+
+
+def head(row: int, column: int) -> NDArray[np.int16]:
+    """(3, 256, 256) HU of a round head about that place: grey within a dark seam within bone."""
+    far = np.hypot(*(np.indices((256, 256)) - np.array([row, column])[:, None, None]))
+    hu = np.select([far > 75, far > 69, far > 66], [-1000, 1000, 10], 34)
+    return np.repeat(hu[None].astype(np.int16), 3, axis=0)
+
+
+@pytest.mark.parametrize(("row", "column"), [(128, 128), (104, 150), (150, 108)])
+def test_a_step_looks_at_the_head_wherever_it_lies(variety: Variety, row: int, column: int) -> None:
+    fields = head(row, column)
+    for seed in range(30):
+        hu, _ = variety(np.random.default_rng(seed), fields, np.zeros((5, 64, 64), np.uint8))
+        places = np.argwhere(hu[:, :, 1] > -300)  # the brain too: it is darker than that through no window
+        if len(places) < 0.9 * hu[:, :, 1].size:  # one that was stored through a window has no air
+            assert np.abs(places.mean(axis=0) - (np.array(CROP) - 1) / 2).max() < 20
+
+
+def test_what_lies_beside_bone_is_shown_dark_and_bright(variety: Variety) -> None:
+    fields = head(128, 128)
+    covered = np.zeros((5, 64, 64), np.uint8)
+    differences = []
+    for seed in range(60):
+        hu, blood = variety(np.random.default_rng(seed), fields, covered, (256, 256))
+        assert not blood.any()
+        bone = hu[:, :, 1] > 300
+        if not bone.any():
+            continue
+        near = cv2.distanceTransform((~bone).astype(np.uint8), cv2.DIST_L2, 5)
+        middle = np.argwhere(bone).mean(axis=0)
+        within = np.hypot(*(np.indices(bone.shape) - middle[:, None, None])) < 60
+        beside = (near > 1.5) & (near < 4) & (hu[:, :, 1] > -60)
+        differences.append(np.median(hu[:, :, 1][beside]) - np.median(hu[:, :, 1][within & (near > 15)]))
+    assert min(differences) < -5 and max(differences) > 12
 
 
 def test_neighbours_change_places_or_are_missing_but_the_middle_stays(variety: Variety) -> None:
