@@ -35,7 +35,7 @@ quick: $(VENV)/.test ## Run the everyday tests: no peers, nothing slow
 test-deploy: ## Boot machines with systemd, install them from a bundle, break them (as root)
 	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh deploy
 	@$(MAKE) --no-print-directory $(VENV)/.test $(TRITON_VENV)/.ready $(ANSIBLE_VENV)/.ready
-	$(VENV)/bin/pytest -n 1 -m deploy $(PYTEST)
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m deploy $(PYTEST)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

@@ -42,6 +42,7 @@ if [ "${1:-demo}" = deploy ]; then
     missing systemd-nspawn && useful="$useful systemd-container"
     missing mmdebstrap && useful="$useful mmdebstrap"
     missing ip && useful="$useful iproute2"
+    missing mkfs.ext4 && useful="$useful e2fsprogs"
     missing ssh && useful="$useful openssh-client"
     missing Orthanc && useful="$useful orthanc"
 fi

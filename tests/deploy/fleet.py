@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.lab import DICOM_PORT, HL7, HL7_PORT, NETWORK, PACS, PACS_PORT, Lab
+from tests.deploy.lab import DICOM_PORT, HL7, HL7_PORT, METRICS_PORT, NETWORK, PACS, PACS_PORT, Lab
 from tests.deploy.machine import ROOT
 from tests.peers import CACHE
 
 ENVIRONMENT = ROOT / ".venv-ansible"
 REQUIREMENTS = ("appliance.txt", "triton.txt", "install.txt")
-FIRST = "1.0.0"
 
 
 def ansible(name: str) -> Path:
@@ -67,6 +67,7 @@ class Site:
         shutil.copytree(ROOT / "ansible", collections / "ansible_collections/scanside/fleet")
         self.inventory = self.folder / "inventory.json"
         self.write_inventory()
+        self._begun: list[subprocess.Popen[bytes]] = []
         self._environment = {
             "PATH": f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}",
             "HOME": str(self.folder),
@@ -75,8 +76,9 @@ class Site:
             "ANSIBLE_HOST_KEY_CHECKING": "False",
             "ANSIBLE_PIPELINING": "True",
             "ANSIBLE_SSH_RETRIES": "0",
-            # Wheels do not get smaller by being compressed again.
-            "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=20s -o Compression=no",
+            # Wheels do not get smaller by being compressed again. A box that goes while something runs is noticed.
+            "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=30s -o Compression=no "
+            "-o Ciphers=aes128-gcm@openssh.com -o ServerAliveInterval=3 -o ServerAliveCountMax=3",
             "ANSIBLE_TIMEOUT": "6",
             "ANSIBLE_NOCOLOR": "True",
             "ANSIBLE_FORKS": "8",
@@ -92,12 +94,12 @@ class Site:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def release(self, version: str) -> Path:
-        """A bundle of this tree as that version, signed by the site's key."""
+    def release(self, version: str, source: Path = ROOT) -> Path:
+        """A bundle of a tree as that version, signed by the site's key."""
         out = self.folder / "bundles"
         self.command(
             "bundle", "create", "--out", out, "--key", self.key, "--version", version, "--wheels", wheels(),
-            "--source", ROOT,
+            "--source", source,
         )  # fmt: skip
         return out / f"scanside-{version}.tar"
 
@@ -111,9 +113,10 @@ class Site:
             box: {
                 "ansible_host": address,
                 "scanside_settings": {
-                    "intake": {"ae_title": box.upper(), "port": DICOM_PORT, "metrics_port": 9200,
+                    "intake": {"ae_title": box.upper(), "port": DICOM_PORT, "metrics_port": METRICS_PORT,
                                "reserve_percent": 0.0, "reserve_bytes": 50_000_000},
-                    "study": {"quiet_seconds": 5.0, "settle_seconds": 0.5},
+                    "study": {"quiet_seconds": 90.0, "settle_seconds": 0.5},
+                    "retention": {"start_percent": 0.0, "stop_percent": 1.0},
                     "delivery": {"first_retry_seconds": 1.0, "longest_retry_seconds": 5.0},
                 },
             }
@@ -128,7 +131,7 @@ class Site:
             "scanside_controller_command": [sys.executable, "-m", "appliance.cli"],
             "scanside_destinations": destinations,
             "scanside_accept_dicom_from": [f"{NETWORK}.0/24"],
-            "scanside_metrics_port": 9200,
+            "scanside_metrics_port": METRICS_PORT,
             # A lab's disk is not encrypted, its clock is the host's, and nothing of it is large.
             "scanside_require_encryption": False,
             "scanside_require_time_sync": False,
@@ -148,9 +151,19 @@ class Site:
             "--extra-vars", json.dumps(extra), *options,
         )  # fmt: skip
         with (self.folder / f"{playbook}.log").open("wb") as log:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        self._begun.append(process)
+        return process
+
+    def end(self) -> None:
+        """End what still plays, with its own processes."""
+        for process in self._begun:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def said(self, playbook: str) -> str:
         """What the last run of a playbook said."""
@@ -162,7 +175,7 @@ class Site:
         try:
             process.wait(1500)
         finally:
-            process.kill()
+            self.end()
         said = self.said(playbook)
         assert (process.returncode == 0) is ok, f"{playbook} ended with {process.returncode}\n{said[-6000:]}"
         return said

@@ -7,6 +7,7 @@ The bridge lies in a network namespace that leads nowhere; each machine has a ca
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from tests.peers import program
 
 NETWORK = "10.77.0"
 PACS, HL7 = f"{NETWORK}.2", f"{NETWORK}.3"
-PACS_PORT, PACS_HTTP, HL7_PORT, DICOM_PORT = 104, 8042, 2575, 11112
+PACS_PORT, PACS_HTTP, HL7_PORT, DICOM_PORT, METRICS_PORT = 104, 8042, 2575, 11112, 9200
 FIRST_BOX = 11
+DISK = 3_000_000_000
+"""Bytes of the disk that a box keeps its state on."""
 SCANSIDE = "/opt/scanside/venv/bin/scanside"
 
 
@@ -67,26 +70,39 @@ class Lab:
         """A study with identifiers of its own: its UID and its files."""
         return study(self.folder / "studies", bleed, name)
 
+    def scan(self, box: str, files: Sequence[Path]) -> subprocess.Popen[str]:
+        """Begin to send a study from the scanner, which stops in the middle and sends again what was not taken."""
+        command = self.at_controller(
+            sys.executable, "-m", "tests.deploy.scanner", files[0].parent, self.address[box], str(DICOM_PORT)
+        )
+        return subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def scanned(self, scanner: subprocess.Popen[str]) -> None:
+        """Let the scanner go on, to its end."""
+        try:
+            # It may have lost its association meanwhile and come past the middle once more.
+            said, _ = scanner.communicate("\n" * 50, timeout=240)
+        finally:
+            scanner.kill()
+        assert scanner.returncode == 0, said
+
     def send(self, box: str, files: Sequence[Path]) -> None:
-        """Send a study from the scanner, which sends again what was not acknowledged."""
-        with self.scanning(box, files):
-            pass
+        """Send a study."""
+        self.scanned(self.scan(box, files))
 
     @contextmanager
     def scanning(self, box: str, files: Sequence[Path]) -> Iterator[None]:
         """Send the first half of a study; the second follows on return."""
-        command = self.at_controller(
-            sys.executable, "-m", "tests.deploy.scanner", files[0].parent, self.address[box], str(DICOM_PORT)
-        )
-        with subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as scanner:
-            assert scanner.stdout is not None and scanner.stdin is not None
-            assert (said := scanner.stdout.readline()) == "half\n", said
-            yield
-            # It may have lost its association meanwhile and come past the middle once more.
-            said, _ = scanner.communicate("\n" * 50, timeout=180)
-        assert scanner.returncode == 0, said
+        with self.scan(box, files) as scanner:
+            try:
+                assert scanner.stdout is not None
+                assert (said := scanner.stdout.readline()) == "half\n", said
+                yield
+                self.scanned(scanner)
+            finally:
+                scanner.kill()
 
     def alerts(self, uid: str) -> list[str]:
         """The distinct messages that the listener received on a study."""
@@ -113,6 +129,22 @@ class Lab:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
+    @contextmanager
+    def full(self, box: str) -> Iterator[None]:
+        """Fill the disk of a box to its last byte, for so long."""
+        disk = self.boxes[box].root / "var/lib/scanside"
+        filler = disk / "filler"
+        size = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size - 2_000_000)
+            with suppress(OSError):
+                while True:
+                    os.write(file.fileno(), bytes(4096))
+        try:
+            yield
+        finally:
+            filler.unlink()
+
     # --- the boxes --------------------------------------------------------------------------------------
 
     def scanside(self, box: str, *arguments: str, check: bool = True) -> str:
@@ -124,6 +156,13 @@ class Lab:
         """What a box says of itself."""
         told: dict[str, Any] = json.loads(self.scanside(box, "status", "--json"))
         return told
+
+    def figures(self, box: str) -> str:
+        """What a box tells Prometheus; nothing while it does not."""
+        code = (
+            f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:{METRICS_PORT}/metrics').read().decode())"
+        )
+        return self.boxes[box].run("python3", "-c", code, check=False)
 
     def version(self, box: str) -> str:
         """The release that is active on a box."""
@@ -167,6 +206,7 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[Lab]:
         boxes: dict[str, Machine] = {}
         for n, box in enumerate(names):
             root = layered(stack, folder / box)
+            _disk(stack, folder / f"{box}.disk", root / "var/lib/scanside")
             _cabled(stack, name, box, f"{NETWORK}.{FIRST_BOX + n}")
             (root / "root/.ssh").mkdir(mode=0o700, exist_ok=True)
             shutil.copy(folder / "id.pub", root / "root/.ssh/authorized_keys")
@@ -179,6 +219,15 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[Lab]:
         for machine in boxes.values():
             machine.start()
         yield made
+
+
+def _disk(stack: ExitStack, image: Path, target: Path) -> None:
+    """A disk of a box: a file system of its own, that can be filled."""
+    with image.open("wb") as file:
+        file.truncate(DISK)
+    subprocess.run([program("mkfs.ext4"), "-q", "-m", "0", image], check=True)
+    target.mkdir(parents=True)
+    change(stack, "mount", "-o", "loop", image, target, undo=("umount", target))
 
 
 def _cabled(stack: ExitStack, name: str, node: str, address: str) -> None:

@@ -5,6 +5,7 @@ What it needs: root, systemd-nspawn, mmdebstrap and Debian's packages.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -44,15 +45,18 @@ def debian() -> Path:
     if os.geteuid() != 0:
         pytest.skip("only root can boot a machine")
     made = CACHE / f"{SUITE}-{zlib.crc32(PACKAGES.encode()):08x}"
-    if not made.exists():
-        part = CACHE / f"{SUITE}.{os.getpid()}"
-        CACHE.mkdir(exist_ok=True)
-        options = ["--variant=minbase", f"--include={PACKAGES}", "--mode=root", "--dpkgopt=force-unsafe-io"]
-        done = subprocess.run([program("mmdebstrap"), *options, SUITE, str(part)], capture_output=True, text=True)
-        if done.returncode != 0:
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / f"{SUITE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process makes it for all
+        if not made.exists():
+            part = CACHE / f"{SUITE}.part"
             shutil.rmtree(part, ignore_errors=True)
-            pytest.skip(f"mmdebstrap failed: {done.stderr.strip().splitlines()[-1:]}")
-        part.rename(made)
+            options = ["--variant=minbase", f"--include={PACKAGES}", "--mode=root", "--dpkgopt=force-unsafe-io"]
+            done = subprocess.run([program("mmdebstrap"), *options, SUITE, str(part)], capture_output=True, text=True)
+            if done.returncode != 0:
+                shutil.rmtree(part, ignore_errors=True)
+                pytest.skip(f"mmdebstrap failed: {done.stderr.strip().splitlines()[-1:]}")
+            part.rename(made)
     return made
 
 
@@ -171,14 +175,17 @@ class Machine:
         """That command as one of another machine on the same network."""
         return ["nsenter", f"--net=/run/netns/{self.namespace}", "--", *map(str, command)]
 
-    def run(self, *command: str, check: bool = True, seconds: float = 60) -> str:
-        """Run a command as root in the machine; what it said."""
+    def inside(self, *command: str) -> list[str]:
+        """That command as one of root in the machine."""
         first = self._first
         if first is None:
             pytest.fail(f"the machine does not run: {self.log.read_text()[-2000:]}")
-        inside = ["nsenter", "-t", str(first), "-m", "-p", "-u", "-i", "-n", "-C", "--", *command]
-        environment = {"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
-        done = subprocess.run(inside, capture_output=True, text=True, env=environment, timeout=seconds)
+        clean = ["env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]
+        return ["nsenter", "-t", str(first), "-m", "-p", "-u", "-i", "-n", "-C", "--", *clean, *command]
+
+    def run(self, *command: str, check: bool = True, seconds: float = 60) -> str:
+        """Run a command as root in the machine; what it said."""
+        done = subprocess.run(self.inside(*command), capture_output=True, text=True, timeout=seconds)
         if check and done.returncode != 0:
             pytest.fail(f"{command}: {done.stdout}{done.stderr}")
         return done.stdout + done.stderr

@@ -27,7 +27,7 @@ def main(folder: Path, host: str, port: int) -> None:
             sys.stdin.readline()
 
     missing = files
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 200
     while missing and time.monotonic() < deadline:
         try:
             missing = [one.path for one in send(missing, peer, "CT1", on_sent=pause, timeout=10.0) if one.error]
