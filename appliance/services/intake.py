@@ -101,8 +101,8 @@ def run_intake(settings: Settings) -> None:
             swept,
         )
         notify("READY=1", f"STATUS=listens on {' and '.join(map(str, server.ports))}")
-        # Not without a limit: a signal that the kernel hands to another thread, as it may after a SIGCONT, does not wake
-        # this one, which alone hears it.
+        # Not without a limit: a signal that the kernel hands to another thread, as it may after a SIGCONT, does not
+        # wake this one, which alone hears it.
         while not stopping.wait(1.0):
             pass
         if asker is not None:
