@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,18 @@ settings.register_profile("scanside", deadline=None, suppress_health_check=[Heal
 settings.load_profile("scanside")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """A command that ran in this process set up the log for itself: the next test must not read or write there."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for one in list(root.handlers):
+        if one not in handlers and not type(one).__module__.startswith("_pytest"):
+            root.removeHandler(one)
 
 
 def _data(name: str) -> Path:

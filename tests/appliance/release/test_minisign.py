@@ -80,7 +80,7 @@ def test_we_verify_minisigns(tmp_path: Path, message: Path, kind: list[str]) -> 
     algorithm = base64.b64decode(Path(f"{message}{SUFFIX}").read_text().splitlines()[1])[:2]
     assert algorithm == (b"Ed" if kind else b"ED")
     key = read_public_key(public)
-    assert key.id in public.read_text()
+    assert key.id.lstrip("0") in public.read_text()  # minisign leaves zeros in front out
     assert checked(message, key) == (COMMENT, key.id)
     assert read_secret_key(secret).public.value == key.value
     message.write_bytes(message.read_bytes()[:-1])
