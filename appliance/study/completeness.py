@@ -35,7 +35,7 @@ class Habit:
     Attributes:
         studies: how many of its last ones are known.
         longest_pause: the most seconds that it let pass between two associations of one series; 0: it never did.
-        least_cover_mm: the least that one of them covered along its normal.
+        least_cover_mm: the least that all of them but one covered along their normal: one may have been cut off itself.
     """
 
     studies: int
@@ -60,10 +60,11 @@ class Completeness:
 def habit_of(evidence: Sequence[dict[str, Any]]) -> Habit:
     """The habit that the evidence of a sender's last studies shows; those that had no head show nothing of it."""
     heads = [one for one in evidence if one.get("contiguous") and float(one.get("coverage_mm", 0.0)) >= HEAD_MM]
+    covers = sorted(float(one["coverage_mm"]) for one in heads)
     return Habit(
         len(heads),
         max((float(one.get("longest_pause_s", 0.0)) for one in heads), default=0.0),
-        min((float(one["coverage_mm"]) for one in heads), default=0.0),
+        covers[1] if len(covers) > 1 else 0.0,
     )
 
 

@@ -194,8 +194,10 @@ def test_every_study_is_complete_in_the_end_and_none_is_looked_at_in_vain(
 def test_the_habit_is_the_longest_pause_and_the_least_cover_of_the_last_studies() -> None:
     assert habit_of([]) == Habit(0, 0.0)
     head = {"contiguous": True, "coverage_mm": 150.0}
-    earlier = [{**head, "longest_pause_s": 0.0}, {**head, "longest_pause_s": 2.5, "coverage_mm": 141.5}, head]
+    cut_off = {**head, "coverage_mm": 104.0}
+    earlier = [{**head, "longest_pause_s": 0.0}, {**head, "longest_pause_s": 2.5, "coverage_mm": 141.5}, cut_off]
     assert habit_of(earlier) == Habit(3, 2.5, 141.5)
+    assert habit_of([*earlier, cut_off]).least_cover_mm == 104.0  # that is how it is done now
     # What is no head shows nothing of how it sends one, nor does the evidence of an older version.
     assert habit_of([*earlier, {"contiguous": False, "longest_pause_s": 9.0}, {"by": "quiet"}]) == Habit(3, 2.5, 141.5)
 
