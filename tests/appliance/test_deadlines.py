@@ -67,6 +67,10 @@ def test_a_study_on_which_nobody_decides_is_overdue_and_late(ledger: Ledger) -> 
     admit(ledger, study)
     issue(ledger, study)
     assert overdue(ledger, analysis=0) == []
+    arrive(ledger, series="1.2.3.9")
+    complete(ledger, study)  # what was decided was on less
+    assert overdue(ledger, analysis=0) == [("analysis", "pkg")]
+    assert is_late(study_report(ledger, study), -1.0)
 
 
 def test_a_stage_that_begins_anew_may_be_overdue_again(ledger: Ledger) -> None:

@@ -474,7 +474,8 @@ def test_a_file_that_the_disk_cannot_read_costs_a_try_and_a_full_disk_none(
     wait_until(engine, lambda: states(box, 1) == ["running"] and 1 in asked.futures)
     for future in asked.futures[1]:
         future.set_exception(error)
-    wait_until(engine, lambda: states(box, 1) == [after])
+    wait_until(engine, lambda: states(box, 1) != ["running"])
+    assert states(box, 1) == [after]
     asked.close()
     engine.close()
     box.ledger.close()
@@ -492,6 +493,7 @@ def test_what_cannot_be_brought_to_an_end_does_not_slow_down_the_others_for_ever
         with box.ledger._write() as connection:
             connection.execute(t.study.update().values(completed_at=later(-3600 * hours)))
         wait_until(engine, lambda: engine._is_stat(1, "S") == hurried)  # noqa: B023
+        assert states(box, 1) == ["running"]
     asked.close()
     engine.close()
     box.ledger.close()
