@@ -115,6 +115,39 @@ def preprocess(
 
 @app.command()
 @guard
+def model(
+    package: Annotated[
+        Path | None,
+        typer.Argument(file_okay=False, exists=True, help="Folder of a model package; else the shipped one."),
+    ] = None,
+    slabs: Annotated[int, typer.Option(min=1, max=1000, help="Slabs of one study.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each does the study.")] = 9,
+    triton: Annotated[Path, typer.Option(help="The virtual environment of Triton.")] = Path(".venv-triton"),
+    directory: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder for the files meanwhile.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on a study's slabs through Triton, beside ONNX Runtime alone (docs/performance.md)."""
+    from appliance.bench.model import lines, measure
+    from appliance.governance.package import load, trusted_keys
+    from appliance.settings import Settings
+
+    settings = Settings()
+    (shipped,) = settings.models.packages
+    # No image of a patient is read here: a package that the site is still trying needs no signature.
+    folder = package or settings.model_repository / shipped
+    found = load(folder, trusted=trusted_keys(settings), allow_unsigned=True)
+    with err.status("starting") as status:
+        told = measure(found, triton, slabs, rounds, directory, on_step=lambda what: status.update(escape(what)))
+    if as_json:
+        emit(told)
+    else:
+        out.print(lines(told), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guard
 def latency(
     studies: Annotated[int, typer.Option(min=1, help="Studies of each scenario.")] = 10,
     scenarios: Annotated[str, typer.Option(help="Scenarios, with commas between, such as thin_300_paced.")] = "",

@@ -20,10 +20,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata
@@ -35,16 +35,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance import inference
-from appliance.demo.orthanc import LOOPBACK, free_ports
+from appliance.bench.model import serving
 from appliance.governance.indication import BoardException, admit, admit_pixels
 from appliance.governance.package import ANY, Package, load
 from appliance.governance.signature import read_keyring
-from appliance.inference.server import prepare
 from appliance.inference.slabs import plan_slabs, slab_hu
 from appliance.inference.stream import Pipeline, read_volume, verdict_on
 from appliance.inference.triton import TritonClient, TritonError
 from appliance.ledger.records import Verdict
-from appliance.operations.leash import Leashed
 from appliance.settings import Settings
 from appliance.study.grouping import group
 from appliance.study.selection import select
@@ -290,28 +288,6 @@ def real_head(reader: Reader, folder: Path) -> dict[str, Any]:
         "threshold": read.verdict.threshold,
         "slabs": [round(slab.probabilities[ANY], 4) for slab in read.verdict.slabs],
     }
-
-
-@contextmanager
-def serving(package: Package, environment: Path, home: Path) -> Iterator[str]:
-    """A Triton server of the package: its address.
-
-    Raises:
-        ScansideError: it does not start.
-    """
-    grpc, http, of_metrics = free_ports(3)
-    launch = prepare(environment, home, [package], "cpu", grpc_port=grpc, http_port=http, metrics_port=of_metrics)
-    variables = [f"{name}={value}" for name, value in launch.env.items()]
-    server = Leashed(["env", "-i", *variables, *launch.command], log=home / "triton.log")
-    try:
-        with TritonClient(f"{LOOPBACK}:{grpc}") as client:
-            client.wait_ready(60, [package])
-        yield f"{LOOPBACK}:{grpc}"
-    except ScansideError:
-        say(f"the server's log ends with:\n{server.tail(8)}")
-        raise
-    finally:
-        server.stop()
 
 
 def simulator() -> str:

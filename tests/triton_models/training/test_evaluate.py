@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import triton_models
+from appliance.bench.model import serving
 from appliance.governance.package import Package, load_configured
 from appliance.settings import Settings
 from triton_models.training import card, evaluate
@@ -106,7 +107,7 @@ def reader(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     environment = Path(os.environ.get("SCANSIDE_TRITON_ENVIRONMENT", default))
     if not (environment / "bin" / "python3").exists():
         pytest.skip(f"there is no Triton environment {environment} (set SCANSIDE_TRITON_ENVIRONMENT)")
-    with evaluate.serving(package, environment, tmp_path_factory.mktemp("triton")) as url:
+    with serving(package, environment, tmp_path_factory.mktemp("triton")) as url:
         made = Reader(package, url)
         yield made
         made.close()
