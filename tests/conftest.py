@@ -17,6 +17,17 @@ settings.load_profile("scanside")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Stop where `--dist loadgroup` would keep no group together: pytest-xdist says nothing of it.
+
+    It writes the group behind a test's name, which not every pytest takes; what shares a machine would be torn apart.
+    """
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid.rpartition("]")[2]:
+                raise pytest.UsageError(f"{item.nodeid}: pytest-xdist cannot group tests with this pytest")
+
+
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
     """A command that ran in this process set up the log for itself: the next test must not read or write there."""
