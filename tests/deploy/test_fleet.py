@@ -261,7 +261,7 @@ def test_a_canary_that_does_not_answer_stops_the_rollout(fleet: Fleet, bad: Path
         said = fleet.site.play("update", ok=False, scanside_bundle=str(bad))
     finally:
         fleet.lab.plug(CANARY)
-    assert recap(said)[CANARY]["unreachable"] == 1
+    assert f"{CANARY} cannot be reached" in said
     assert OTHER not in recap(said)
     assert fleet.versions() == {CANARY: SECOND, OTHER: SECOND}
 
