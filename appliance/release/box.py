@@ -264,7 +264,7 @@ class Box:
             return {}
         HOLD.unlink(missing_ok=True)
         _run("systemctl", "reset-failed", "scanside*", check=False)
-        wanted = [one for one in SERVICES if _property(one, "LoadState") != "masked"]
+        wanted = [one for one in SERVICES if not self.config.with_name(f"no-{one.removeprefix('scanside-')}").exists()]
         timers = sorted(one.name for one in (self.root / _UNIT_FOLDER).glob("scanside-*.timer"))
         _run("systemctl", "start", "--no-block", "scanside.target", *(f"{one}.service" for one in wanted), *timers)
         deadline = time.monotonic() + seconds
