@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from appliance.release.minisign import new_key
 from appliance.settings import load_settings
@@ -281,7 +282,7 @@ def test_a_gpu_box_has_plans_before_its_release_runs_and_a_server_that_reads_the
     staged(rooms)
     unit = "triton-for-scanside.service"
     rooms.program("a", "podman", "#!/bin/sh\necho 4.9.3\n")
-    rooms.inside("a", "useradd", "--no-create-home", "--gid", "scanside-triton", "scanside-triton")
+    rooms.inside("a", "useradd", "-M", "--gid", "scanside-triton", "scanside-triton")
     (rooms.boxes["a"] / "etc/systemd/system" / unit).touch()  # Podman's generator would make it
     rooms.says("a", NEW, "triton", {}, 1)
     gpu = {"scanside_device": "gpu", "scanside_triton_digest": f"sha256:{'a' * 64}"}
@@ -307,3 +308,18 @@ def test_the_installer_waits_for_no_triton_where_another_serves(tmp_path: Path, 
     started = rooms.inside("a", sys.executable, "-c", code).split()
     assert "scanside-engine" in started
     assert ("scanside-triton" in started) is not elsewhere
+
+
+@pytest.mark.parametrize("role", ["appliance", "models"])
+def test_a_command_on_a_box_reads_the_keys_that_it_tries_destinations_with(tmp_path: Path, role: str) -> None:
+    """With a group alone runuser gives a user none of the others that it is in."""
+    rooms = Rooms(tmp_path, "a")
+    rooms.inside("a", "useradd", "-N", "-M", "-G", "scanside-intake,scanside-delivery", "scanside-check")
+    for group in ("scanside-intake", "scanside-delivery"):
+        key = rooms.boxes["a"] / "etc/scanside" / f"{group}.key"
+        key.write_text(group)
+        key.chmod(0o640)
+        rooms.inside("a", "chgrp", group, f"/etc/scanside/{key.name}")
+        said = yaml.safe_load((ROOT / f"ansible/roles/{role}/vars/main.yml").read_text())["scanside_box_command"]
+        who = said[1 : said.index("--") + 1]
+        assert rooms.inside("a", "/usr/sbin/runuser", *who, "cat", f"/etc/scanside/{key.name}") == group
