@@ -81,13 +81,17 @@ def decode(
     directory: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder for the files meanwhile.")
     ] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Measure the decoders beside other libraries, and compare every bit (docs/benchmarks.md)."""
+    from appliance.bench import plots
     from appliance.bench.decode import lines, measure
 
     with err.status("starting") as status:
         told = measure(images, rounds, _names(kinds), directory, on_step=lambda what: status.update(escape(what)))
+    if plot:
+        plot.write_text(plots.decode(told), encoding="utf-8")
     if as_json:
         emit(told)
     else:
@@ -101,12 +105,16 @@ def preprocess(
     slabs: Annotated[int, typer.Option(min=1, help="Slabs of 512 x 512 in one batch.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="How often each implementation does the batch.")] = 5,
     spacing: Annotated[float, typer.Option(help="Between the slabs' pixels, in mm; at most 0.5.")] = 0.5,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Measure preprocessing on every device there is, beside plain OpenCV and NumPy (docs/performance.md)."""
+    from appliance.bench import plots
     from appliance.bench.preprocess import lines, measure
 
     told = measure(slabs, rounds, spacing)
+    if plot:
+        plot.write_text(plots.preprocess([told]), encoding="utf-8")
     if as_json:
         emit(told)
     else:

@@ -26,7 +26,9 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     JPEG2000Lossless,
+    JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
@@ -274,14 +276,17 @@ def encoded(syntax: str, values: NDArray[Any], dataset: pydicom.Dataset) -> byte
         dataset.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
         (frame,) = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
         return bytes(frame)
-    if syntax == JPEGLosslessSV1:
-        return bytes(imagecodecs.jpeg8_encode(values, lossless=True, predictor=1, bitspersample=12))
+    if syntax in (JPEGLossless, JPEGLosslessSV1):
+        predictor = 1 if syntax == JPEGLosslessSV1 else 4
+        return bytes(imagecodecs.jpeg8_encode(values, lossless=True, predictor=predictor, bitspersample=12))
     if syntax == JPEGLSLossless:
         return bytes(imagecodecs.jpegls_encode(values))
     if syntax == JPEG2000Lossless:
         return bytes(imagecodecs.jpeg2k_encode(values, level=0, codecformat="j2k", bitspersample=12, reversible=True))
     if syntax == HTJ2KLossless:
         return bytes(imagecodecs.htj2k_encode(values, reversible=True))
+    if syntax == HTJ2KLosslessRPCL:
+        return bytes(imagecodecs.htj2k_encode(values, reversible=True, tlm=True))  # its order is RPCL in any case
     return values.tobytes()
 
 

@@ -176,3 +176,31 @@ def throughput(told: dict[str, Any]) -> str:
             Panel("Peak resident memory", "MB", services, after, "after a quarter / at the end, MB", peak),
         ]
     )
+
+
+def preprocess(runs: Sequence[dict[str, Any]]) -> str:
+    """The picture of documents of `scanside bench preprocess`, a panel each."""
+    panels = []
+    for told in runs:
+        rows = []
+        for name, speed in told["slices_per_s"].items():
+            ratio = told["ratios"].get(name)  # a peer has none
+            note = f"{speed:,.0f}" if ratio is None else f"{speed:,.0f} / {ratio:.2f}"
+            rows.append(Row(name.replace("_", " "), [speed], [], note))
+        title = f"Preprocessing, slabs of 512 × 512 at {told['spacing_mm']:g} mm, {told['device']}"
+        panels.append(Panel(title, "slices/s", (), (), "slices/s / of the fastest peer", rows))
+    return draw(panels)
+
+
+def decode(told: dict[str, Any]) -> str:
+    """The picture of `scanside bench decode`'s document: a panel for each kind of pixel data."""
+    panels = []
+    for kind in dict.fromkeys(one["kind"] for one in told["results"]):
+        rows = []
+        for one in (one for one in told["results"] if one["kind"] == kind):
+            ratio = told["ratios"].get(f"{kind}_{one['decoder']}")  # ours has none
+            notes = [f"{one['slices_per_s']:,.1f}", *([] if ratio is None else [f"{ratio:.2f}"])]
+            notes += [] if one["bit_exact"] else ["wrong values"]
+            rows.append(Row(one["decoder"], [one["slices_per_s"]], [], " / ".join(notes)))
+        panels.append(Panel(f"Decoding {kind}", "slices/s", (), (), "slices/s / ours over theirs", rows))
+    return draw(panels)

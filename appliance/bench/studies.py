@@ -13,9 +13,13 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
@@ -31,12 +35,16 @@ BLEED = "intraparenchymal"
 
 SYNTAXES = {
     "explicit": ExplicitVRLittleEndian,
+    "implicit": ImplicitVRLittleEndian,
+    "bigendian": ExplicitVRBigEndian,
     "deflated": DeflatedExplicitVRLittleEndian,
     "rle": RLELossless,
-    "jpeglossless": JPEGLosslessSV1,
+    "jpeglossless": JPEGLossless,
+    "jpeglossless-sv1": JPEGLosslessSV1,
     "jpegls": JPEGLSLossless,
     "jpeg2000": JPEG2000Lossless,
     "htj2k": HTJ2KLossless,
+    "htj2k-rpcl": HTJ2KLosslessRPCL,
 }
 
 
@@ -68,8 +76,11 @@ def original(folder: Path, slices: int, syntax: str = "explicit") -> Study:
             if uid.is_encapsulated:
                 dataset.PixelData = encapsulate([encoded(uid, dataset.pixel_array, dataset)])
                 dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+            elif not uid.is_little_endian:
+                dataset.PixelData = dataset.pixel_array.byteswap().tobytes()  # pydicom writes the value as it is
+            list(dataset.iterall())  # read while the order of their bytes is known
             dataset.file_meta.TransferSyntaxUID = uid
-            dataset.save_as(path, enforce_file_format=True)
+            pydicom.dcmwrite(path, dataset, enforce_file_format=True)
     return Study(read_header(paths[0]).study_instance_uid, tuple(paths))
 
 

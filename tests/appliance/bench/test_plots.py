@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from appliance.bench import latency, throughput
 from appliance.bench.latency import STAGES, Measured
 from appliance.bench.plots import LEFT, RIGHT, WIDTH, Panel, Row, draw
+from appliance.bench.plots import decode as decode_picture
 from appliance.bench.plots import latency as latency_picture
+from appliance.bench.plots import preprocess as preprocess_picture
 from appliance.bench.plots import throughput as throughput_picture
 from appliance.bench.throughput import SERVICES, Run
 from appliance.cli import app
@@ -115,7 +117,32 @@ def test_a_picture_of_throughput_has_a_row_for_each_number_of_scanners() -> None
     assert float(second.get("width", "")) == pytest.approx(2 * float(first.get("width", "")), abs=0.2)
 
 
-@pytest.mark.parametrize("command", ["latency", "throughput"])
+def test_a_picture_of_preprocessing_has_a_panel_for_each_run_and_a_row_for_each_implementation() -> None:
+    run = {"device": "cpu", "spacing_mm": 0.5, "ratios": {"definition": 1.25}}
+    told = {**run, "slices_per_s": {"definition": 2000.0, "opencv": 1600.0}}
+    picture = preprocess_picture([told, {**told, "spacing_mm": 0.45}])
+    assert words(picture, "label") == ["definition", "opencv"] * 2
+    assert words(picture, "note")[:2] == ["2,000 / 1.25", "1,600"]
+    assert [title.split(" at ")[1] for title in words(picture, "title")] == ["0.5 mm, cpu", "0.45 mm, cpu"]
+    first, second, *_ = marks(picture, "bar")
+    assert float(first.get("width", "")) == pytest.approx(1.25 * float(second.get("width", "")), abs=0.2)
+
+
+def test_a_picture_of_decoding_has_a_panel_for_each_kind_and_names_what_is_wrong() -> None:
+    measured = [("rle", "scanside", 1000.0, True), ("rle", "other", 500.0, False), ("raw", "scanside", 40.0, True)]
+    results = [
+        {"kind": kind, "decoder": name, "slices_per_s": speed, "bit_exact": exact}
+        for kind, name, speed, exact in measured
+    ]
+    picture = decode_picture({"results": results, "ratios": {"rle_other": 2.0}})
+    assert words(picture, "title") == ["Decoding rle", "Decoding raw"]
+    assert words(picture, "label") == ["scanside", "other", "scanside"]
+    assert words(picture, "note") == ["1,000.0", "500.0 / 2.00 / wrong values", "40.0"]
+    ours, theirs, _ = (float(bar.get("width", "")) for bar in marks(picture, "bar"))
+    assert ours == pytest.approx(2 * theirs, abs=0.2)
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput", "preprocess", "decode"])
 def test_a_picture_that_could_not_be_written_is_refused_before_the_measurement(command: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", command, "--plot", str(tmp_path / "absent" / "picture.svg")])
     assert result.exit_code == 2
