@@ -70,13 +70,13 @@ def look_at(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> Look:
         hu: (rows, columns) HU.
         spacing_mm: (between rows, between columns).
     """
-    least, most = float(hu.min()), float(hu.max())
     coarse = np.ascontiguousarray(hu[::_GRID, ::_GRID])
     tissue = np.count_nonzero(coarse > TISSUE_HU)
     area = tissue / coarse.size * hu.size * spacing_mm[0] * spacing_mm[1]
     digest = hashlib.blake2b(np.ascontiguousarray(coarse[::_GRID, ::_GRID]).data, digest_size=16).digest()
-    if least == most:
-        return Look(least, area, digest, ())
+    one_value, repeated = _still_rows(hu)
+    if one_value.all() and (hu[:, 0] == hu[0, 0]).all():
+        return Look(float(hu[0, 0]), area, digest, ())
     problems = []
     if tissue and (area >= _SECTION_MM2 or tissue > coarse.size / 2):
         dense = np.count_nonzero(coarse > DENSEST_HU)
@@ -92,19 +92,26 @@ def look_at(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> Look:
     apart = steps / max(rows[:, 1:].size, 1)
     if apart > _NO_EDGE:
         problems.append(f"is noise: {apart:.0%} of its neighbouring pixels are {_NEIGHBOURS_HU:g} HU apart or more")
-    problems += _dead_rows(hu, spacing_mm)
+    problems += _dead_rows(hu, one_value | repeated, spacing_mm)
     return Look(None, area, digest, tuple(problems))
 
 
-def _dead_rows(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> list[str]:
-    """Runs of rows, each of one value or the same as the row before, that cut off a wide section of tissue."""
-    deeper = max(1, round(_TABLE_MM / spacing_mm[0]))
+def _still_rows(hu: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(rows,) which rows have one value only, and which have the values of the row before."""
+    few = np.ascontiguousarray(hu[:, ::16])  # columns that tell most rows apart
+    one_value = (few == few[:, :1]).all(axis=1)
+    candidates = np.flatnonzero(one_value)
+    one_value[candidates] = (hu[candidates] == hu[candidates, :1]).all(axis=1)
     repeated = np.zeros(len(hu), bool)
-    # Few columns tell most rows apart.
-    repeated[1:] = (hu[1:, ::16] == hu[:-1, ::16]).all(axis=1)
+    repeated[1:] = (few[1:] == few[:-1]).all(axis=1)
     candidates = np.flatnonzero(repeated)
     repeated[candidates] = (hu[candidates] == hu[candidates - 1]).all(axis=1)
-    dead = repeated | (hu.min(axis=1) == hu.max(axis=1))
+    return one_value, repeated
+
+
+def _dead_rows(hu: NDArray[Any], dead: NDArray[np.bool_], spacing_mm: tuple[float, float]) -> list[str]:
+    """Runs of dead rows, each of one value or the same as the row before, that cut off a wide section of tissue."""
+    deeper = max(1, round(_TABLE_MM / spacing_mm[0]))
     found = []
     bounds = np.flatnonzero(np.diff(np.concatenate(([False], dead, [False])).astype(np.int8)))
     for first, end in zip(bounds[::2].tolist(), bounds[1::2].tolist(), strict=True):

@@ -42,7 +42,8 @@ class Receiver:
     """The storage provider's handlers. Their methods are called from many association threads at once.
 
     Args:
-        ring: wakes the stage behind; called after each transaction and each closed association.
+        ring: wakes the stage behind; called after each closed association, and whatever else may decide something.
+        more: tells it of instances; called after each transaction.
         shortage: why the disk should take no more, see `Spool.shortage`; '' if it may.
         metrics: where everything is counted.
     """
@@ -52,6 +53,7 @@ class Receiver:
         ledger: Ledger,
         spool: Spool,
         ring: Callable[[], None],
+        more: Callable[[], None],
         commitments: CommitmentProvider,
         shortage: Callable[[], str] = lambda: "",
         metrics: IntakeMetrics | None = None,
@@ -63,7 +65,7 @@ class Receiver:
         self._shortage = shortage
         self._metrics = metrics or IntakeMetrics()
         self._performed = PerformedProvider(ledger, ring, shortage)
-        self.committer = Committer(ledger, spool, ring, self._metrics)
+        self.committer = Committer(ledger, spool, more, self._metrics)
         self._associations: dict[int, tuple[int, Lane]] = {}  # number in the ledger, and lane in the spool
         # (address, reason) → when that was last written down, and how often it happened since.
         self._turned_away: dict[tuple[str, str], tuple[float, int]] = {}

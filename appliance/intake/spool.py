@@ -319,7 +319,7 @@ class Spool:
 
 def path_of(directory: Path, digest: str) -> Path:
     """Where the file with that digest lies in a spool."""
-    return directory / digest[:2] / f"{digest}.dcm"
+    return directory / f"{digest[:2]}/{digest}.dcm"
 
 
 def is_intact(path: Path | str, digest: str) -> bool:

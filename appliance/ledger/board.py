@@ -21,6 +21,10 @@ DECISIONS = (
 )
 _STOPS = (Event.BOARD_SUSPENDED, Event.BOARD_RETIRED)
 
+# The newest of each name: five looks into the index of names, however many events there are.
+_NEWEST = (sa.select(sa.func.max(t.event.c.id).label("id")).where(t.event.c.name == name) for name in DECISIONS)
+_LAST = sa.select(sa.func.max(sa.union_all(*_NEWEST).subquery().c.id))
+
 
 VERSION = t.verdict.c.result["package_version"].as_string().label("version")
 """The version of the package that a verdict is of."""
@@ -72,10 +76,7 @@ class BoardRecords(Database):
 
     @staticmethod
     def _last_decision(connection: sa.Connection) -> int:
-        # The newest of each name: five looks into the index of names, however many events there are.
-        c = t.event.c
-        newest = (sa.select(sa.func.max(c.id).label("id")).where(c.name == name) for name in DECISIONS)
-        return int(connection.scalar(sa.select(sa.func.max(sa.union_all(*newest).subquery().c.id))) or 0)
+        return int(connection.scalar(_LAST) or 0)
 
     @staticmethod
     def _stopped(connection: sa.Connection, package: str, version: str) -> str:

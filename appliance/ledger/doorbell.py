@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _RETRY_SECONDS = 0.2
+_NEWS, _MORE = b"!", b"."
 
 
 @contextlib.contextmanager
@@ -39,18 +40,29 @@ class Doorbell:
         with _short_path(directory, name) as path:
             self._socket.bind(path)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for a ring, at most that long; several rings count as one. True if it rang."""
-        self._socket.settimeout(max(seconds, 0.001))
-        try:
-            self._socket.recv(1)
-        except TimeoutError:
-            return False
-        self._socket.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._socket.recv(1)
-        return True
+    def wait(self, seconds: float, more: float = 0.0) -> bool:
+        """Wait for a ring, at most that long; several rings count as one. True if it rang.
+
+        Args:
+            more: whoever rings with `Ringer.more` alone is heard after so many seconds, anybody else at once.
+        """
+        began = time.monotonic()
+        end = began + seconds
+        rang = False
+        while True:
+            self._socket.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                heard = {self._socket.recv(1)}
+            except TimeoutError:
+                return rang
+            self._socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    heard.add(self._socket.recv(1))
+            rang = True
+            end = min(end, began + more)
+            if heard != {_MORE} or time.monotonic() >= end:
+                return True
 
     def close(self) -> None:
         """Stop listening."""
@@ -74,12 +86,19 @@ class Ringer:
         self._silent_until = 0.0  # nobody listened: not tried again before that
 
     def __call__(self) -> None:
+        self._ring(_NEWS)
+
+    def more(self) -> None:
+        """Ring for more of what the service hears of all the time: it need not wake for each."""
+        self._ring(_MORE)
+
+    def _ring(self, kind: bytes) -> None:
         with self._lock:
             if time.monotonic() < self._silent_until:
                 return
-            if not (self._connected and self._sent()):
+            if not (self._connected and self._sent(kind)):
                 # Nobody has listened yet, or who did is another process now.
-                self._connected = self._connect() and self._sent()
+                self._connected = self._connect() and self._sent(kind)
                 if not self._connected:
                     self._silent_until = time.monotonic() + _RETRY_SECONDS
 
@@ -89,9 +108,9 @@ class Ringer:
             return True
         return False
 
-    def _sent(self) -> bool:
+    def _sent(self, kind: bytes) -> bool:
         try:
-            self._socket.send(b"!")
+            self._socket.send(kind)
         except BlockingIOError:
             return True  # it has not even heard the earlier ones
         except OSError:
@@ -104,6 +123,6 @@ def ring(directory: Path, name: str) -> None:
     with contextlib.suppress(OSError), _short_path(directory, name) as path:
         bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            bell.sendto(b"!", path)
+            bell.sendto(_NEWS, path)
         finally:
             bell.close()

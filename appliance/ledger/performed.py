@@ -43,6 +43,12 @@ class Said:
 
 NOTHING_SAID = Said({}, {})
 
+_SAID_OF = (
+    sa.select(t.performed.c.state, t.performed.c.series)
+    .join(t.study, t.study.c.study_instance_uid == t.performed.c.study_instance_uid)
+    .where(t.study.c.id == sa.bindparam("study"))
+)
+
 
 class Performed(Database):
     """The part of the ledger that performed procedure steps and availability notifications are in."""
@@ -97,10 +103,8 @@ class Performed(Database):
 
     def said_of(self, study_id: int) -> Said:
         """What has been said of a study so far, whether before or after its first instance came."""
-        c = t.performed.c
-        query = sa.select(c.state, c.series).join(t.study, t.study.c.study_instance_uid == c.study_instance_uid)
         with self.read() as connection:
-            rows = connection.execute(query.where(t.study.c.id == study_id)).all()
+            rows = connection.execute(_SAID_OF, {"study": study_id}).all()
         if not rows:
             return NOTHING_SAID
         words = [row.series for row in rows if row.state in ("completed", "announced")]

@@ -113,6 +113,86 @@ class Told:
     uid: str = field(default="", compare=False)
 
 
+# What the engine asks the ledger at every step, or at every look at a study that arrives, is put together once: that
+# takes SQLAlchemy longer than to run it.
+
+
+def _arriving() -> sa.Select[Any]:
+    a, i, s = t.association.c, t.instance.c, t.study.c
+    arriving = sa.select(s.id).where(s.state.in_(("receiving", "reopened")))
+    brought = (
+        sa.select(i.study_id, i.association_id, i.series_instance_uid, sa.func.min(i.received_at).label("first"))
+        .where(i.study_id.in_(arriving))
+        .group_by(i.study_id, i.association_id, i.series_instance_uid)
+        .subquery()
+    )
+    p = t.performed.c
+    said = (
+        sa.select(sa.func.max(p.changed_at))
+        .where(p.study_instance_uid == s.study_instance_uid)
+        .correlate(t.study)
+        .scalar_subquery()
+    )
+    return (
+        sa.select(
+            s.id,
+            s.last_instance_at,
+            a.id.label("association"),
+            a.closed_at,
+            a.outcome,
+            a.calling_ae,
+            brought.c.series_instance_uid,
+            brought.c.first,
+            said.label("said_at"),
+        )
+        .join(brought, brought.c.study_id == s.id)
+        .join(t.association, a.id == brought.c.association_id)
+        .order_by(s.id, brought.c.first)
+    )
+
+
+def _waiting(at: Any, longest: Any) -> sa.ColumnElement[bool]:
+    """An analysis that is to be worked on now: admitted, due, and its study unchanged since the gate decided.
+
+    Args:
+        at: the time now.
+        longest: the end of the longest pause: a clock that was set back must not make a study wait for it to catch up.
+    """
+    a, s = t.analysis.c, t.study.c
+    due = (a.due_at <= at) | (a.due_at > longest)
+    return sa.and_(a.state == "admitted", due, s.state == "complete", a.completion == s.completions)
+
+
+def _evidence() -> sa.Select[Any]:
+    s = t.study.c
+    newest = sa.select(s.evidence, s.completed_at).where(s.completed_at.is_not(None), s.state == "complete")
+    newest_few = newest.order_by(s.completed_at.desc()).limit(sa.bindparam("among")).subquery()
+    sender = newest_few.c.evidence["calling_ae"].as_string()
+    query = sa.select(newest_few.c.evidence).where(sender == sa.bindparam("sender"))
+    return query.order_by(newest_few.c.completed_at.desc()).limit(sa.bindparam("most"))
+
+
+_ARRIVING = _arriving()
+_WAITING_PACKAGES = (
+    sa.select(t.analysis.c.package)
+    .distinct()
+    .join(t.study)
+    .where(_waiting(sa.bindparam("at"), sa.bindparam("longest")))
+)
+_EARLIER_EVIDENCE = _evidence()
+_MINE = (
+    t.instance.c.study_id == sa.bindparam("study"),
+    t.instance.c.is_current,
+    t.instance.c.removed_at.is_(None),
+)
+_CURRENT = sa.select(t.instance.c.id).where(*_MINE)
+_SINCE = (
+    sa.select(t.instance.c.id, t.instance.c.sop_instance_uid, t.instance.c.digest, t.instance.c.header)
+    .where(*_MINE, t.instance.c.id >= sa.bindparam("first"))
+    .order_by(t.instance.c.id)
+)
+
+
 class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Deadlines, Queries, Marks, Tasks):
     """The one truth of the box. Safe to share between threads; every service opens its own."""
 
@@ -120,39 +200,8 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
 
     def arriving_studies(self) -> list[Arriving]:
         """Studies that are receiving or reopened, oldest first."""
-        a, i, s = t.association.c, t.instance.c, t.study.c
-        arriving = sa.select(s.id).where(s.state.in_(("receiving", "reopened")))
-        brought = (
-            sa.select(i.study_id, i.association_id, i.series_instance_uid, sa.func.min(i.received_at).label("first"))
-            .where(i.study_id.in_(arriving))
-            .group_by(i.study_id, i.association_id, i.series_instance_uid)
-            .subquery()
-        )
-        p = t.performed.c
-        said = (
-            sa.select(sa.func.max(p.changed_at))
-            .where(p.study_instance_uid == s.study_instance_uid)
-            .correlate(t.study)
-            .scalar_subquery()
-        )
-        query = (
-            sa.select(
-                s.id,
-                s.last_instance_at,
-                a.id.label("association"),
-                a.closed_at,
-                a.outcome,
-                a.calling_ae,
-                brought.c.series_instance_uid,
-                brought.c.first,
-                said.label("said_at"),
-            )
-            .join(brought, brought.c.study_id == s.id)
-            .join(t.association, a.id == brought.c.association_id)
-            .order_by(s.id, brought.c.first)
-        )
         with self.read() as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(_ARRIVING).all()
         found = []
         for (key, last), group in itertools.groupby(rows, key=lambda row: (row.id, row.last_instance_at)):
             members = list(group)
@@ -174,13 +223,9 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
 
     def earlier_evidence(self, calling_ae: str, limit: int) -> list[dict[str, Any]]:
         """The evidence on which the newest complete studies of a sender were complete, the newest first."""
-        s = t.study.c
-        newest = sa.select(s.evidence, s.completed_at).where(s.completed_at.is_not(None), s.state == "complete")
-        newest_few = newest.order_by(s.completed_at.desc()).limit(20 * limit).subquery()
-        sender = newest_few.c.evidence["calling_ae"].as_string()
-        query = sa.select(newest_few.c.evidence).where(sender == calling_ae)
+        values = {"among": 20 * limit, "sender": calling_ae, "most": limit}
         with self.read() as connection:
-            found = connection.scalars(query.order_by(newest_few.c.completed_at.desc()).limit(limit)).all()
+            found = connection.scalars(_EARLIER_EVIDENCE, values).all()
         return [dict(one) for one in found]
 
     def instances(self, study_id: int) -> list[StoredInstance]:
@@ -194,15 +239,10 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         Returns:
             The new rows by number, in the order in which they came; and the known ones that are no longer among them.
         """
-        c = t.instance.c
-        mine = (c.study_id == study_id, c.is_current, c.removed_at.is_(None))
         with self.read() as connection:
-            current = set(connection.scalars(sa.select(c.id).where(*mine)))
-            query = sa.select(c.id, c.sop_instance_uid, c.digest, c.header).where(*mine).order_by(c.id)
+            current = set(connection.scalars(_CURRENT, {"study": study_id}))
             new = current - known
-            if known and new:
-                query = query.where(c.id.in_(new) if len(new) < 500 else c.id >= min(new))
-            rows = connection.execute(query).all() if new else []
+            rows = connection.execute(_SINCE, {"study": study_id, "first": min(new)}).all() if new else []
         found = {
             row.id: StoredInstance(row.sop_instance_uid, row.digest, Header.from_json(row.header))
             for row in rows
@@ -256,6 +296,8 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
             among: look only at these studies. None: at all, which takes as long as there are complete studies, and also
                 at what was admitted and not run: the label, or the site's limits, may be others since.
         """
+        if among is not None and not among:
+            return []
         a, s = t.analysis.c, t.study.c
         found: list[tuple[int, str]] = []
         with self.read() as connection:
@@ -417,18 +459,10 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
 
     # --- inference --------------------------------------------------------------------------------------
 
-    def _waiting(self) -> sa.ColumnElement[bool]:
-        """An analysis that is to be worked on now: admitted, due, and its study unchanged since the gate decided."""
-        a, s = t.analysis.c, t.study.c
-        # A clock that was set back must not make a study wait for it to catch up.
-        due = (a.due_at <= now()) | (a.due_at > later(LONGEST_PAUSE))
-        return sa.and_(a.state == "admitted", due, s.state == "complete", a.completion == s.completions)
-
     def waiting_packages(self) -> set[str]:
         """The packages that have an analysis waiting."""
-        query = sa.select(t.analysis.c.package).distinct().join(t.study).where(self._waiting())
         with self.read() as connection:
-            return set(connection.scalars(query))
+            return set(connection.scalars(_WAITING_PACKAGES, {"at": now(), "longest": later(LONGEST_PAUSE)}))
 
     def take_analysis(
         self,
@@ -455,7 +489,7 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         query = (
             sa.select(t.analysis, t.study.c.study_instance_uid, t.study.c.evidence)
             .join(t.study)
-            .where(self._waiting(), c.package.in_(packages))
+            .where(_waiting(now(), later(LONGEST_PAUSE)), c.package.in_(packages))
             # One that failed goes behind the others, so that it delays none; behind all of them a self-test.
             .order_by(t.study.c.selftest, c.attempts, ~goes_first, c.id)
             .limit(1)
@@ -479,7 +513,7 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         query = (
             sa.select(sa.func.min(c.due_at))
             .select_from(t.analysis.join(t.study))
-            .where(self._waiting(), c.package.in_(packages), c.attempts > 0)
+            .where(_waiting(now(), later(LONGEST_PAUSE)), c.package.in_(packages), c.attempts > 0)
         )
         with self.read() as connection:
             since = connection.scalar(query)

@@ -82,7 +82,8 @@ _DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 """What a disk says of a file that it cannot read any more. All else passes: it is full, or there are too many files."""
 
 LOOK_SECONDS = 0.1
-"""While images come, a study is looked at no more often; looking costs some milliseconds for each 300 of them."""
+"""While images come, the engine looks for more, and at a study, no more often; that costs some milliseconds for each
+300 of them."""
 
 
 class Engine:
@@ -288,7 +289,9 @@ class Engine:
             admission = self._admission(package, arrival, len(foreseen))
             if not admission.promising:
                 continue
-            files = self._spool_files(arrival.instances)
+            planes = selection.volume.planes
+            uids = {planes[member].sop_instance_uid for context in new.values() for slab in context for member in slab}
+            files = self._spool_files({uid: arrival.instances[uid] for uid in uids})
             threshold = package.operating_point.threshold
             any_place = package.labels.index(ANY)
             futures = ask_for(
@@ -392,7 +395,8 @@ class Engine:
             if study_id not in self._suspicious and study_id not in self._tests:
                 self._suspicious.add(study_id)
                 log.info("study %d: a slab looks positive; the study goes first", study_id)
-            ring(self._settings.run_directory, "engine")  # it may be enough for a provisional alert
+            if self._settings.provisional.alerts:
+                ring(self._settings.run_directory, "engine")  # it may be enough for one
 
     def _decide(self, study_id: int, package: Package) -> None:
         """Ask the gate about one complete study."""

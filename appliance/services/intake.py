@@ -78,7 +78,7 @@ def run_intake(settings: Settings) -> None:
             exporter = serve_metrics(settings.intake.metrics_host, settings.intake.metrics_port, parts)
             stack.callback(exporter.stop)
         wake_engine = Ringer(settings.run_directory, "engine")
-        receiver = Receiver(ledger, spool, wake_engine, commitments, shortage, metrics)
+        receiver = Receiver(ledger, spool, wake_engine, wake_engine.more, commitments, shortage, metrics)
         watchdog, inherited = Watchdog(), inherited_sockets()
         listeners = _listeners(settings, watchdog, inherited)
         orders = hear_orders(settings, ledger, watchdog, inherited, wake_engine, shortage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from appliance.inference.triton import Memory, SystemMemory, TritonClient
 from appliance.intake.spool import Spool
 from appliance.ledger.doorbell import Doorbell
 from appliance.operations.health import Watchdog, notify
-from appliance.services.engine import Engine
+from appliance.services.engine import LOOK_SECONDS, Engine
 from appliance.services.issuing import Issuer
 from appliance.services.process import service
 from appliance.settings import Settings
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 STEP_SECONDS = 60.0
 """Longest that the engine may take to look at all that there is, or systemd starts it again."""
+
+ALERT_FIRST_SECONDS = 0.2
+"""So long nothing is drawn after a verdict: its alert is on its way just then, and needs the same cores."""
 
 HANG_SECONDS = 180.0
 """A decoder that is at one slab for so long does not come back: that takes seconds, of a whole enhanced object tens."""
@@ -110,13 +114,15 @@ def run_engine(settings: Settings) -> None:
                 # the end; what was arriving is not worked ahead again.
                 log.critical("a decoder has not come back for %g s; the engine ends and is started again", HANG_SECONDS)
                 os._exit(os.EX_SOFTWARE)
+            began = time.monotonic()
             try:
                 wait = engine.step()
             except Exception:
                 log.exception("the engine stumbled; it goes on")
                 wait = POLL_SECONDS
             if wait > 0:
-                bell.wait(min(wait, POLL_SECONDS))
+                # A step for each image would take as much of a core as the decoders do, and their interpreter's lock.
+                bell.wait(min(wait, POLL_SECONDS), began + LOOK_SECONDS - time.monotonic())
 
 
 def _render(issuer: Issuer, stopping: threading.Event) -> None:
@@ -126,5 +132,6 @@ def _render(issuer: Issuer, stopping: threading.Event) -> None:
             issuer.render()
         except Exception:
             log.exception("rendering stumbled; it goes on")
-        issuer.issued.wait(POLL_SECONDS)
-        issuer.issued.clear()
+        if issuer.issued.wait(POLL_SECONDS):
+            issuer.issued.clear()
+            stopping.wait(ALERT_FIRST_SECONDS)

@@ -65,7 +65,7 @@ class Bench:
             first_retry_seconds=1.0,
             longest_retry_seconds=1.0,
         )
-        self.receiver = Receiver(self.ledger, self.spool, self._ring, commitments, lambda: self.shortage)
+        self.receiver = Receiver(self.ledger, self.spool, self._ring, self._ring, commitments, lambda: self.shortage)
         self.session = Session(1, "SCANNER", "SCANSIDE", "127.0.0.1")
         self.receiver.opened(self.session)
 

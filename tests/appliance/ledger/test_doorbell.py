@@ -66,3 +66,30 @@ def test_a_ringer_finds_whoever_listens_now(tmp_path: Path) -> None:
         assert bell.wait(1.0)
         bell.close()
         ringer()
+
+
+def test_more_of_the_same_is_heard_once_its_time_has_come(tmp_path: Path) -> None:
+    bell, ringer = Doorbell(tmp_path, "engine"), Ringer(tmp_path, "engine")
+    ringer.more()
+    began = time.monotonic()
+    assert bell.wait(30.0, 0.2)
+    assert 0.19 < time.monotonic() - began < 20.0
+    ringer.more()
+    assert bell.wait(30.0, -1.0)  # its time was over before
+    assert time.monotonic() - began < 20.0
+    assert not bell.wait(0.01, 0.005)
+    bell.close()
+
+
+def test_news_are_heard_at_once_among_more_of_the_same(tmp_path: Path) -> None:
+    bell, ringer = Doorbell(tmp_path, "engine"), Ringer(tmp_path, "engine")
+    ringer.more()
+    threading.Timer(0.05, ringer).start()
+    began = time.monotonic()
+    assert bell.wait(60.0, 60.0)
+    assert time.monotonic() - began < 30.0
+    ringer.more()
+    ringer()
+    assert bell.wait(60.0, 60.0)
+    assert time.monotonic() - began < 30.0
+    bell.close()

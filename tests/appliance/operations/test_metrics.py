@@ -85,7 +85,7 @@ class Intake:
             self.ledger, self.directory, {}, attempts=1, first_retry_seconds=1.0, longest_retry_seconds=1.0
         )
         metrics = IntakeMetrics()
-        receiver = Receiver(self.ledger, spool, lambda: None, commitments, lambda: self.shortage, metrics)
+        receiver = Receiver(self.ledger, spool, lambda: None, lambda: None, commitments, lambda: self.shortage, metrics)
         self.server: StorageServer = start_server(
             ServerOptions(ae_title="SCANSIDE", **options), listeners or [Listener("127.0.0.1", 0)], receiver
         )
