@@ -8,7 +8,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -82,12 +82,31 @@ class Statement:
         return connection.execute(self._sql, [values[name] for name in self._names]).fetchall()
 
 
+class Insert:
+    """Rows of the hot path, in one statement: each gives the interpreter's lock away several times, and with many
+    associations somebody takes it."""
+
+    def __init__(self, table: sa.Table, names: Sequence[str]) -> None:
+        self._names = tuple(table.c[name].name for name in names)
+        self._head = f"INSERT INTO {table.name} ({', '.join(self._names)}) VALUES "
+        self._row = f"({', '.join('?' * len(self._names))})"
+
+    def run(self, connection: sqlite3.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Insert them in the transaction of that connection, with the values as SQLite stores them."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[start : start + _ROWS_AT_ONCE]
+            values = [row[name] for row in some for name in self._names]
+            connection.execute(self._head + ", ".join([self._row] * len(some)), values)
+
+
+_ROWS_AT_ONCE = 32  # each number of them is a statement of its own, of which sqlite3 remembers 128
+
 _LAST_HASH = Statement(
     sa.select(t.event.c.hash).where(t.event.c.id == sa.select(sa.func.max(t.event.c.id)).scalar_subquery())
 )
-_INSERT_EVENT = Statement(
-    sa.insert(t.event).values({column.name: sa.bindparam(column.name) for column in t.event.c if column.name != "id"})
-)
+_EVENT = tuple(column.name for column in t.event.c if column.name != "id")
+_INSERT_EVENT = Statement(sa.insert(t.event).values({name: sa.bindparam(name) for name in _EVENT}))
+_INSERT_EVENTS = Insert(t.event, _EVENT)
 
 
 class Chain:
@@ -97,10 +116,24 @@ class Chain:
         self._connection = connection
         last = _LAST_HASH.all(connection)
         self._hash: str = last[0][0] if last else ""
+        self._waiting: list[dict[str, Any]] = []
 
     def append(self, name: Event, study_id: int | None, detail: dict[str, Any]) -> int:
         """Append an event; returns its number."""
-        row = {
+        self.flush()
+        return _INSERT_EVENT.run(self._connection, **self._link(name, study_id, detail))
+
+    def add(self, name: Event, study_id: int | None, detail: dict[str, Any]) -> None:
+        """Append an event that need not be written before `flush`."""
+        self._waiting.append(self._link(name, study_id, detail))
+
+    def flush(self) -> None:
+        """Write what was added."""
+        _INSERT_EVENTS.run(self._connection, self._waiting)
+        self._waiting = []
+
+    def _link(self, name: Event, study_id: int | None, detail: dict[str, Any]) -> dict[str, Any]:
+        row: dict[str, Any] = {
             "at": now(),
             "monotonic_ns": time.monotonic_ns(),
             "boot": boot(),
@@ -109,7 +142,8 @@ class Chain:
             "detail": detail,
         }
         self._hash = event_hash(self._hash, row)
-        return _INSERT_EVENT.run(self._connection, **row | {"detail": json.dumps(detail), "hash": self._hash})
+        row["detail"], row["hash"] = json.dumps(detail), self._hash
+        return row
 
 
 class Database:
@@ -210,8 +244,6 @@ def _configure(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")
-    # A checkpoint falls to whoever commits just then, and writes pages that the next instances change again.
-    cursor.execute("PRAGMA wal_autocheckpoint=4000")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 

@@ -6,13 +6,13 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import Chain, Database, Statement, now
+from appliance.ledger.database import Chain, Database, Insert, Statement, now
 from appliance.ledger.states import STUDY, step
 from dicom_io.header import Header
 
@@ -31,8 +31,9 @@ Stored = Literal["stored", "duplicate", "conflict"]
 
 # What an instance costs before its sender is answered: compiled once.
 _i = t.instance.c
+_s = t.study.c
 _STUDY = Statement(
-    sa.select(t.study.c.id, t.study.c.state).where(t.study.c.study_instance_uid == sa.bindparam("study_instance_uid"))
+    sa.select(_s.id, _s.state, _s.removed_at).where(_s.study_instance_uid == sa.bindparam("study_instance_uid"))
 )
 _INSERT_STUDY = Statement(
     sa.insert(t.study).values(
@@ -51,18 +52,18 @@ _EARLIER = Statement(
 )
 _SUPERSEDE = Statement(sa.update(t.instance).where(_i.id == sa.bindparam("row")).values(is_current=sa.false()))
 _WRITTEN = ("association_id", "series_instance_uid", "header", "size", "is_current", "received_at", "removed_at")
-_INSERT_INSTANCE = Statement(
-    sa.insert(t.instance).values(
-        {name: sa.bindparam(name) for name in ("study_id", "sop_instance_uid", "digest", *_WRITTEN)}
-    )
-)
+_INSERT_INSTANCES = Insert(t.instance, ("study_id", "sop_instance_uid", "digest", *_WRITTEN))
 _RESTORE = Statement(
     sa.update(t.instance).where(_i.id == sa.bindparam("row")).values({name: sa.bindparam(name) for name in _WRITTEN})
 )
 _UPDATE_STUDY = Statement(
     sa.update(t.study)
-    .where(t.study.c.id == sa.bindparam("id"))
+    .where(_s.id == sa.bindparam("id"))
     .values(state=sa.bindparam("state"), last_instance_at=sa.bindparam("last_instance_at"), removed_at=sa.null())
+)
+# To name the others would write their indexes anew, changed or not.
+_TOUCH_STUDY = Statement(
+    sa.update(t.study).where(_s.id == sa.bindparam("id")).values(last_instance_at=sa.bindparam("last_instance_at"))
 )
 
 
@@ -142,27 +143,32 @@ class Ingest(Database):
 class _Study:
     id: int
     state: str
+    removed_at: str | None = None
+    touched: bool = False  # what else is written of it is only when its last instance came
     changed: bool = False
 
 
 class _Batch:
-    """The instances of one transaction: each study is looked up and written once."""
+    """The instances of one transaction: each study is looked up and written once, what is new is written together."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._at = now()
         self._studies: dict[str, _Study] = {}
         self._events = Chain(connection)
+        self._new: dict[str, dict[str, Any]] = {}  # by SOP Instance UID, not written yet
 
     def record(self, new: NewInstance) -> Stored:
         header, connection = new.header, self._connection
         study, uid = self._study(header.study_instance_uid), header.sop_instance_uid
+        if uid in self._new:
+            self._flush()
         # Within the study: a UID that another study uses too must not take the image from that one.
         earlier = [row for row in _EARLIER.all(connection, sop_instance_uid=uid) if row[1] == study.id]
         detail = {"association": new.association_id, "digest": new.digest}
         same = [(row, counts) for row, _, digest, counts in earlier if digest == new.digest]
         if any(counts for _, counts in same):
-            self._events.append(Event.INSTANCE_DUPLICATE, study.id, detail)
+            self._events.add(Event.INSTANCE_DUPLICATE, study.id, detail)
             return "duplicate"
         values = {
             "study_id": study.id,
@@ -181,21 +187,31 @@ class _Batch:
         if same:
             _RESTORE.run(connection, row=same[0][0], **values)
         else:
-            _INSERT_INSTANCE.run(connection, **values)
+            self._new[uid] = values
         outcome: Stored = "conflict" if len(earlier) > len(same) else "stored"
         name = Event.INSTANCE_CONFLICT if outcome == "conflict" else Event.INSTANCE_STORED
-        self._events.append(name, study.id, detail)
+        self._events.add(name, study.id, detail)
         following = step(STUDY, study.state, "arrive")
         if following == "reopened" and study.state == "complete":
-            self._events.append(Event.STUDY_REOPENED, study.id, {"by": "an instance after completion"})
-        study.state, study.changed = following, True
+            self._events.add(Event.STUDY_REOPENED, study.id, {"by": "an instance after completion"})
+        study.touched = True
+        study.changed |= following != study.state or study.removed_at is not None
+        study.state = following
         return outcome
 
     def finish(self) -> None:
-        """Write the studies that got something."""
+        """Write what was kept back, and the studies that got something."""
+        self._flush()
+        self._events.flush()
         for study in self._studies.values():
             if study.changed:
                 _UPDATE_STUDY.run(self._connection, id=study.id, state=study.state, last_instance_at=self._at)
+            elif study.touched:
+                _TOUCH_STUDY.run(self._connection, id=study.id, last_instance_at=self._at)
+
+    def _flush(self) -> None:
+        _INSERT_INSTANCES.run(self._connection, list(self._new.values()))
+        self._new = {}
 
     def _study(self, uid: str) -> _Study:
         found = self._studies.get(uid)

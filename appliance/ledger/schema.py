@@ -94,8 +94,8 @@ instance = Table(
     Column("received_at", String, nullable=False),
     Column("removed_at", String),  # when retention removed the file; the header is {} from then on
     UniqueConstraint("sop_instance_uid", "digest"),
+    # Every index is written for every instance while its sender waits.
     Index(None, "study_id", "is_current"),
-    Index(None, "association_id"),
     Index(None, "digest"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
 from dataclasses import replace
@@ -101,6 +102,34 @@ def test_every_commit_is_synced(ledger: Ledger) -> None:
     with ledger.read() as connection:
         assert connection.exec_driver_sql("pragma synchronous").scalar() == 2
         assert connection.exec_driver_sql("pragma journal_mode").scalar() == "wal"
+
+
+def test_a_batch_is_what_its_instances_would_have_been_one_by_one(tmp_path: Path) -> None:
+    """More than fit into one statement, of two studies, with repetitions within the batch and of what was there."""
+    first, second = head_series(40), head_series(40, study_instance_uid="1.2.4")
+    mixed = [one for pair in zip(first, second, strict=True) for one in pair]
+    new = [(one, f"digest-{one.study_instance_uid}-{one.sop_instance_uid}") for one in mixed]
+    again, other = new[5], (new[7][0], "other bytes")
+    arrived = [*new[:20], again, other, *new[20:], other, new[7], (new[9][0], "newer"), (new[9][0], "newest")]
+
+    def tell(ledger: Ledger, size: int) -> object:
+        association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+        rows = [NewInstance(one, digest, 10, association) for one, digest in arrived]
+        outcomes = [ledger.record_instances(rows[at : at + size]) for at in range(0, len(rows), size)]
+        assert verify_events(ledger) is None
+        kept = [
+            [(one.sop_instance_uid, one.digest) for one in ledger.instances(study)]
+            for uid in ("1.2.3", "1.2.4")
+            if (study := find_study(ledger, uid)) is not None
+        ]
+        with ledger.read() as connection:
+            told = connection.exec_driver_sql("select name, study_id, detail from event order by id").all()
+            rows_kept = connection.exec_driver_sql("select digest, is_current, header from instance order by id").all()
+        ledger.close()
+        return list(itertools.chain(*outcomes)), kept, told, rows_kept
+
+    at_once = tell(Ledger(tmp_path / "at_once.sqlite"), len(arrived))
+    assert at_once == tell(Ledger(tmp_path / "one_by_one.sqlite"), 1)
 
 
 def test_an_instance_comes_back_with_its_header(ledger: Ledger) -> None:
