@@ -62,6 +62,9 @@ logger = logging.getLogger(__name__)
 BUFFER = 1 << 20
 """Bytes of an instance that are gathered before they go on; a CT slice of 512 x 512 in one piece."""
 
+LOOK = 96 << 10
+"""So many bytes of them have come before the sink may look at them; a PDU of 128 KB is one look."""
+
 SLOW_AFTER_SECONDS = 30.0
 """A message that has taken this long must have come at no less than ``minimum_bytes_per_second``."""
 
@@ -108,7 +111,9 @@ class _Invalid(Exception):
 class _Message:
     """A DIMSE message that is coming in (PS3.8 Annex E)."""
 
-    __slots__ = ("answer", "began", "came", "command", "command_bytes", "context_id", "data", "fill", "sink", "size")
+    __slots__ = (
+        "answer", "began", "came", "command", "command_bytes", "context_id", "data", "fill", "seen", "sink", "size"
+    )  # fmt: skip
 
     def __init__(self, context_id: int) -> None:
         self.context_id = context_id
@@ -119,6 +124,7 @@ class _Message:
         self.answer: Answer | None = None  # known before the data came: a refusal
         self.came = 0  # bytes of its fragments
         self.fill = 0  # of the association's buffer
+        self.seen = 0  # of that, what the sink has looked at
         self.size = 0  # of the data set, as far as it was announced
         self.data = bytearray()  # of a request that is no C-STORE
 
@@ -503,6 +509,13 @@ class Association(threading.Thread):
             message.fill += part
             message.came += part
             size -= part
+        if message.fill - message.seen >= LOOK and message.sink is not None:
+            try:
+                message.sink.arrived(buffer[message.seen : message.fill])
+            except Exception as error:
+                self._discard()
+                message.answer = self._failure(error)
+            message.seen = message.fill
 
     def _pass_on(self, message: _Message) -> None:
         """Give what the buffer holds to the sink; a sink that fails refuses the instance, whose rest is dropped."""
@@ -512,7 +525,7 @@ class Association(threading.Thread):
             except Exception as error:
                 self._discard()
                 message.answer = self._failure(error)
-        message.fill = 0
+        message.fill = message.seen = 0
 
     def _failure(self, error: Exception) -> Answer:
         if isinstance(error, Refusal):

@@ -70,8 +70,12 @@ class Sink(Protocol):
 
     Its data set is exactly what was sent, and its File Meta Information depends on nothing else, so the same instance
     sent again makes the same bytes. Whatever a method raises refuses the instance, with the answer of a `Refusal` or
-    with 0xC000; a sink whose ``write`` raised is discarded.
+    with 0xC000; a sink whose ``arrived`` or ``write`` raised is discarded.
     """
+
+    def arrived(self, data: memoryview) -> None:
+        """Look at bytes that the next ``write`` brings again, those behind the ones of earlier calls: for what can be
+        done while the rest is on its way. The view is good during the call only. Some or all may not come this way."""
 
     def write(self, data: memoryview) -> None:
         """Take the next bytes; the view is good during the call only."""

@@ -167,31 +167,44 @@ class _Instance:
         self._incoming = incoming
         self._request = request
         self._association = association
+        self._looked = False  # for the header
         self._header: Header | None = None
         self._last_write = 0.0  # of the monotonic clock: when the last bytes came
         self._answered = False  # or about to be: with a failure
+
+    def arrived(self, data: memoryview) -> None:
+        """Read the header, and hash, while the sender still sends: nobody waits for it then."""
+        try:
+            if not self._looked:
+                self._look(data)
+        except Refusal:
+            self._answered = True
+            raise
+        self._incoming.hash_ahead(data)
 
     def write(self, data: memoryview) -> None:
         """Append to the file, unless the header, which mostly ends in the first piece, is a reason to refuse it."""
         self._last_write = time.monotonic()
         try:
-            self._write(data)
+            if self._header is None and not self._incoming.size:
+                self._look(data)
+            self._incoming.write(data)
+        except OSError as error:
+            self._answered = True
+            raise _cannot_store(error) from error
         except Exception:
             self._answered = True
             raise
 
-    def _write(self, data: memoryview) -> None:
-        if not self._incoming.size:
-            try:
-                self._check(read_header(data, complete=False))
-            except HeaderCutOff:
-                log.debug("a header goes on after %d bytes", len(data))
-            except HeaderError as error:
-                raise Refusal(CANNOT_UNDERSTAND, str(error), "unreadable") from error
+    def _look(self, data: memoryview) -> None:
+        """Read the header if it ends in these first bytes of the instance."""
+        self._looked = True
         try:
-            self._incoming.write(data)
-        except OSError as error:
-            raise _cannot_store(error) from error
+            self._check(read_header(data, complete=False))
+        except HeaderCutOff:
+            log.debug("a header goes on after %d bytes", len(data))
+        except HeaderError as error:
+            raise Refusal(CANNOT_UNDERSTAND, str(error), "unreadable") from error
 
     def commit(self) -> None:
         """Make it durable: file, folder and the ledger's row are synced to disk on return."""

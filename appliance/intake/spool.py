@@ -85,9 +85,15 @@ class Incoming:
         self.path = lane.take()
         self._file, self._direct = _open(self.path, lane)
         self._hash = hashlib.sha256()
+        self._hashed = 0  # bytes of the next `write`
         self.size = 0
         self.digest = ""
         self.published = False
+
+    def hash_ahead(self, data: memoryview) -> None:
+        """Hash the first bytes, or the next ones, of what `write` is given next."""
+        self._hash.update(data)
+        self._hashed += len(data)
 
     def write(self, data: memoryview) -> None:
         """Append bytes.
@@ -98,7 +104,8 @@ class Incoming:
         rest = self._write_blocks(data) if self._direct else data
         while rest:
             rest = rest[os.write(self._file, rest) :]
-        self._hash.update(data)
+        self._hash.update(data[self._hashed :])
+        self._hashed = 0
         self.size += len(data)
 
     def _write_blocks(self, data: memoryview) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import socket
@@ -100,6 +101,9 @@ def run_intake(settings: Settings) -> None:
             lost,
             swept,
         )
+        # What a start leaves behind stays: the collector need not look at it again while senders wait.
+        gc.collect()
+        gc.freeze()
         notify("READY=1", f"STATUS=listens on {' and '.join(map(str, server.ports))}")
         # Not without a limit: a signal that the kernel hands to another thread, as it may after a SIGCONT, does not
         # wake this one, which alone hears it.

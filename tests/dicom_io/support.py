@@ -153,8 +153,15 @@ class _Keeper:
     def __init__(self, recorder: Recorder, session: Session, request: StoreRequest) -> None:
         self._recorder, self._session, self._request = recorder, session, request
         self._content = bytearray()
+        self._ahead = bytearray()
+
+    def arrived(self, data: memoryview) -> None:
+        self._ahead += data
+        self._recorder.looked_at += len(data)
 
     def write(self, data: memoryview) -> None:
+        assert data[: len(self._ahead)] == self._ahead
+        self._ahead.clear()
         self._content += data
 
     def commit(self) -> None:
@@ -188,6 +195,7 @@ class Recorder:
         self.performed_calls: list[Request] = []
         self.performed_refusals: list[Answer] = []
         self.discarded = 0
+        self.looked_at = 0  # bytes that a sink could look at before they were written
         self._changed = threading.Condition()
 
     def opened(self, session: Session) -> None:

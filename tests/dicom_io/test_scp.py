@@ -22,6 +22,7 @@ from pynetdicom.sop_class import CTImageStorage, Verification
 from pynetdicom.sop_class import MRImageStorage as MR
 
 from dicom_io.errors import ScansideError
+from dicom_io.handlers import Answer, Refusal, Session, Sink, StoreRequest
 from dicom_io.header import read_header
 from dicom_io.scp import Listener, ServerOptions, start_server
 from dicom_io.sop_classes import PLAIN_SYNTAXES, STORAGE_CLASSES, TRANSFER_SYNTAXES
@@ -247,6 +248,45 @@ def test_success_is_answered_only_after_the_handler_returns(slices: list[Path]) 
         release.set()
         sender.join(10)
         assert answers == [0x0000]
+
+
+def test_a_sink_sees_what_comes_before_all_of_it_came(tmp_path: Path) -> None:
+    dataset = ct(head(12, False), 12)
+    dataset.private_block(0x0029, "TEST", create=True).add_new(1, "OB", bytes(range(256)) * 12_000)
+    large = save(dataset, tmp_path / "large.dcm")
+    recorder = Recorder()
+    with serving(recorder) as server, _Peer(server.port) as peer:
+        assert store(peer, large) == 0x0000
+    assert data_set(recorder.received[0].part10) == data_set(large.read_bytes())
+    assert recorder.looked_at > 2_000_000
+
+
+def test_a_sink_that_refuses_what_it_looks_at_is_heard(slices: list[Path], tmp_path: Path) -> None:
+    class Keen:
+        def arrived(self, data: memoryview) -> None:
+            raise Refusal(0xA900, "not this one")
+
+        def write(self, data: memoryview) -> None:
+            raise AssertionError("it was given away")
+
+        def commit(self) -> None:
+            raise AssertionError("it was given away")
+
+        def discard(self) -> None:
+            recorder.discarded += 1
+
+    class Picky(Recorder):
+        def receive(self, session: Session, request: StoreRequest) -> Sink | Answer:
+            return Keen() if request.sop_instance_uid == dataset.SOPInstanceUID else super().receive(session, request)
+
+    dataset = ct(head(12, False), 12)
+    dataset.private_block(0x0029, "TEST", create=True).add_new(1, "OB", bytes(3_000_000))
+    large = save(dataset, tmp_path / "large.dcm")
+    recorder = Picky()
+    with serving(recorder) as server, _Peer(server.port) as peer:
+        assert [store(peer, path) for path in (large, slices[0])] == [0xA900, 0x0000]
+    assert [status for status, _ in recorder.refused_calls] == [0xA900]
+    assert recorder.discarded == 1
 
 
 def test_a_handler_that_fails_fails_the_instance_only(slices: list[Path], caplog: pytest.LogCaptureFixture) -> None:

@@ -73,9 +73,19 @@ class Bench:
         self.rings += 1
 
     def store(
-        self, content: bytes, sop_class: str = "", sop_instance: str = "", piece: int = 1 << 20, session: int = 1
+        self,
+        content: bytes,
+        sop_class: str = "",
+        sop_instance: str = "",
+        piece: int = 1 << 20,
+        session: int = 1,
+        look: int = 0,
     ) -> int:
-        """Hand an instance over as the protocol layer does; the status that its sender would get."""
+        """Hand an instance over as the protocol layer does; the status that its sender would get.
+
+        Args:
+            look: bytes that can be looked at together before the piece is whole; 0 is none.
+        """
         if not sop_class:
             header = read_header(content)
             sop_class, sop_instance = header.sop_class_uid, header.sop_instance_uid
@@ -87,7 +97,10 @@ class Bench:
         written = False
         try:
             for start in range(0, len(content), piece):
-                sink.write(memoryview(content)[start : start + piece])
+                data = memoryview(content)[start : start + piece]
+                for at in range(0, len(data) // look * look if look else 0, look or 1):
+                    sink.arrived(data[at : at + look])
+                sink.write(data)
             written = True
             sink.commit()
         except Refusal as refusal:
@@ -125,9 +138,12 @@ def slice_(ge_head: Path) -> bytes:
     return (ge_head / "01.dcm").read_bytes()
 
 
+@pytest.mark.parametrize("look", [0, 100, 3000], ids=["unseen", "its header seen in pieces", "seen in pieces"])
 @pytest.mark.parametrize("piece", [1 << 20, 4096, 1000], ids=["whole", "in pieces", "its header in pieces"])
-def test_a_stored_instance_lies_in_the_spool_under_its_digest(bench: Bench, slice_: bytes, piece: int) -> None:
-    assert bench.store(slice_, piece=piece) == SUCCESS
+def test_a_stored_instance_lies_in_the_spool_under_its_digest(
+    bench: Bench, slice_: bytes, piece: int, look: int
+) -> None:
+    assert bench.store(slice_, piece=piece, look=look) == SUCCESS
     digest = hashlib.sha256(slice_).hexdigest()
     assert bench.files() == [path_of(bench.spool_directory, digest)]
     assert bench.files()[0].read_bytes() == slice_
@@ -151,18 +167,21 @@ def test_other_bytes_under_one_uid_are_both_kept(bench: Bench, slice_: bytes) ->
     assert len(bench.ledger.instances(study)) == 1
 
 
+@pytest.mark.parametrize("look", [0, 200])
 @pytest.mark.parametrize("piece", [1 << 20, 100])
-def test_what_cannot_be_read_is_refused_and_written_down(bench: Bench, piece: int) -> None:
-    assert bench.store(b"\0" * 500, "1.2.840.10008.5.1.4.1.1.2", "1.2.3", piece) == CANNOT_UNDERSTAND
+def test_what_cannot_be_read_is_refused_and_written_down(bench: Bench, piece: int, look: int) -> None:
+    status = bench.store(b"\0" * 500, "1.2.840.10008.5.1.4.1.1.2", "1.2.3", piece, look=look)
+    assert status == CANNOT_UNDERSTAND
     assert bench.files() == []
     assert bench.events()["instance.refused"] == 1
     assert bench.rings == 0
 
 
+@pytest.mark.parametrize("look", [0, 3000])
 @pytest.mark.parametrize("piece", [1 << 20, 1000])
-def test_a_command_that_lies_about_the_data_set_is_refused(bench: Bench, slice_: bytes, piece: int) -> None:
+def test_a_command_that_lies_about_the_data_set_is_refused(bench: Bench, slice_: bytes, piece: int, look: int) -> None:
     sop_class = read_header(slice_).sop_class_uid
-    assert bench.store(slice_, sop_class, "1.2.3.4", piece) == DOES_NOT_MATCH_SOP_CLASS
+    assert bench.store(slice_, sop_class, "1.2.3.4", piece, look=look) == DOES_NOT_MATCH_SOP_CLASS
     assert bench.store(slice_, "1.2.840.10008.5.1.4.1.1.7", "1.2.3.4", piece) == DOES_NOT_MATCH_SOP_CLASS
     assert bench.files() == []
 
