@@ -236,7 +236,7 @@ def test_a_configuration_that_changes_waits_for_studies_and_one_that_does_not_re
     assert (rooms.boxes["a"] / "etc/scanside/scanside.toml").read_text() == "a = 1\n"
     rooms.says("a", OLD, "status", GOOD | {"version": OLD})
     configured(rooms)
-    assert "restart scanside-intake.service" in rooms.noted("a", "systemctl")
+    assert "restart scanside-engine.service" in rooms.noted("a", "systemctl")
     (rooms.boxes["a"] / "var/lib/systemctl").unlink()
     rooms.says("a", OLD, "status", GOOD | {"version": OLD, "in_flight": {"total": 1}})
     configured(rooms)
