@@ -18,16 +18,17 @@ def main(folder: Path, host: str, port: int) -> None:
     peer = Peer("SCANSIDE", host, port)
     files = sorted(folder.rglob("*.dcm"))
     sent = 0
+    deadline = time.monotonic() + 200
 
     def pause(_: SendResult) -> None:
-        nonlocal sent
+        nonlocal sent, deadline
         sent += 1
         if sent == len(files) // 2:
             print("half", flush=True)
             sys.stdin.readline()
+            deadline = time.monotonic() + 200
 
     missing = files
-    deadline = time.monotonic() + 200
     while missing and time.monotonic() < deadline:
         try:
             missing = [one.path for one in send(missing, peer, "CT1", on_sent=pause, timeout=10.0) if one.error]

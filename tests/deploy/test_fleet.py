@@ -18,7 +18,7 @@ import pytest
 from appliance.release.bundle import trusted_comment
 from appliance.release.minisign import new_key, read_secret_key, sign
 from tests.deploy.fleet import Site
-from tests.deploy.lab import Lab, lab
+from tests.deploy.lab import SCANSIDE, Lab, lab
 from tests.deploy.machine import ROOT
 from tests.release_support import small_bundle, small_source
 
@@ -52,6 +52,31 @@ class Fleet:
         self.lab.send(box, files)
         self.one_alert(uid)
 
+    def state(self, box: str) -> dict[str, Any]:
+        """What a look must leave as it is: configuration, releases, what lies ready, and the services' processes."""
+        root = self.lab.boxes[box].root
+        looked_at = (
+            "etc/**/*",
+            "usr/lib/*.d/*",
+            "opt/scanside/*",
+            "opt/scanside/releases/*",
+            "var/cache/scanside/**/*",
+        )
+        paths = [one for pattern in looked_at for one in root.glob(pattern)]
+        found: dict[str, Any] = {
+            str(one.relative_to(root)): (one.lstat().st_mtime_ns, one.lstat().st_mode) for one in paths
+        }
+        services = [f"scanside-{name}.service" for name in ("intake", "engine", "delivery", "triton")]
+        found["processes"] = self.lab.boxes[box].run("systemctl", "show", "--property=MainPID", *services)
+        return found
+
+    def ended(self, box: str, *arguments: str) -> tuple[int, str]:
+        """How a command of scanside ended on a box, and what it said."""
+        who = ("runuser", "-u", "scanside-check", "-g", "scanside", "--")
+        command = self.lab.boxes[box].inside(*who, SCANSIDE, *arguments)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
     def installer(self, box: str, *arguments: str) -> tuple[int, dict[str, Any]]:
         """The box's own installer: how it ended, and what it said."""
         current = "/opt/scanside/current"
@@ -73,6 +98,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             yield one
         finally:
             one.site.end()
+
+
+@pytest.fixture(scope="module")
+def first(fleet: Fleet) -> Path:
+    """The bundle of the first release."""
+    return fleet.site.release(FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +135,15 @@ def recap(said: str) -> dict[str, dict[str, int]]:
     return {host: {key: int(n) for key, n in re.findall(r"(\w+)=(\d+)", line)} for host, line in found}
 
 
-def test_a_bare_machine_becomes_a_box_that_alerts(fleet: Fleet) -> None:
-    fleet.site.play("install", scanside_bundle=str(fleet.site.release(FIRST)))
+def test_a_look_at_a_bare_machine_leaves_it_bare(fleet: Fleet, first: Path) -> None:
+    before = {box: fleet.state(box) for box in fleet.lab.boxes}
+    said = recap(fleet.site.play("install", "--check", "--diff", scanside_bundle=str(first)))
+    assert all(said[box]["changed"] > 0 for box in fleet.lab.boxes)
+    assert {box: fleet.state(box) for box in fleet.lab.boxes} == before
+
+
+def test_a_bare_machine_becomes_a_box_that_alerts(fleet: Fleet, first: Path) -> None:
+    fleet.site.play("install", scanside_bundle=str(first))
     assert fleet.versions() == {CANARY: FIRST, OTHER: FIRST}
     for box in fleet.lab.boxes:
         assert "triton" in fleet.lab.scanside(box, "check")
@@ -114,14 +152,13 @@ def test_a_bare_machine_becomes_a_box_that_alerts(fleet: Fleet) -> None:
         fleet.lab.wait(lambda uid=uid: len(fleet.lab.archived(uid)) > 1, 60, "the findings in the PACS")  # type: ignore[misc]
 
 
-def test_a_second_run_changes_nothing_and_a_drift_is_seen(fleet: Fleet) -> None:
-    bundle = str(fleet.site.folder / f"bundles/scanside-{FIRST}.tar")
-    said = recap(fleet.site.play("install", scanside_bundle=bundle, scanside_selftest=False))
+def test_a_second_run_changes_nothing_and_a_drift_is_seen(fleet: Fleet, first: Path) -> None:
+    said = recap(fleet.site.play("install", scanside_bundle=str(first), scanside_selftest=False))
     assert {box: said[box]["changed"] for box in fleet.lab.boxes} == {CANARY: 0, OTHER: 0}
     settings = fleet.lab.boxes[OTHER].root / "etc/scanside/scanside.toml"
     whole = settings.read_text(encoding="utf-8")
     settings.write_text(whole + "# by hand\n", encoding="utf-8")
-    said = recap(fleet.site.play("install", "--check", "--diff", scanside_bundle=bundle))
+    said = recap(fleet.site.play("install", "--check", "--diff", scanside_bundle=str(first)))
     assert said[CANARY]["changed"] == 0
     assert said[OTHER]["changed"] > 0
     assert settings.read_text(encoding="utf-8").endswith("# by hand\n"), "nothing may be changed by a look"
@@ -221,6 +258,23 @@ def test_a_bundle_that_may_not_be_installed_is_refused_by_the_box(
     signature.unlink(missing_ok=True)
 
 
+def test_what_an_update_would_change_is_said_and_nothing_is_changed(fleet: Fleet, second: Path, tmp_path: Path) -> None:
+    before = {box: fleet.state(box) for box in fleet.lab.boxes}
+    said = fleet.site.play("update", "--check", scanside_bundle=str(second))
+    for box in fleet.lab.boxes:
+        assert f"{box} would go from {FIRST} to {SECOND}, which would be brought there" in said
+        assert recap(said)[box]["changed"] == 1
+    small_source(tmp_path)
+    old = small_bundle(tmp_path, tmp_path / "out", read_secret_key(fleet.site.key), OLD).bundle
+    said = fleet.site.play("update", "--check", ok=False, scanside_bundle=str(old))
+    assert f"{CANARY} would refuse {OLD}" in said
+    assert OTHER not in recap(said)
+    said = fleet.site.play("inventory", "--check")
+    for box in fleet.lab.boxes:
+        assert f"{box}: release {FIRST}" in said
+    assert {box: fleet.state(box) for box in fleet.lab.boxes} == before
+
+
 def test_an_update_waits_for_a_study_stops_without_it_and_is_taken_up_again(fleet: Fleet, second: Path) -> None:
     # It is there already, so that the rollout comes to the waiting while the scanner still holds the study.
     folder = fleet.lab.boxes[CANARY].root / "var/cache/scanside"
@@ -267,6 +321,10 @@ def test_a_canary_that_does_not_answer_stops_the_rollout(fleet: Fleet, bad: Path
 
 
 def test_all_boxes_go_back_in_one_command(fleet: Fleet) -> None:
+    said = fleet.site.play("rollback", "--check")
+    for box in fleet.lab.boxes:
+        assert f"{box} would go from {SECOND} back to {FIRST}" in said
+    assert fleet.versions() == {CANARY: SECOND, OTHER: SECOND}
     fleet.site.play("rollback")
     assert fleet.versions() == {CANARY: FIRST, OTHER: FIRST}
     for box in fleet.lab.boxes:
@@ -289,6 +347,10 @@ def test_a_recall_stops_the_model_on_every_box_in_one_command(fleet: Fleet) -> N
     words = {"scanside_package": MODEL, "scanside_recall": version, "scanside_who": "Dr A", "scanside_why": "notice 7"}
     said = fleet.site.play("recall", ok=False, **{**words, "scanside_package": "ich_referense"})
     assert "no box that answered has a package ich_referense" in said
+    said = fleet.site.play("recall", "--check", **words)
+    for box in fleet.lab.boxes:
+        assert f"{box}: would be suspended" in said
+        assert fleet.lab.status(box)["models"][0]["runs"]
     said = fleet.site.play("recall", **words)
     assert f"{MODEL} {version} runs on no box" in said
     for box in fleet.lab.boxes:
@@ -300,6 +362,10 @@ def test_a_recall_stops_the_model_on_every_box_in_one_command(fleet: Fleet) -> N
         )  # fmt: skip
         assert "notice 7" in fleet.lab.scanside(box, "study", uid)
         assert not fleet.lab.alerts(uid)
+    for command in ("check", "selftest"):
+        code, told = fleet.ended(CANARY, command, "--json")
+        assert code == 1, told
+        assert "notice 7" in told
     fleet.lab.pull(OTHER)
     try:
         said = fleet.site.play("recall", ok=False, **words)
