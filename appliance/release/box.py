@@ -304,19 +304,23 @@ class Box:
         part = folder / f".{path.name}.part"
         part.unlink(missing_ok=True)
         try:
-            with (
-                closing(sqlite3.connect(f"file:{self.ledger}?mode=ro", uri=True, timeout=30)) as source,
-                closing(sqlite3.connect(part)) as target,
-            ):
-                source.backup(target, pages=1000)
-                (said,) = target.execute("PRAGMA quick_check").fetchone()
-        except sqlite3.Error as error:
-            raise ReleaseError(f"no backup can be made: {error}", str(self.ledger), "mend that first") from error
-        if said != "ok":
-            raise ReleaseError(f"the ledger is damaged: {said}", str(self.ledger), "restore a backup first")
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+            try:
+                with (
+                    closing(sqlite3.connect(f"file:{self.ledger}?mode=ro", uri=True, timeout=30)) as source,
+                    closing(sqlite3.connect(part)) as target,
+                ):
+                    source.backup(target, pages=1000)
+                    (said,) = target.execute("PRAGMA quick_check").fetchone()
+            except sqlite3.Error as error:
+                raise ReleaseError(f"no backup can be made: {error}", str(self.ledger), "mend that first") from error
+            if said != "ok":
+                raise ReleaseError(f"the ledger is damaged: {said}", str(self.ledger), "restore a backup first")
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (ReleaseError, OSError):
+            part.unlink(missing_ok=True)  # on a full disk it would keep the services from writing
+            raise
         sync_folder(folder)
         for old in sorted(folder.glob("ledger-*.sqlite"), key=lambda one: one.stat().st_mtime)[:-keep]:
             old.unlink()

@@ -164,7 +164,8 @@ def activate(box: Box, version: str, keep: int, say: Say) -> dict[str, Any]:
     """Let an installed release run: backup, flip, units, the ledger forward, start.
 
     Raises:
-        ReleaseError: it cannot run; if its schema could not be made, the release before runs again.
+        ReleaseError: it cannot run; whatever failed before its services were started, the release before runs again.
+        OSError: the same, of a file.
     """
     box.about(version)
     current, notes = box.current(), box.notes()
@@ -182,28 +183,24 @@ def activate(box: Box, version: str, keep: int, say: Say) -> dict[str, Any]:
     box.note(unfinished=Unfinished("activate", origin, version))
     say("stopping the services; the ports stay open")
     box.stop()
-    reached(box, "stopped")
     backup = None
-    if origin != version and current != version:
-        say("copying the ledger")
-        backup = box.back_up(origin, version, keep)
-    reached(box, "backed up")
-    box.flip(version)
-    reached(box, "flipped")
-    box.place_units(version)
-    reached(box, "units placed")
-    box.stop()  # a scanner that came meanwhile may have started intake of the release before
     try:
+        reached(box, "stopped")
+        if origin != version and current != version:
+            say("copying the ledger")
+            backup = box.back_up(origin, version, keep)
+        reached(box, "backed up")
+        box.flip(version)
+        reached(box, "flipped")
+        box.place_units(version)
+        reached(box, "units placed")
+        box.stop()  # a scanner that came meanwhile may have started intake of the release before
         if box.live or box.has_ledger():
             say("bringing the ledger to this release's schema")
             box.scanside(version, "ledger", "upgrade", "--json")
-    except ReleaseError:
+    except (ReleaseError, OSError) as error:
         if origin is not None and origin != version:
-            say(f"that failed; {origin} runs again")
-            box.flip(origin)
-            box.place_units(origin)
-            box.note(unfinished=None)
-            box.start()
+            _run_again(box, origin, version, error, say)
         raise
     reached(box, "migrated")
     newest = max([version, *([notes.floor] if notes.floor else [])], key=version_key)
@@ -228,7 +225,9 @@ def rollback(box: Box, version: str | None, keep: int, say: Say) -> dict[str, An
         version: None: the release that ran before.
 
     Raises:
-        ReleaseError: there is nothing to go back to, or the ledger cannot be taken back; what ran then runs again.
+        ReleaseError: there is nothing to go back to, or the ledger cannot be copied or taken back; what ran then runs
+            again.
+        OSError: the same, of a file.
     """
     current, notes = box.current(), box.notes()
     begun = notes.unfinished
@@ -247,24 +246,28 @@ def rollback(box: Box, version: str | None, keep: int, say: Say) -> dict[str, An
     box.note(unfinished=Unfinished("rollback", newer, to))
     say("stopping the services; the ports stay open")
     box.stop()
-    reached(box, "stopped")
-    say("copying the ledger")
-    backup = box.back_up(newer, to, keep)
-    reached(box, "backed up")
     try:
+        reached(box, "stopped")
+        say("copying the ledger")
+        backup = box.back_up(newer, to, keep)
+        reached(box, "backed up")
         _take_back(box, newer, target)
-    except ReleaseError:
-        box.note(unfinished=None)
-        box.start()
+    except (ReleaseError, OSError) as error:
+        _start_anyway(box, newer, error, say)
         raise
-    reached(box, "taken back")
-    box.flip(to)
-    reached(box, "flipped")
-    box.place_units(to)
-    box.stop()
-    # A scanner that came between the two may have started intake of the newer release, which takes the ledger forward.
-    _take_back(box, newer, target)
-    reached(box, "units placed")
+    try:
+        reached(box, "taken back")
+        box.flip(to)
+        reached(box, "flipped")
+        box.place_units(to)
+        box.stop()
+        # A scanner that came between may have started intake of the newer release, which takes the ledger forward.
+        _take_back(box, newer, target)
+        reached(box, "units placed")
+    except (ReleaseError, OSError) as error:
+        # Either release brings the ledger to its own schema; the same command again ends what was begun.
+        _start_anyway(box, "what there is", error, say, ended=False)
+        raise
     older = [one["version"] for one in box.installed() if version_key(one["version"]) < version_key(to)]
     box.note(previous=older[0] if older else None)
     say("starting the services")
@@ -277,6 +280,34 @@ def rollback(box: Box, version: str | None, keep: int, say: Say) -> dict[str, An
         "backup": str(backup) if backup else None,
         "services": services,
     }
+
+
+def _run_again(box: Box, origin: str, version: str, error: Exception, say: Say) -> None:
+    """After an activation that failed: the release before, its units, and the schema it knows."""
+    try:
+        _take_back(box, version, box.about(origin))  # an earlier run of this command may have brought it forward
+    except ReleaseError as worse:
+        say(f"the ledger could not be taken back: {worse.what}")
+    try:
+        box.flip(origin)
+        box.place_units(origin)
+    except (ReleaseError, OSError) as worse:  # as on a full disk; most of it is as it was
+        say(f"{origin} was not put back whole: {worse}")
+    _start_anyway(box, origin, error, say)
+
+
+def _start_anyway(box: Box, what: str, error: Exception, say: Say, *, ended: bool = True) -> None:
+    """A box that was stopped for something that failed must not stay so: nobody would read the next study."""
+    say(f"that failed ({error}); {what} runs again")
+    try:
+        if ended:
+            box.note(unfinished=None)
+    except OSError as worse:
+        say(f"the notebook cannot be written: {worse}")
+    try:
+        box.start()
+    except ReleaseError as worse:
+        say(f"it does not come up: {worse.what} ({worse.where}): {worse.remedy}")
 
 
 def _take_back(box: Box, newer: str, target: dict[str, Any]) -> None:

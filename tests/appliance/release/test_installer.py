@@ -21,7 +21,9 @@ import pytest
 
 from appliance.ledger import migration
 from appliance.ledger.store import Ledger, NewInstance
+from appliance.release import installer
 from appliance.release.box import clean_environment
+from appliance.release.errors import ReleaseError
 from appliance.release.minisign import SUFFIX, SecretKey
 from tests.builders import head_series
 from tests.peers import program
@@ -258,6 +260,55 @@ def test_a_ledger_that_is_damaged_is_not_updated(running: Box) -> None:
     said = box.refuses("activate", NEW)
     assert said["where"] == str(box.ledger)
     assert box.does("status")["current"] == OLD
+
+
+@pytest.mark.parametrize("command", ["activate", "rollback"])
+@pytest.mark.parametrize("fails", ["ledger copy", "disk"])
+def test_a_box_that_was_stopped_in_vain_runs_again(
+    running: Box, monkeypatch: pytest.MonkeyPatch, command: str, fails: str
+) -> None:
+    """Nothing is started in a folder, so that the calls are looked at; the rest is real."""
+    runs = OLD
+    if command == "rollback":
+        running.does("activate", NEW)
+        runs = NEW
+    schema = migration.revision(running.ledger)
+    did: list[str] = []
+    monkeypatch.setattr(installer.Box, "stop", lambda _: did.append("stop"))
+    monkeypatch.setattr(installer.Box, "start", lambda _: did.append("start") or {})
+    if fails == "disk":  # once: what puts things back finds room again
+        place = installer.Box.place_units
+
+        def full(box: installer.Box, version: str) -> None:
+            monkeypatch.setattr(installer.Box, "place_units", place)
+            raise OSError(28, "No space left on device", "/etc/systemd/system")
+
+        monkeypatch.setattr(installer.Box, "place_units", full)
+    else:
+        monkeypatch.setattr("sqlite3.connect", broken_connection)
+    box = installer.Box(running.root)
+    with pytest.raises((ReleaseError, OSError)):
+        if command == "activate":
+            installer.activate(box, NEW, 3, lambda _: None)
+        else:
+            installer.rollback(box, None, 3, lambda _: None)
+    monkeypatch.undo()
+    assert did[0] == "stop"
+    assert did[-1] == "start"
+    assert not list((running.ledger.parent / "backups").glob(".*"))
+    if fails == "disk" and command == "rollback":  # the way back is begun: the same command ends it
+        assert running.does("rollback")["version"] == OLD
+        assert running.boots() == OLD
+        return
+    status = running.does("status")
+    assert (status["current"], status["unfinished"]) == (runs, None)
+    assert migration.revision(running.ledger) == schema
+    assert running.boots() == runs
+    assert "BEFORE" in running.received()
+
+
+def broken_connection(*_: object, **__: object) -> sqlite3.Connection:
+    raise sqlite3.OperationalError("disk I/O error")
 
 
 def test_refusals_name_the_file_and_what_to_do(running: Box, tmp_path: Path) -> None:
