@@ -41,7 +41,7 @@ class Worker(threading.Thread):
         budget_seconds: the latency budget that an acknowledged alert is held against.
         steps: names of the destinations that are steps of the escalation.
         order_seconds: see `Ledger.take_delivery`.
-        turn: called at every turn of the loop, so between two tries.
+        turn: called after every turn of the loop that did not stumble, so between two tries.
         instead: object → what is delivered in its place where the destination declines it: the first of them that the
             verdict has.
         ask: called when no delivery is due: asks for storage commitment of what is; whether anything was.
@@ -92,20 +92,26 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """The thread's loop."""
         while not self._stopping.is_set():
-            self._turn()
             self._wake.clear()
             try:
-                row = self._ledger.take_delivery(self._destination, self._longest, self._order)
-                if row is not None:
-                    self._try(row)
-                    continue
-                if self._ask():
+                worked = self._work()
+                self._turn()
+                if worked:
                     continue
             except Exception:
-                # A ledger that cannot be written now may be later; a worker that ends never delivers again.
+                # A ledger that cannot be written now may be later; a worker that ends never delivers again. It does not
+                # pass for well meanwhile.
                 log.exception("delivery to %s stumbled; it goes on", self._destination)
             self._wake.wait(self._pause)
             self._pause = POLL_SECONDS
+
+    def _work(self) -> bool:
+        """One try, or one question; whether there was anything to do."""
+        row = self._ledger.take_delivery(self._destination, self._longest, self._order)
+        if row is None:
+            return self._ask()
+        self._try(row)
+        return True
 
     def _try(self, row: Row) -> None:
         attempt = row["attempts"] + 1

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -366,10 +366,13 @@ class Issuer:
             told.fault and f"the message is invalid and never sent: {told.fault}",
         )
 
-    def render(self) -> None:
+    def render(self, turn: Callable[[], None] = lambda: None) -> None:
         """Make the file of every finding that has none yet, the most urgent first, also of those that come meanwhile.
 
         One that cannot be made is tried again at the next call.
+
+        Args:
+            turn: called after each.
         """
         attempts = self._settings.models.attempts
         failed: list[int] = []
@@ -384,6 +387,7 @@ class Issuer:
                 log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
                 failed.append(row["id"])
                 self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
+            turn()
         self._ledger.abandon_findings(attempts)
 
     def _render_one(self, row: Row) -> None:

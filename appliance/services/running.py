@@ -36,6 +36,9 @@ STEP_SECONDS = 60.0
 ALERT_FIRST_SECONDS = 0.2
 """So long nothing is drawn after a verdict: its alert is on its way just then, and needs the same cores."""
 
+RENDER_SECONDS = 300.0
+"""Longest that one finding may take to be made; some take seconds."""
+
 HANG_SECONDS = 180.0
 """A decoder that is at one slab for so long does not come back: that takes seconds, of a whole enhanced object tens."""
 
@@ -104,32 +107,46 @@ def run_engine(settings: Settings) -> None:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
         threading.Thread(target=engine.guard.run, args=(stopping,), name="guard", daemon=True).start()
         threading.Thread(target=engine.breaker.run, args=(stopping,), name="breaker", daemon=True).start()
-        threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
-        turn = Watchdog().loop("engine", STEP_SECONDS)
+        watchdog = Watchdog()
+        turn = watchdog.loop("the renderer", RENDER_SECONDS)
+        threading.Thread(target=_render, args=(issuer, stopping, turn), name="renderer", daemon=True).start()
         notify("READY=1", f"STATUS=runs {', '.join(one.name for one in packages)}")
+        turn = watchdog.loop("engine", STEP_SECONDS)
         while not stopping.is_set():
-            turn()
             if pipeline.longest_seconds() > HANG_SECONDS:
                 # Its thread cannot be ended otherwise. What is being analysed loses a try, so that it is set aside in
                 # the end; what was arriving is not worked ahead again.
                 log.critical("a decoder has not come back for %g s; the engine ends and is started again", HANG_SECONDS)
                 os._exit(os.EX_SOFTWARE)
             began = time.monotonic()
-            try:
-                wait = engine.step()
-            except Exception:
-                log.exception("the engine stumbled; it goes on")
-                wait = POLL_SECONDS
+            wait = step_once(engine.step, turn)
             if wait > 0:
                 # A step for each image would take as much of a core as the decoders do, and their interpreter's lock.
                 bell.wait(min(wait, POLL_SECONDS), began + LOOK_SECONDS - time.monotonic())
 
 
-def _render(issuer: Issuer, stopping: threading.Event) -> None:
+def step_once(step: Callable[[], float], turn: Callable[[], None]) -> float:
+    """One step; seconds until the next. One that stumbled is no sign of life: an engine that only stumbles is not well.
+
+    Args:
+        step: what there is to do; says how long it need not be called again.
+        turn: signs.
+    """
+    try:
+        wait = step()
+    except Exception:
+        log.exception("the engine stumbled; it goes on")
+        return POLL_SECONDS
+    turn()
+    return wait
+
+
+def _render(issuer: Issuer, stopping: threading.Event, turn: Callable[[], None]) -> None:
     """Make the files of findings beside the analyses: no alert waits for a picture of another study."""
     while not stopping.is_set():
         try:
-            issuer.render()
+            issuer.render(turn)
+            turn()
         except Exception:
             log.exception("rendering stumbled; it goes on")
         if issuer.issued.wait(POLL_SECONDS):

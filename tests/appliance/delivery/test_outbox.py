@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,14 @@ def ledger(tmp_path: Path) -> Ledger:
     return one
 
 
-def worker(ledger: Ledger, destination: str, deliver: Callable[[Row], Result], *, attempts: int = 5) -> Worker:
+def worker(
+    ledger: Ledger,
+    destination: str,
+    deliver: Callable[[Row], Result],
+    *,
+    attempts: int = 5,
+    turn: Callable[[], None] = lambda: None,
+) -> Worker:
     return Worker(
         ledger,
         destination,
@@ -47,6 +55,7 @@ def worker(ledger: Ledger, destination: str, deliver: Callable[[Row], Result], *
         first_retry_seconds=0.01,
         longest_retry_seconds=0.02,
         budget_seconds=60.0,
+        turn=turn,
     )
 
 
@@ -120,6 +129,38 @@ def test_a_ledger_that_stumbles_does_not_end_the_worker(ledger: Ledger, monkeypa
     row = run_until(ledger, worker(ledger, "er", lambda _: ("acknowledge", "AA")), "alert.er", "acknowledged")
     assert row["attempts"] == 1
     assert next(stumbles, None) is None
+
+
+def test_a_worker_that_only_stumbles_gives_no_sign_of_life(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, tries = 0, threading.Event()
+
+    def sign() -> None:
+        nonlocal turns
+        turns += 1
+
+    def broken(*_: object) -> None:
+        tries.set()
+        raise OperationalError("BEGIN IMMEDIATE", {}, Exception("disk I/O error"))
+
+    one = worker(ledger, "er", lambda _: ("acknowledge", ""), turn=sign)
+    take = ledger.take_delivery
+    monkeypatch.setattr(ledger, "take_delivery", broken)
+    one.start()
+    try:
+        for _ in range(3):
+            tries.clear()
+            one.wake()
+            assert tries.wait(10)
+        assert turns == 0
+        monkeypatch.setattr(ledger, "take_delivery", take)
+        deadline = time.monotonic() + 10
+        while not turns and time.monotonic() < deadline:
+            one.wake()
+            time.sleep(0.01)
+        assert turns > 0
+    finally:
+        one.stop()
+        one.join()
 
 
 def test_a_hanging_destination_delays_nobody_else(ledger: Ledger) -> None:
