@@ -3,6 +3,7 @@
 As root on the box: python3 backup.py TARGET. Services may run. Images are not in it: the archive has them.
 """
 
+import os
 import sqlite3
 import sys
 import tarfile
@@ -12,7 +13,27 @@ from pathlib import Path
 STATE, CONFIG = Path("/var/lib/scanside"), Path("/etc/scanside")
 
 
+def add_findings(tar: tarfile.TarFile) -> None:
+    """One by one: retention may remove some meanwhile, which are then no loss. Each is written whole under its name."""
+    for folder, _, names in os.walk(STATE / "findings"):
+        for path in (Path(folder), *(Path(folder, name) for name in sorted(names))):
+            try:
+                tar.add(path, f"state/{path.relative_to(STATE)}", recursive=False)
+            except FileNotFoundError:
+                continue
+
+
 def main(target: Path) -> None:
+    os.umask(0o077)  # keys, passwords and patients are in it
+    part = target.with_suffix(".part")
+    try:
+        write(part)
+        part.rename(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
         # The head first: one that is newer than the ledger would say that events are gone.
@@ -27,16 +48,14 @@ def main(target: Path) -> None:
             sys.exit(f"{STATE / 'ledger.sqlite'}: the ledger is damaged: see `scanside audit verify`")
         copy.close()
         source.close()
-        part = target.with_suffix(".part")
-        with tarfile.open(part, "w:gz", compresslevel=1) as tar:
+        with tarfile.open(target, "w:gz", compresslevel=1) as tar:
             for one in folder.iterdir():
                 tar.add(one, f"state/{one.name}")
-            for sub in ("evidence", "findings"):
-                if (STATE / sub).is_dir():
-                    tar.add(STATE / sub, f"state/{sub}")
+            if (STATE / "evidence").is_dir():
+                tar.add(STATE / "evidence", "state/evidence")
+            add_findings(tar)
             tar.add(CONFIG, "config")
-        part.chmod(0o600)
-        part.rename(target)
 
 
-main(Path(sys.argv[1]))
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
