@@ -27,6 +27,10 @@ def retry(
             formats=["%Y-%m-%dT%H:%M:%S"], help="All that was set aside, dead or rejected from then on (UTC)."
         ),
     ] = None,
+    decided: Annotated[
+        bool,
+        typer.Option("--decided", help="With --since: decide anew on every study that was decided from then on."),
+    ] = False,
 ) -> None:
     """Send a dead, rejected or withdrawn delivery once more, or analyse a study that was set aside."""
     from appliance.ledger.doorbell import ring
@@ -35,6 +39,8 @@ def retry(
 
     if sum(one is not None for one in (delivery, study_number, since)) != 1:
         raise typer.BadParameter("name a delivery, a study with --study, or a time with --since")
+    if decided and since is None:
+        raise typer.BadParameter("--decided goes with --since")
     settings, _ = read_settings()
     if not settings.ledger_path.exists():
         raise ScansideError("there is no ledger yet", str(settings.ledger_path), "start scanside first")
@@ -50,18 +56,22 @@ def retry(
             ledger.requeue_delivery(delivery, destinations)
             out.print(f"delivery {delivery} is pending again", highlight=False)
         elif since is not None:
-            _all_since(ledger, since.replace(tzinfo=UTC), destinations)
+            _all_since(ledger, since.replace(tzinfo=UTC), destinations, decided=decided)
     finally:
         ledger.close()
     ring(settings.run_directory, "engine")  # the object of a delivery may have to be made first
     ring(settings.run_directory, "delivery")
 
 
-def _all_since(ledger: Ledger, since: datetime, destinations: list[str]) -> None:
+def _all_since(ledger: Ledger, since: datetime, destinations: list[str], *, decided: bool) -> None:
     """What cannot be tried again is said, and keeps nothing else from it."""
-    from appliance.ledger.standing import set_aside_since
+    from appliance.ledger.standing import decided_since, set_aside_since
 
+    again = decided_since(ledger, since) if decided else []
     studies, deliveries = set_aside_since(ledger, since)
+    for study in again:
+        if ledger.reconsider(study, asked="retry"):
+            out.print(f"study {study} is decided again", highlight=False)
     for study in studies:
         try:
             ledger.requeue_analyses(study)
@@ -74,5 +84,7 @@ def _all_since(ledger: Ledger, since: datetime, destinations: list[str]) -> None
             out.print(f"delivery {number} is pending again", highlight=False)
         except ScansideError as error:
             err.print(f"[bold red]scanside:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-    if not studies and not deliveries:
-        out.print("nothing was set aside since", highlight=False)
+    if not again and not studies and not deliveries:
+        out.print(
+            "nothing was decided or set aside since" if decided else "nothing was set aside since", highlight=False
+        )

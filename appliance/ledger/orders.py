@@ -405,8 +405,12 @@ class Orders(Database):
                 found.update((row[0], row[1]) for row in connection.execute(query))
         return sorted(found.items()), newest
 
-    def reconsider(self, study_id: int, order: int) -> None:
-        """Have the gate asked again about a complete study, because of an order."""
+    def reconsider(self, study_id: int, **because: int | str) -> bool:
+        """Have the gate asked again about a complete study, and what it admits analysed; whether it is complete.
+
+        Args:
+            because: what is noted with it, such as the number of an order.
+        """
         with self._write() as connection:
             s = t.study.c
             changed = connection.execute(
@@ -415,7 +419,8 @@ class Orders(Database):
                 .values(completions=s.completions + 1, completed_at=now())
             )
             if changed.rowcount:
-                self._append(connection, Event.STUDY_RECONSIDERED, study_id, order=order)
+                self._append(connection, Event.STUDY_RECONSIDERED, study_id, **because)
+            return bool(changed.rowcount)
 
     def report_rows(self, accessions: Iterable[str], study_instance_uid: str) -> list[dict[str, Any]]:
         """The radiologists' reports with one of these accession numbers, or that name this study, oldest first."""

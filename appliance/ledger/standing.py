@@ -119,6 +119,27 @@ def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[in
         return list(connection.scalars(analyses)), list(connection.scalars(deliveries))
 
 
+def decided_since(ledger: Ledger, since: datetime) -> list[int]:
+    """Complete studies on which anything was decided from then on: admitted, refused or judged; oldest first.
+
+    Without those whose analysis was set aside, self-tests, and what retention has removed files of.
+    """
+    e, a, s = t.event.c, t.analysis.c, t.study.c
+    told = sa.exists().where(
+        e.study_id == s.id,
+        e.name.in_((Event.STUDY_ADMITTED, Event.STUDY_REFUSED, Event.VERDICT_ISSUED, Event.VERDICT_KEPT)),
+        e.at >= _stamp(since),
+    )
+    query = (
+        sa.select(s.id)
+        .where(s.state == "complete", s.removed_at.is_(None), ~s.selftest, told)
+        .where(~sa.exists().where(a.study_id == s.id, a.state == "failed"))
+        .order_by(s.id)
+    )
+    with ledger.read() as connection:
+        return list(connection.scalars(query))
+
+
 def verdict_seconds(ledger: Ledger, since: datetime) -> list[float]:
     """Seconds from the last instance to the verdict, of the newest studies that were complete from then on."""
     s = t.study.c

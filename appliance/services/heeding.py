@@ -47,6 +47,6 @@ class Heeded:
             return set()
         found, self._heard = self._ledger.late_orders(self._heard)
         for study_id, order in found:
-            self._ledger.reconsider(study_id, order)
+            self._ledger.reconsider(study_id, order=order)
             log.info("study %d: order %d says something new; the gate is asked again", study_id, order)
         return {study_id for study_id, _ in found}

@@ -67,8 +67,8 @@ def set_aside(box: Box, study: int) -> int:
     return number
 
 
-def ask(since: datetime) -> str:
-    done = CliRunner().invoke(app, ["retry", "--since", since.strftime("%Y-%m-%dT%H:%M:%S")])
+def ask(since: datetime, *options: str) -> str:
+    done = CliRunner().invoke(app, ["retry", "--since", since.strftime("%Y-%m-%dT%H:%M:%S"), *options])
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -89,6 +89,24 @@ def test_all_that_was_set_aside_or_is_dead_since_is_tried_again(box: Box) -> Non
     assert set_aside_since(box.ledger, datetime.now(UTC) - hour) == ([], [])
 
 
+def test_what_a_release_decided_is_decided_again_when_it_is_left(box: Box) -> None:
+    delivered(box, 1, "acknowledge")
+    box.receive(2)
+    (arriving,) = box.ledger.arriving_studies()
+    box.ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+    box.ledger.decide(arriving.id, "pkg", "1", admitted=False, reason="no", admission=[], selection=[], inputs=[])
+    failed = set_aside(box, 3)
+    hour = timedelta(hours=1)
+    assert "nothing was decided or set aside since" in ask(datetime.now(UTC) + hour, "--decided")
+    assert box.ledger.undecided_studies({"pkg": "1"}) == []
+    said = ask(datetime.now(UTC) - hour, "--decided")
+    assert said.count("is decided again") == 2
+    assert f"study {failed} is analysed again" in said
+    undecided = box.ledger.undecided_studies({"pkg": "1"}, among=[1, arriving.id, failed])
+    assert undecided == [(1, "pkg"), (arriving.id, "pkg")]
+    assert "decided again" not in ask(datetime.now(UTC) - hour)
+
+
 def test_what_cannot_be_tried_again_is_said_and_keeps_nothing_else_from_it(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +121,8 @@ def test_what_cannot_be_tried_again_is_said_and_keeps_nothing_else_from_it(
     assert "pacs is not configured" in said
 
 
-@pytest.mark.parametrize("options", [[], ["1", "--study", "2"], ["1", "--since", "2026-01-01T00:00:00"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--study", "2", "--decided"], ["1", "--study", "2"], ["1", "--since", "2026-01-01T00:00:00"]]
+)
 def test_one_thing_is_named(box: Box, options: list[str]) -> None:
     assert CliRunner().invoke(app, ["retry", *options]).exit_code == 2

@@ -165,6 +165,6 @@ def test_a_study_that_is_asked_about_again_waits_for_its_answer(ledger: Ledger) 
     decided = {"admitted": False, "reason": "x", "admission": [], "selection": [], "inputs": []}
     ledger.decide(study, "pkg", "1", **decided)  # type: ignore[arg-type]
     assert ledger.undecided_studies({"pkg": "1"}) == []
-    ledger.reconsider(study, 1)
+    ledger.reconsider(study, order=1)
     assert ledger.undecided_studies({"pkg": "1"}) == [(study, "pkg")]
     assert event_counts(ledger)["study.reconsidered"] == 1
