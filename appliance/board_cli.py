@@ -60,7 +60,7 @@ def _board(settings: Settings) -> Iterator[Ledger]:
 @app.command()
 @guard
 def approve(
-    name: Name,
+    name: Annotated[str, typer.Argument(help="A package of the repository, or the folder of one that is to come.")],
     mode: Annotated[RunAs, typer.Option(help="clinical alerts; shadow tells nobody; evaluation is stamped as such.")],
     who: Who,
     why: Why,
@@ -68,11 +68,11 @@ def approve(
     evidence: Evidence = None,
     as_json: Json = False,
 ) -> None:
-    """Let the version of a package that lies there run on this box."""
+    """Let a version of a package run on this box: the one that lies there, or the one in a folder that is to come."""
     from appliance.governance import board
 
     settings, _ = read_settings()
-    package = _package(settings, name)
+    package = load_named(settings, name)  # a folder is a release that is installed and does not run yet
     with _board(settings) as ledger:
         decision = board.approve(
             ledger, settings.evidence_directory, package, mode.value, who=who, why=why, until=until.date(),
@@ -83,11 +83,27 @@ def approve(
 
 @app.command()
 @guard
-def suspend(name: Name, who: Who, why: Why, evidence: Evidence = None, as_json: Json = False) -> None:
-    """Stop a package at once, in every version, and withdraw what waits to be sent of it."""
+def suspend(
+    name: Name,
+    who: Who,
+    why: Why,
+    version: Annotated[
+        str | None, typer.Option(help="Only this version, whether it lies there or comes back; others run on.")
+    ] = None,
+    evidence: Evidence = None,
+    as_json: Json = False,
+) -> None:
+    """Stop a package at once, in every version or in one, and withdraw what waits to be sent of it."""
     from appliance.governance import board
 
     settings, _ = read_settings()
+    if version is not None:
+        with _board(settings) as ledger:
+            decision = board.suspend_version(
+                ledger, settings.evidence_directory, name, version, who=who, why=why, evidence=evidence
+            )
+        _tell(decision, as_json=as_json)
+        return
     there: Package | None = None
     try:
         there = _package(settings, name)

@@ -2,7 +2,8 @@
 
 Its decisions are events of the ledger, appended and never changed; what holds now is what follows from them in their
 order. A package is approved in exactly one version, by the digest of its package.toml. A suspension is of the package,
-whatever version lies there; after it every version needs a new approval.
+whatever version lies there; after it every version needs a new approval. Or it is of one version, whether that lies
+there or not, as when its maker recalls it: it does not run either where it comes back, by a rollback or another bundle.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Decision:
         at: when it was recorded (UTC, ISO 8601).
         what: approved, suspended, retired, excepted, revoked.
         package, version, digest: what it is on; the digest of package.toml. The last two are empty for a suspension of
-            a package that could not be read.
+            a package that could not be read, and the last alone for one of a version, whatever lies there.
         who, why: who answers for it, and the reason.
         until: the last day on which an approval or exception holds.
         mode: in which an approved package runs.
@@ -65,9 +66,16 @@ class Decision:
     evidence_digest: str = ""
 
     @property
+    def of_version(self) -> bool:
+        """Whether it suspends one version, wherever it may come from."""
+        return self.what == "suspended" and bool(self.version) and not self.digest
+
+    @property
     def said(self) -> str:
         """What was decided, in words."""
         match self.what:
+            case "suspended" if self.of_version:
+                return "suspended in this version"
             case "approved":
                 return f"approved as {self.mode} until {self.until}"
             case "excepted":
@@ -108,6 +116,7 @@ class Board:
         self.fault = fault
         self._approved: dict[tuple[str, str], Decision] = {}
         self._stopped: dict[str, Decision] = {}
+        self._recalled: dict[tuple[str, str], Decision] = {}
         self._retired: dict[tuple[str, str], Decision] = {}
         self._excepted: dict[int, Decision] = {}
         for one in self.decisions:
@@ -115,6 +124,13 @@ class Board:
                 case "approved":
                     if (one.package, one.digest) not in self._retired:  # as it was retired for good
                         self._approved[one.package, one.digest] = one
+                        self._recalled.pop((one.package, one.version), None)
+                case "suspended" if one.of_version:
+                    named = (one.package, one.version)
+                    self._approved = {
+                        key: held for key, held in self._approved.items() if (held.package, held.version) != named
+                    }
+                    self._recalled[named] = one
                 case "suspended":
                     self._approved = {key: held for key, held in self._approved.items() if key[0] != one.package}
                     self._stopped[one.package] = one
@@ -149,6 +165,10 @@ class Board:
         """The record that retired this very version."""
         return self._retired.get((package.name, package.digest))
 
+    def recall(self, name: str, version: str) -> Decision | None:
+        """The record that suspended this version, wherever it may come from, if it was not approved since."""
+        return self._recalled.get((name, version))
+
     def exceptions(self, package: Package, today: date | None = None) -> list[BoardException]:
         """The exceptions for this very version whose time is not over; none from records that are not to be trusted."""
         day = self.day(today)
@@ -171,7 +191,8 @@ class Board:
         stopped = [one for one in self._stopped.values() if one.package not in approved]
         bounded = [*self._approved.values(), *self._excepted.values()]
         held = [one for one in bounded if one.until and one.until >= self.day(today)]
-        return not self.fault and any(one.record == record for one in (*held, *stopped, *self._retired.values()))
+        gone = (*self._retired.values(), *self._recalled.values())
+        return not self.fault and any(one.record == record for one in (*held, *stopped, *gone))
 
     def judge(self, package: Package, today: date | None = None) -> tuple[Criterion, Mode]:
         """Whether a package may run here, as a criterion of its admissions, and in which mode if it may.
@@ -180,7 +201,13 @@ class Board:
             today: the day on which an approval must hold; today if omitted.
         """
         day = self.day(today)
-        spoken = [one for one in self.decisions if one.package == package.name and one.what not in _OF_STUDIES]
+        spoken = [
+            one
+            for one in self.decisions
+            if one.package == package.name
+            and one.what not in _OF_STUDIES
+            and (not one.of_version or one.version == package.version)  # the recall of another is none of this one
+        ]
         rule = "an approval of this version that is in force"
         if self.fault:  # also for what needs no approval: it may have been suspended
             return _criterion(f"the records are not to be trusted: {self.fault}", rule, None), "evaluation"
@@ -202,6 +229,8 @@ class Board:
         """Why a version without an approval has none, by the record that says most of it."""
         if gone := self._retired.get((package.name, package.digest)):
             return f"retired by {gone.who}: {gone.why} (record {gone.record})"
+        if recalled := self._recalled.get((package.name, package.version)):
+            return f"this version was suspended by {recalled.who}: {recalled.why} (record {recalled.record})"
         if (stop := self._stopped.get(package.name)) and all(one.record <= stop.record for one in spoken):
             return f"suspended by {stop.who}: {stop.why} (record {stop.record})"
         other = next((one for one in reversed(spoken) if one.what == "approved"), None)
@@ -325,6 +354,27 @@ def suspend(
     version, digest = (package.version, package.digest) if package else ("", "")
     decision = Decision(0, "", "suspended", name, who, why, version, digest)
     return _record(ledger, evidence_directory, decision, evidence)
+
+
+def suspend_version(
+    ledger: BoardRecords,
+    evidence_directory: Path,
+    name: str,
+    version: str,
+    *,
+    who: str,
+    why: str,
+    evidence: Path | None = None,
+) -> Decision:
+    """Stop one version of a package, also where it comes back; other versions run on. Once is enough.
+
+    Raises:
+        BoardError: it is said by nobody, or without a reason.
+        OSError: the evidence cannot be read or kept.
+    """
+    if held := read_board(ledger).recall(name, version):
+        return held
+    return _record(ledger, evidence_directory, Decision(0, "", "suspended", name, who, why, version), evidence)
 
 
 def retire(

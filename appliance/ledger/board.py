@@ -39,6 +39,11 @@ def _stop(name: str, number: int, detail: Mapping[str, Any]) -> str:
     return ""
 
 
+def _whole(name: str, detail: Mapping[str, Any]) -> bool:
+    """Whether a decision is of a package in every version: a suspension, but for one that names a version alone."""
+    return name == Event.BOARD_SUSPENDED and bool(detail.get("digest") or not detail.get("version"))
+
+
 class BoardMoved(Exception):
     """The board decided something since it was last looked at."""
 
@@ -49,15 +54,15 @@ class BoardRecords(Database):
     def record_decision(self, name: Event, package: str, **detail: Any) -> int:
         """Append a decision on a package; returns its number.
 
-        What waits to be sent of a package that is suspended, or of a version that is retired or from now on in shadow,
-        is withdrawn in the same transaction.
+        What waits to be sent of a package that is suspended, or of a version that is suspended alone, retired, or from
+        now on in shadow, is withdrawn in the same transaction.
         """
         with self._write() as connection:
             number = self._append(connection, name, None, package=package, **detail)
             stopped = _stop(name, number, detail)
             if stopped:
                 condition = t.analysis.c.package == package
-                if name != Event.BOARD_SUSPENDED:
+                if not _whole(name, detail):
                     condition &= VERSION.element == detail["version"]
                 self._withdraw(connection, condition, stopped)
             return number
@@ -88,7 +93,7 @@ class BoardRecords(Database):
             said = row.detail
             if said.get("package") != package:
                 continue
-            if row.name != Event.BOARD_SUSPENDED and said.get("version") != version:
+            if not _whole(row.name, said) and said.get("version") != version:
                 continue
             if row.name == Event.BOARD_RETIRED:
                 retired.add(said.get("digest"))

@@ -27,6 +27,7 @@ from appliance.governance.board import (
     retire,
     revoke,
     suspend,
+    suspend_version,
 )
 from appliance.governance.package import Package, load_configured
 from appliance.ledger.board import BoardMoved
@@ -78,7 +79,7 @@ def judged(ledger: Ledger, one: Package, day: date = TODAY) -> tuple[str, str, s
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["approved", "suspended", "retired", "excepted", "revoked"]),
+            st.sampled_from(["approved", "suspended", "suspended version", "retired", "excepted", "revoked"]),
             st.sampled_from([ONE, TWO]),
             st.integers(-2, 2),
             st.sampled_from(MODES),
@@ -92,7 +93,8 @@ def test_a_version_runs_only_if_the_last_word_on_it_is_an_approval_in_force(
 ) -> None:
     decisions = [
         Decision(
-            record, "", what, "pkg" if ours else "other", "A", "b", one.version, one.digest,
+            record, "", what.split()[0], "pkg" if ours else "other", "A", "b", one.version,
+            "" if what == "suspended version" else one.digest,
             TODAY + timedelta(days=days) if what in ("approved", "excepted") else None, mode,
             criterion="age" if what == "excepted" else "", revokes=record - 1 if what == "revoked" else 0,
         )
@@ -104,7 +106,7 @@ def test_a_version_runs_only_if_the_last_word_on_it_is_an_approval_in_force(
         for one in reversed(decisions):
             if one.package != "pkg" or one.what in ("excepted", "revoked"):
                 continue
-            if one.what == "suspended":
+            if one.what == "suspended" and (one.digest or one.version == wanted.version):
                 break
             if one.digest == wanted.digest:
                 if any((d.what, d.package, d.digest) == ("retired", "pkg", wanted.digest) for d in decisions):
@@ -228,6 +230,47 @@ def test_a_clock_that_was_set_back_revives_nothing(ledger: Ledger, kept: Path) -
 
 
 # --- records --------------------------------------------------------------------------------------------
+
+
+def test_a_version_that_is_recalled_stays_so_where_it_comes_back_and_others_run_on(ledger: Ledger, kept: Path) -> None:
+    approve(ledger, kept, ONE, "clinical", until=LATER, **SIGNED)
+    approve(ledger, kept, TWO, "clinical", until=LATER, **SIGNED)
+    record = suspend_version(ledger, kept, "pkg", ONE.version, **SIGNED)
+    assert record.said == "suspended in this version"
+    outcome, said, _ = judged(ledger, ONE)
+    assert outcome == "violated"
+    assert said == f"this version was suspended by Dr A: because (record {record.record})"
+    assert judged(ledger, TWO)[0] == "met"
+    assert judged(ledger, replace(ONE, digest="sha256:another build"))[0] == "violated"
+    assert suspend_version(ledger, kept, "pkg", ONE.version, who="Dr B", why="again") == record
+    assert read_board(ledger).holds(record.record, TODAY)
+    approve(ledger, kept, ONE, "clinical", until=LATER, **SIGNED)  # the board has looked at it again
+    assert judged(ledger, ONE)[0] == "met"
+    assert not read_board(ledger).holds(record.record, TODAY)
+    assert suspend_version(ledger, kept, "pkg", ONE.version, **SIGNED).record > record.record
+    with pytest.raises(BoardError, match="--who is empty"):
+        suspend_version(ledger, kept, "pkg", "3.0.0", who=" ", why="because")
+
+
+def test_the_recall_of_another_version_stops_nothing_that_is_only_evaluated(ledger: Ledger, kept: Path) -> None:
+    suspend_version(ledger, kept, "pkg", "0.9.0", **SIGNED)
+    assert judged(ledger, EVALUATED) == ("met", "none is needed: it is only evaluated", "evaluation")
+    suspend_version(ledger, kept, "pkg", EVALUATED.version, **SIGNED)
+    assert judged(ledger, EVALUATED)[0] == "violated"
+
+
+def test_what_waits_of_a_recalled_version_is_withdrawn_and_of_no_other(ledger: Ledger, kept: Path) -> None:
+    issued(ledger)
+    suspend_version(ledger, kept, "pkg", TWO.version, **SIGNED)
+    assert set(deliveries(ledger).values()) == {"pending"}
+    suspend_version(ledger, kept, "pkg", ONE.version, **SIGNED)
+    assert set(deliveries(ledger).values()) == {"withdrawn"}
+    (one, *_) = study_report(ledger, 1)["deliveries"]
+    ledger.requeue_delivery(one["id"], ["er"])
+    assert ledger.take_delivery("er") is None, "it is stopped still"
+    approve(ledger, kept, ONE, "clinical", until=LATER, **SIGNED)
+    ledger.requeue_delivery(one["id"], ["er"])
+    assert ledger.take_delivery("er") is not None
 
 
 def test_evidence_is_kept_under_its_digest(ledger: Ledger, kept: Path, tmp_path: Path) -> None:
