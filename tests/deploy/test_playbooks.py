@@ -188,7 +188,7 @@ def test_what_cannot_be_taken_up_again_fails(tmp_path: Path) -> None:
     rooms.says("a", OLD, "retry", {}, 1)
     said = rooms.play("update", ok=False)
     assert rooms.current("a") == OLD
-    assert "Take up again" in said and "FAILED" in said.split("Take up again")[1].split("TASK")[0]
+    assert "Decide anew" in said and "FAILED" in said.split("Decide anew")[1].split("TASK")[0]
 
 
 # --- the configuration --------------------------------------------------------------------------------------
