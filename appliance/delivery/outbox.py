@@ -41,7 +41,7 @@ class Worker(threading.Thread):
         budget_seconds: the latency budget that an acknowledged alert is held against.
         steps: names of the destinations that are steps of the escalation.
         order_seconds: see `Ledger.take_delivery`.
-        turn: called after every turn of the loop that did not stumble, so between two tries.
+        turn: called at every turn of the loop, so between two tries, but after one that stumbled.
         instead: object → what is delivered in its place where the destination declines it: the first of them that the
             verdict has.
         ask: called when no delivery is due: asks for storage commitment of what is; whether anything was.
@@ -91,17 +91,21 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """The thread's loop."""
+        well = True
         while not self._stopping.is_set():
+            if well:
+                self._turn()
             self._wake.clear()
             try:
                 worked = self._work()
-                self._turn()
+                well = True
                 if worked:
                     continue
             except Exception:
                 # A ledger that cannot be written now may be later; a worker that ends never delivers again. It does not
                 # pass for well meanwhile.
                 log.exception("delivery to %s stumbled; it goes on", self._destination)
+                well = False
             self._wake.wait(self._pause)
             self._pause = POLL_SECONDS
 

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +72,7 @@ class Issuer:
         self._packages = {package.name: package for package in packages}
         self.issued = threading.Event()
         self._held_until = 0.0
+        self._began: float | None = None
 
     def hold(self, wanted: bool) -> None:
         """Draw nothing while an analysis needs the processor more, but not for ever: people read the pictures."""
@@ -366,13 +367,15 @@ class Issuer:
             told.fault and f"the message is invalid and never sent: {told.fault}",
         )
 
-    def render(self, turn: Callable[[], None] = lambda: None) -> None:
+    def rendering_seconds(self) -> float:
+        """For how long the finding that is being made has been; 0 while there is none."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def render(self) -> None:
         """Make the file of every finding that has none yet, the most urgent first, also of those that come meanwhile.
 
         One that cannot be made is tried again at the next call.
-
-        Args:
-            turn: called after each.
         """
         attempts = self._settings.models.attempts
         failed: list[int] = []
@@ -381,13 +384,15 @@ class Issuer:
             if time.monotonic() < self._held_until:
                 return
             self._ledger.start_rendering(row["id"])
+            self._began = time.monotonic()
             try:
                 self._render_one(row)
             except Exception as error:
                 log.exception("study %d: %s could not be rendered", row["study_id"], row["object"])
                 failed.append(row["id"])
                 self._ledger.render_failed(row["id"], row["study_id"], f"{type(error).__name__}: {error}")
-            turn()
+            finally:
+                self._began = None
         self._ledger.abandon_findings(attempts)
 
     def _render_one(self, row: Row) -> None:

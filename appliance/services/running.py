@@ -107,17 +107,20 @@ def run_engine(settings: Settings) -> None:
                 log.warning("engine: nobody signed %s; it runs because of models.allow_unsigned", package.name)
         threading.Thread(target=engine.guard.run, args=(stopping,), name="guard", daemon=True).start()
         threading.Thread(target=engine.breaker.run, args=(stopping,), name="breaker", daemon=True).start()
-        watchdog = Watchdog()
-        turn = watchdog.loop("the renderer", RENDER_SECONDS)
-        threading.Thread(target=_render, args=(issuer, stopping, turn), name="renderer", daemon=True).start()
+        threading.Thread(target=_render, args=(issuer, stopping), name="renderer", daemon=True).start()
         notify("READY=1", f"STATUS=runs {', '.join(one.name for one in packages)}")
-        turn = watchdog.loop("engine", STEP_SECONDS)
+        turn = Watchdog().loop("engine", STEP_SECONDS)
         while not stopping.is_set():
             if pipeline.longest_seconds() > HANG_SECONDS:
                 # Its thread cannot be ended otherwise. What is being analysed loses a try, so that it is set aside in
                 # the end; what was arriving is not worked ahead again.
                 log.critical("a decoder has not come back for %g s; the engine ends and is started again", HANG_SECONDS)
                 os._exit(os.EX_SOFTWARE)
+            if issuer.rendering_seconds() > RENDER_SECONDS:
+                log.critical(
+                    "a finding has not been made in %g s; the engine ends and is started again", RENDER_SECONDS
+                )
+                os._exit(os.EX_SOFTWARE)  # the finding loses a try
             began = time.monotonic()
             wait = step_once(engine.step, turn)
             if wait > 0:
@@ -141,12 +144,11 @@ def step_once(step: Callable[[], float], turn: Callable[[], None]) -> float:
     return wait
 
 
-def _render(issuer: Issuer, stopping: threading.Event, turn: Callable[[], None]) -> None:
+def _render(issuer: Issuer, stopping: threading.Event) -> None:
     """Make the files of findings beside the analyses: no alert waits for a picture of another study."""
     while not stopping.is_set():
         try:
-            issuer.render(turn)
-            turn()
+            issuer.render()
         except Exception:
             log.exception("rendering stumbled; it goes on")
         if issuer.issued.wait(POLL_SECONDS):

@@ -187,6 +187,26 @@ def test_of_all_pictures_that_wait_those_of_a_positive_study_come_first_and_none
     assert asked[before + 10 :] == [(2, "capture.1")]
 
 
+def test_a_finding_that_is_not_made_is_seen_while_it_lasts(issued: Issued, monkeypatch: pytest.MonkeyPatch) -> None:
+    lasting: list[float] = []
+    make = render
+
+    def slow(*what: Any, **how: Any) -> pydicom.Dataset:
+        time.sleep(0.01)
+        lasting.append(issued.issuer.rendering_seconds())
+        if len(lasting) == 1:
+            raise ValueError("no ink")
+        return make(*what, **how)
+
+    monkeypatch.setattr("appliance.services.issuing.render", slow)
+    issued.issue(seen(issued), draw=False)
+    assert issued.issuer.rendering_seconds() == 0
+    issued.issuer.render()
+    assert len(lasting) > 1
+    assert all(0.01 <= one < 60 for one in lasting), "each counts for itself"
+    assert issued.issuer.rendering_seconds() == 0
+
+
 def test_the_report_without_space_is_made_where_somebody_may_need_it(issued: Issued) -> None:
     issued.issue(seen(issued))
     issued.arrive()

@@ -22,6 +22,7 @@ from appliance.ledger.marks import Mark
 from appliance.ledger.store import Ledger
 from appliance.operations.leash import Leashed
 from appliance.settings import load_settings
+from dicom_io.errors import PeerError
 from dicom_io.scu import Peer, echo
 from dicom_io.workitem import put, text
 from tests.interop.box import wait_for
@@ -52,9 +53,12 @@ class Service:
 
         def ready() -> bool | None:
             try:
-                return True if self.http.get("workitems").status_code in (200, 204) else None
-            except httpx.TransportError:
+                if self.http.get("workitems").status_code not in (200, 204):
+                    return None
+                echo(self.peer, "READER")  # its two ports do not open at once
+            except (httpx.TransportError, PeerError):
                 return None
+            return True
 
         wait_for(ready, 90.0, lambda: self.process.tail(30))
 

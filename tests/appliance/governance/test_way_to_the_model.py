@@ -17,8 +17,8 @@ from appliance.settings import Settings
 
 SOURCE = Path(appliance.__file__).parent
 
-# The client's warm-up, of zeros; the published slabs of a package, to compare; the benchmark's own.
-OTHERS = {"inference/triton.py", "models_cli.py", "bench/latency.py"}
+# The client's warm-up, of zeros; the published slabs of a package, to compare; the benchmarks' own.
+OTHERS = {"inference/triton.py", "models_cli.py", "bench/latency.py", "bench/model.py"}
 
 
 def calls(name: str) -> set[str]:
