@@ -168,6 +168,10 @@ class Order:
     onset_latest: str
 
 
+_BY_SOMEBODY = (t.event.c.name == Event.STUDY_RECONSIDERED, t.event.c.detail["asked"].as_string() == "retry")
+_ASKED = sa.select(t.event.c.id, t.event.c.study_id).where(*_BY_SOMEBODY, t.event.c.id > sa.bindparam("last"))
+
+
 class Orders(Database):
     """The part of the ledger that HL7 messages and orders are in."""
 
@@ -421,6 +425,21 @@ class Orders(Database):
             if changed.rowcount:
                 self._append(connection, Event.STUDY_RECONSIDERED, study_id, **because)
             return bool(changed.rowcount)
+
+    def asked_since(self, last: int) -> tuple[set[int], int]:
+        """The studies that somebody asked to be decided anew after that event, and the newest such event."""
+        with self.read() as connection:
+            rows = connection.execute(_ASKED, {"last": last}).all()
+        return {row.study_id for row in rows}, max((row.id for row in rows), default=last)
+
+    def asked_again(self, study_id: int, package: str) -> bool:
+        """Whether somebody asked for a study to be decided anew, and the package has judged it no more since."""
+        e = t.event.c
+        mine = sa.select(sa.func.coalesce(sa.func.max(e.id), 0)).where(e.study_id == study_id)
+        asked = mine.where(*_BY_SOMEBODY)
+        judged = mine.where(e.name == Event.VERDICT_ISSUED, e.detail["package"].as_string() == package)
+        with self.read() as connection:
+            return bool(connection.scalar(sa.select(asked.scalar_subquery() > judged.scalar_subquery())))
 
     def report_rows(self, accessions: Iterable[str], study_instance_uid: str) -> list[dict[str, Any]]:
         """The radiologists' reports with one of these accession numbers, or that name this study, oldest first."""

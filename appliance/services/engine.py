@@ -133,6 +133,7 @@ class Engine:
         self._tests: set[int] = set()
         self._begun: dict[int, set[str]] = {}
         self._undecided: set[int] | None = None
+        self._asked = 0  # the newest event by which somebody asked for a study to be decided anew
         self._alone = 0
         self._complaints: dict[int, str] = {}
         self._hurried: set[int] = set()
@@ -163,9 +164,10 @@ class Engine:
         versions = {package.name: package.version for package in self._packages.values()}
         versions |= dict.fromkeys(self._broken, "")
         busy = {study_id for study_id, _ in self._working.values()}
-        late = self._heeded.late()
-        self._undecided = None if self._undecided is None else self._undecided | late
-        # Only what this engine completes can come to be undecided after its first look at all of them.
+        asked, self._asked = self._ledger.asked_since(self._asked)
+        again = self._heeded.late() | asked
+        self._undecided = None if self._undecided is None else self._undecided | again
+        # Only these, and what this engine completes, can come to be undecided after its first look at all of them.
         undecided = self._ledger.undecided_studies(versions, self._undecided)
         self._undecided = {study_id for study_id, _ in undecided}
         for study_id, name in undecided:
@@ -439,6 +441,8 @@ class Engine:
             and not self._ledger.was_registered(study_id)
             and standing["result"]["package_version"] == package.version
             and (standing["result"].get("mode") or mode) == mode
+            # Who asks does so because the answer may be wrong though nothing that went into it is another.
+            and not self._ledger.asked_again(study_id, package.name)
         ):
             # A dose report or one of our own captures came back from the PACS: no new revision of the same answer.
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())

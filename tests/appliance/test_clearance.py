@@ -301,6 +301,29 @@ def test_a_package_that_is_suspended_at_the_last_moment_says_nothing(
     assert (report["verdicts"], report["deliveries"]) == ([], [])
 
 
+def test_what_a_bad_release_called_negative_is_analysed_again_when_somebody_asks(site: Site) -> None:
+    """The same images, and the same version of the model: whatever was wrong was elsewhere."""
+    site.approve("clinical")
+    study = site.scan()
+    site.wait(study, "running")
+    site.answer(study, 0.01)
+    report = site.wait(study, "issued")
+    assert not report["verdicts"][-1]["positive"]
+    assert site.box.ledger.reconsider(study, order=1)
+    site.restart()
+    wait_until(site.engine, lambda: event_counts(site.box.ledger)["verdict.kept"] == 1)
+    assert site.asked.futures == {}, "an order alone is no reason to analyse the same again"
+    for revision, sent in ((2, 1), (3, 1)):
+        assert site.box.ledger.reconsider(study, asked="retry")
+        site.answer(study, 0.9)
+        wait_until(site.engine, lambda wanted=revision: len(site.report(study)["verdicts"]) == wanted)
+        report = site.wait(study, "issued")
+        assert report["verdicts"][-1]["positive"]
+        assert len(messages(site)) == sent, "nobody is told the same twice"
+    assert event_counts(site.box.ledger)["verdict.kept"] == 1
+    assert site.box.ledger.undecided_studies({"pkg": site.packages[0].version}) == []
+
+
 def test_another_decision_at_the_last_moment_does_no_harm(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.approve("clinical")
     study = site.scan()
