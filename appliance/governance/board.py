@@ -369,9 +369,11 @@ def suspend_version(
     """Stop one version of a package, also where it comes back; other versions run on. Once is enough.
 
     Raises:
-        BoardError: it is said by nobody, or without a reason.
+        BoardError: it is said by nobody, without a reason, or of no version.
         OSError: the evidence cannot be read or kept.
     """
+    if not version.strip():  # a record without one would stop every version
+        raise BoardError("--version is empty", name, "name the version; without --version all are suspended")
     if held := read_board(ledger).recall(name, version):
         return held
     return _record(ledger, evidence_directory, Decision(0, "", "suspended", name, who, why, version), evidence)

@@ -250,6 +250,9 @@ def test_a_version_that_is_recalled_stays_so_where_it_comes_back_and_others_run_
     assert suspend_version(ledger, kept, "pkg", ONE.version, **SIGNED).record > record.record
     with pytest.raises(BoardError, match="--who is empty"):
         suspend_version(ledger, kept, "pkg", "3.0.0", who=" ", why="because")
+    with pytest.raises(BoardError, match="--version is empty"):
+        suspend_version(ledger, kept, "pkg", "", **SIGNED)
+    assert judged(ledger, TWO)[0] == "met"
 
 
 def test_the_recall_of_another_version_stops_nothing_that_is_only_evaluated(ledger: Ledger, kept: Path) -> None:
