@@ -182,9 +182,9 @@ def activate(box: Box, version: str, keep: int, say: Say) -> dict[str, Any]:
         raise ReleaseError(f"a rollback to {begun.to} has not ended", version, f"rollback {begun.to} first")
     box.note(unfinished=Unfinished("activate", origin, version))
     say("stopping the services; the ports stay open")
-    box.stop()
     backup = None
     try:
+        box.stop()
         reached(box, "stopped")
         if origin != version and current != version:
             say("copying the ledger")
@@ -245,15 +245,16 @@ def rollback(box: Box, version: str | None, keep: int, say: Say) -> dict[str, An
     newer = max({current, *([one for one in (begun.origin, begun.to) if one] if begun else [])}, key=version_key)
     box.note(unfinished=Unfinished("rollback", newer, to))
     say("stopping the services; the ports stay open")
-    box.stop()
     try:
+        box.stop()
         reached(box, "stopped")
         say("copying the ledger")
         backup = box.back_up(newer, to, keep)
         reached(box, "backed up")
         _take_back(box, newer, target)
     except (ReleaseError, OSError) as error:
-        _start_anyway(box, newer, error, say)
+        # One that was begun before, and went as far as the flip, is still to be ended.
+        _start_anyway(box, str(current), error, say, ended=current != to)
         raise
     try:
         reached(box, "taken back")
