@@ -32,6 +32,11 @@ def _file_to_be(path: Path | None) -> Path | None:
 Plot = Annotated[
     Path | None, typer.Option("--plot", dir_okay=False, callback=_file_to_be, help="SVG file for a picture.")
 ]
+Triton = Annotated[Path, typer.Option(help="The virtual environment of Triton.")]
+Directory = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="Folder for the files meanwhile, on the disk to measure."),
+]
 
 
 @app.command()
@@ -47,9 +52,7 @@ def ingest(
     senders: Annotated[
         str, typer.Option(help="Senders, with commas between: dcmsend, dcmsend-nodelay, replay.")
     ] = "dcmsend,replay",
-    directory: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
-    ] = None,
+    directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Measure the intake beside other DICOM receivers (docs/benchmarks.md)."""
@@ -78,9 +81,7 @@ def decode(
     images: Annotated[int, typer.Option(min=1, help="CT slices of each kind.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="How often each decoder is measured.")] = 3,
     kinds: Annotated[str, typer.Option(help="Kinds of pixel data, with commas between, such as jpeg2000,htj2k.")] = "",
-    directory: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder for the files meanwhile.")
-    ] = None,
+    directory: Directory = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
@@ -130,10 +131,8 @@ def model(
     ] = None,
     slabs: Annotated[int, typer.Option(min=1, max=1000, help="Slabs of one study.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="How often each does the study.")] = 9,
-    triton: Annotated[Path, typer.Option(help="The virtual environment of Triton.")] = Path(".venv-triton"),
-    directory: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder for the files meanwhile.")
-    ] = None,
+    triton: Triton = Path(".venv-triton"),
+    directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on a study's slabs through Triton, beside ONNX Runtime alone (docs/performance.md)."""
@@ -142,9 +141,8 @@ def model(
     from appliance.settings import Settings
 
     settings = Settings()
-    (shipped,) = settings.models.packages
     # No image of a patient is read here: a package that the site is still trying needs no signature.
-    folder = package or settings.model_repository / shipped
+    folder = package or settings.model_repository / settings.models.packages[0]
     found = load(folder, trusted=trusted_keys(settings), allow_unsigned=True)
     with err.status("starting") as status:
         told = measure(found, triton, slabs, rounds, directory, on_step=lambda what: status.update(escape(what)))
@@ -162,10 +160,8 @@ def latency(
     waiting: Annotated[
         str, typer.Option(help="Quiet times in seconds of the mode that waits before it infers.")
     ] = "5,60",
-    triton: Annotated[Path, typer.Option(help="The virtual environment of Triton.")] = Path(".venv-triton"),
-    directory: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
-    ] = None,
+    triton: Triton = Path(".venv-triton"),
+    directory: Directory = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
@@ -203,10 +199,8 @@ def throughput(
     studies: Annotated[int, typer.Option(min=1, help="Studies of each scanner, one after another.")] = 16,
     slices: Annotated[int, typer.Option(min=16, max=500, help="Slices of a study, such as 28 thick, 300 thin.")] = 28,
     rounds: Annotated[int, typer.Option(min=1, help="How often each number of scanners is measured.")] = 1,
-    triton: Annotated[Path, typer.Option(help="The virtual environment of Triton.")] = Path(".venv-triton"),
-    directory: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
-    ] = None,
+    triton: Triton = Path(".venv-triton"),
+    directory: Directory = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
@@ -244,9 +238,7 @@ def alerts(
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
     faults: Annotated[bool, typer.Option("--faults", help="Also against a listener that fails at random.")] = False,
     chance: Annotated[float, typer.Option(min=0.0, max=0.9, help="Of a fault, for each message.")] = 0.3,
-    directory: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder on the disk to measure on.")
-    ] = None,
+    directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Measure alerts from the outbox to their acknowledgement, beside a bare socket."""

@@ -177,10 +177,10 @@ class _Instance:
         try:
             if not self._looked:
                 self._look(data)
-        except Refusal:
+            self._incoming.hash_ahead(data)
+        except Exception:
             self._answered = True
             raise
-        self._incoming.hash_ahead(data)
 
     def write(self, data: memoryview) -> None:
         """Append to the file, unless the header, which mostly ends in the first piece, is a reason to refuse it."""
