@@ -191,6 +191,37 @@ def test_what_cannot_be_taken_up_again_fails(tmp_path: Path) -> None:
     assert "Decide anew" in said and "FAILED" in said.split("Decide anew")[1].split("TASK")[0]
 
 
+def test_what_the_board_said_of_a_release_is_entered_before_it_runs(tmp_path: Path) -> None:
+    rooms = Rooms(tmp_path, "a")
+    staged(rooms)
+    about = 'name = "m"\nversion = "2"\n'
+    package = rooms.boxes["a"] / "opt/scanside/releases" / NEW / "models/m/package.toml"
+    package.parent.mkdir(parents=True)
+    package.write_text(about)
+    digest = f"sha256:{hashlib.sha256(about.encode()).hexdigest()}"
+    signed = {"who": "Dr A", "why": "minutes 7"}
+    approval = signed | {"package": "m", "digest": digest, "mode": "clinical", "until": "2030-01-01"}
+    other = approval | {"digest": "sha256:of another"}
+    absent = approval | {"package": "absent"}
+
+    def approved(history: list[dict[str, str]]) -> list[str]:
+        for version in (OLD, NEW):
+            rooms.says("a", version, "models", history)
+        (rooms.boxes["a"] / "var/lib/order").unlink(missing_ok=True)
+        rooms.play("update", scanside_approvals=[other, absent, approval])
+        told = [one for one in rooms.noted("a", "order") if " models approve " in one or one.startswith("activate ")]
+        rooms.play("rollback")
+        return told
+
+    recalled = signed | {"package": "m", "what": "suspended", "version": "2"}
+    assert [one.split()[0] for one in approved([recalled])] == ["activate"], "what was recalled is not taken back"
+    assert [one.split()[0] for one in approved([recalled | {"digest": digest, "what": "retired"}])] == ["activate"]
+    entered, activated = approved([recalled | {"version": "1"}])
+    assert f"models approve /opt/scanside/releases/{NEW}/models/m --mode clinical --until 2030-01-01" in entered
+    assert entered.startswith(OLD), "by the release that runs and knows the ledger's schema"
+    assert activated.startswith(f"activate {NEW}")
+
+
 # --- the configuration --------------------------------------------------------------------------------------
 
 
