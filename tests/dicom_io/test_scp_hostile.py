@@ -154,7 +154,7 @@ def test_an_abort_amid_an_image_discards_it(slice_: Path) -> None:
 @pytest.mark.parametrize("length", [0, 1, 4, 5, (1 << 20) + 1, 0xFFFFFFFF])
 def test_a_pdu_of_any_type_and_length(slice_: Path, kind: int, length: int, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder()
-    with serving(recorder, idle_seconds=0.1, artim_seconds=0.1) as server:
+    with serving(recorder, idle_seconds=1.0, artim_seconds=0.1) as server:
         with raw(server) as connection, suppress(ConnectionError):
             connection.sendall(struct.pack(">BxI", kind, length) + bytes(min(length, 100)))
             recorder.wait(closed=1)
