@@ -48,7 +48,8 @@ conformance: $(VENV)/.test ## Write the tables of docs/conformance.md from the c
 
 lock: ## Renew the hashed requirement files (needs uv)
 	$(UV) pip compile $(LOCK) pyproject.toml requirements/build.in -o requirements/appliance.txt
-	$(UV) pip compile $(LOCK) --extra test --extra gpu -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/test.txt
+	$(UV) pip compile $(LOCK) --extra gpu -c requirements/appliance.txt pyproject.toml requirements/build.in -o requirements/gpu.txt
+	$(UV) pip compile $(LOCK) --extra test --extra gpu -c requirements/gpu.txt pyproject.toml requirements/build.in -o requirements/test.txt
 	$(UV) pip compile $(LOCK) --no-deps requirements/triton.in -o requirements/triton.txt
 	$(UV) pip compile $(LOCK) requirements/ansible.in -o requirements/ansible.txt
 	$(UV) pip compile $(LOCK) requirements/install.in -o requirements/install.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -95,6 +95,11 @@ def create(
     image: Annotated[
         list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Archive of a container image.")
     ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="For boxes with a GPU: with the packages that they need.")] = False,
+    gpu_wheel: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="A further wheel for them, as of their Triton's TensorRT."),
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Source tree; else the one that runs.")
     ] = None,
@@ -125,6 +130,8 @@ def create(
                 wheels=wheels or (),
                 models=model or (),
                 images=image or (),
+                gpu=gpu,
+                gpu_wheels=gpu_wheel or (),
                 on_step=lambda text: progress.update(task, description=text),
             )
     if as_json:
@@ -143,7 +150,7 @@ def create(
         out.print(f"wrote {escape(str(made.bundle))} ({size})", highlight=False, soft_wrap=True)
 
 
-def _checked(path: Path, keys: Sequence[Path], into: Path | None = None) -> tuple[Bundle, int]:
+def _checked(path: Path, keys: Sequence[Path], into: Path | None = None) -> tuple[Bundle, dict[str, Any]]:
     from appliance.release.bundle import read_bundle, signed
     from appliance.release.create import is_bootstrap
     from appliance.release.minisign import read_public_key
@@ -157,14 +164,15 @@ def _checked(path: Path, keys: Sequence[Path], into: Path | None = None) -> tupl
         if into is not None:
             wanted = ("install/", *(name for name in manifest["files"] if is_bootstrap(name)))
             read_bundle(path, bundle, into=into, only=wanted)
-    return bundle, len(manifest["files"])
+    return bundle, manifest
 
 
 @app.command()
 @guard
 def verify(file: File, key: Keys, as_json: Json = False) -> None:
     """Check a bundle: who signed it, and every file in it. It exits with 1 if anything is not as it was signed."""
-    bundle, files = _checked(file, key)
+    bundle, manifest = _checked(file, key)
+    files, gpu = len(manifest["files"]), bool(manifest.get("gpu"))
     if as_json:
         emit(
             {
@@ -172,11 +180,13 @@ def verify(file: File, key: Keys, as_json: Json = False) -> None:
                 "channel": bundle.channel,
                 "minimum": bundle.minimum,
                 "key": bundle.key,
+                "gpu": gpu,
                 "files": files,
             }
         )
     else:
-        said = f"version {bundle.version}, {bundle.channel}, for boxes from {bundle.minimum} on; {files} files"
+        boxes = "boxes with a GPU" if gpu else "boxes"
+        said = f"version {bundle.version}, {bundle.channel}, for {boxes} from {bundle.minimum} on; {files} files"
         out.print(f"good: signed by {bundle.key}; {said}", highlight=False)
 
 

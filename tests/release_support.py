@@ -73,6 +73,7 @@ def small_source(folder: Path) -> tuple[Path, Path]:
     (package / "package.toml").write_text('name = "small"\n')
     site = sysconfig.get_path("purelib")
     borrowed = a_wheel(wheels, "borrowed", "1.0", {"borrowed.pth": f"{site}\n"})
+    gpu = a_wheel(wheels, "for_a_gpu", "1.0", {"for_a_gpu.py": ""})
     uv = shutil.copy(uv_wheel(), wheels)
     (source / "requirements").mkdir()
     for name, wheel, said in (
@@ -80,12 +81,17 @@ def small_source(folder: Path) -> tuple[Path, Path]:
         ("triton", borrowed, "borrowed==1.0"),
         ("install", uv, f"uv=={Path(uv).name.split('-')[1]}"),
     ):
-        digest = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
-        (source / f"requirements/{name}.txt").write_text(f"{said} --hash=sha256:{digest}\n")
+        (source / f"requirements/{name}.txt").write_text(_stated(said, wheel))
+    of_a_gpu = _stated("borrowed==1.0", borrowed) + _stated("for-a-gpu==1.0", gpu)
+    (source / "requirements/gpu.txt").write_text(of_a_gpu)
     return source, wheels
 
 
-def small_bundle(folder: Path, out: Path, key: SecretKey, version: str, **options: str) -> Made:
+def _stated(requirement: str, wheel: str | Path) -> str:
+    return f"{requirement} --hash=sha256:{hashlib.sha256(Path(wheel).read_bytes()).hexdigest()}\n"
+
+
+def small_bundle(folder: Path, out: Path, key: SecretKey, version: str, **options: object) -> Made:
     """A bundle of that source, signed."""
     return create(
         folder / "source",

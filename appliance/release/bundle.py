@@ -22,6 +22,8 @@ from .minisign import SUFFIX, Progress, PublicKey, read_signature, verify
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+GPU_WHEELS, GPU_REQUIREMENTS, GPU_EXTRAS = "wheels-gpu", "gpu.txt", "gpu-extras.txt"
+"""What a bundle for boxes with a GPU has besides: a folder, and the lists of what they install."""
 _CHUNK = 1 << 20
 _LARGEST_MANIFEST = 16 << 20
 _VERSION = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){1,3}((a|b|rc)(0|[1-9]\d*))?")

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bundle import FORMAT, MANIFEST, sha256_of, trusted_comment, write_tar
+from .bundle import (
+    FORMAT,
+    GPU_EXTRAS,
+    GPU_REQUIREMENTS,
+    GPU_WHEELS,
+    MANIFEST,
+    sha256_of,
+    trusted_comment,
+    write_tar,
+)
 from .errors import ReleaseError
 from .minisign import SUFFIX, SecretKey, sign
 from .sbom import SBOM, wheel_component, write_sbom
@@ -53,6 +62,8 @@ def create(
     wheels: Sequence[Path] = (),
     models: Sequence[Path] = (),
     images: Sequence[Path] = (),
+    gpu: bool = False,
+    gpu_wheels: Sequence[Path] = (),
     on_step: Step = lambda _: None,
 ) -> Made:
     """Make ``scanside-VERSION.tar`` and its signature.
@@ -66,10 +77,15 @@ def create(
         wheels: folders that have all wheels; empty: pip fetches them.
         models: further model packages; those of the source are always in it.
         images: archives of container images.
+        gpu: whether it is for boxes with a GPU, whose environment has the extra `gpu` too.
+        gpu_wheels: what such a box has besides, as the TensorRT of its Triton. No list of the source can state their
+            hashes, so the bundle's own does.
 
     Raises:
         ReleaseError: something is missing, or a wheel has none of the hashes of the requirements.
     """
+    if gpu_wheels and not gpu:
+        raise ReleaseError("a bundle has it only if it is for boxes with a GPU", str(gpu_wheels[0]), "add --gpu")
     own = _version_of(source)
     version, minimum = version or own, minimum or "0.0"
     comment = trusted_comment(version, channel, minimum)
@@ -92,6 +108,19 @@ def create(
                 files[f"{folder}/{wheel.name}"] = wheel
                 components.append(wheel_component(wheel, sha256_of(wheel)[0], folder))
             files[f"requirements/{requirements}"] = source / "requirements" / requirements
+        if gpu:
+            on_step(f"fetching {GPU_WHEELS}")
+            lists = {GPU_REQUIREMENTS: source / "requirements" / GPU_REQUIREMENTS}
+            fetched = _fetched(lists[GPU_REQUIREMENTS], work / GPU_WHEELS, wheels)
+            if gpu_wheels:
+                lists[GPU_EXTRAS] = work / GPU_EXTRAS
+                lists[GPU_EXTRAS].write_text("".join(_stated(one) for one in gpu_wheels), encoding="utf-8")
+                fetched += _fetched(lists[GPU_EXTRAS], work / "own", sorted({one.parent for one in gpu_wheels}))
+            for wheel in fetched:
+                if f"wheels/{wheel.name}" not in files:
+                    files[f"{GPU_WHEELS}/{wheel.name}"] = wheel
+                    components.append(wheel_component(wheel, sha256_of(wheel)[0], GPU_WHEELS))
+            files |= {f"requirements/{name}": path for name, path in lists.items()}
         files |= _rest(source, models, images)
         on_step("writing the bundle")
         running = {name: sha256_of(one)[0] for name, one in files.items() if name.startswith(("models/", "images/"))}
@@ -105,6 +134,7 @@ def create(
             "schema": schema,
             "python": f"{sys.version_info.major}.{sys.version_info.minor}",
             "platform": f"linux_{platform.machine()}",
+            "gpu": gpu,
             "files": {name: stated[name] for name in sorted(stated)},
         }
         files[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
@@ -175,6 +205,13 @@ def _fetched(requirements: Path, folder: Path, wheels: Sequence[Path]) -> list[P
         where = f"{requirements} ({', '.join(map(str, wheels)) or 'from the registry'})"
         raise ReleaseError(said, where, "add the wheel, or renew the requirements with `make lock`")
     return sorted(folder.glob("*.whl"))
+
+
+def _stated(wheel: Path) -> str:
+    """The line of requirements that only this wheel meets."""
+    digest, _ = sha256_of(wheel)
+    said = wheel_component(wheel, digest, GPU_WHEELS)
+    return f"{said['name']}=={said['version']} --hash=sha256:{digest}\n"
 
 
 def _rest(source: Path, models: Sequence[Path], images: Sequence[Path]) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .box import RELEASE, Box, Unfinished, run, sync_folder
-from .bundle import Bundle, read_bundle, signed, version_key
+from .bundle import GPU_EXTRAS, GPU_REQUIREMENTS, GPU_WHEELS, Bundle, read_bundle, signed, version_key
 from .errors import ReleaseError
 from .minisign import PublicKey, read_public_key
 
@@ -64,9 +64,10 @@ def install(box: Box, path: Path, keys: Sequence[PublicKey], keep: int, say: Say
         say(f"unpacking {bundle.version}")
         manifest = read_bundle(path, bundle, into=part)
         _may_run_here(manifest, path)
-        for name in _WHEELS:
+        gpu = bool(manifest.get("gpu"))
+        for name in (*_WHEELS, *([GPU_WHEELS] if gpu else [])):
             (part / name).rename(work / name)
-        _environments(part, work, bundle, say)
+        _environments(part, work, bundle, gpu, say)
         about = {
             "version": bundle.version,
             "channel": bundle.channel,
@@ -74,6 +75,7 @@ def install(box: Box, path: Path, keys: Sequence[PublicKey], keep: int, say: Say
             "key": bundle.key,
             "bundle": bundle.digest,
             "schema": manifest["schema"],
+            "gpu": gpu,
             "installed_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (part / RELEASE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -112,22 +114,27 @@ def _may_follow(bundle: Bundle, path: Path, current: str | None, floor: str | No
         )  # fmt: skip
 
 
-def _environments(part: Path, work: Path, bundle: Bundle, say: Say) -> None:
+def _environments(part: Path, work: Path, bundle: Bundle, gpu: bool, say: Say) -> None:
     """Build both environments from the bundle's wheels, every one of which must have a hash of the requirements."""
     uv = _uv(work)
     python = getattr(sys, "_base_executable", None) or sys.executable
-    for name, wheels, files in (
-        ("venv", "wheels", ("appliance.txt", "scanside.txt")),
-        ("venv-triton", "wheels-triton", ("triton.txt",)),
+    lists = ["appliance.txt", "scanside.txt"]
+    if gpu:  # its list has all of the appliance's too
+        lists[0] = GPU_REQUIREMENTS
+        lists += [GPU_EXTRAS] if (part / "requirements" / GPU_EXTRAS).exists() else []
+    for name, folders, files in (
+        ("venv", ["wheels", *([GPU_WHEELS] if gpu else [])], lists),
+        ("venv-triton", ["wheels-triton"], ["triton.txt"]),
     ):
         say(f"building {name}")
         common = ["--offline", "--no-config", "--no-cache", "--quiet"]
         run([str(uv), "venv", *common, "--relocatable", "--python", python, str(part / name)], f"building {name}")
         requirements = [word for one in files for word in ("-r", str(part / "requirements" / one))]
+        found = [word for one in folders for word in ("--find-links", str(work / one))]
         # --no-deps: the lists are complete, and Triton's must not bring in what its wheel asks for.
         run(
             [str(uv), "pip", "install", *common, "--python", str(part / name / "bin/python"), "--no-index",
-             "--find-links", str(work / wheels), "--no-deps", "--require-hashes", "--only-binary", ":all:",
+             *found, "--no-deps", "--require-hashes", "--only-binary", ":all:",
              "--compile-bytecode", "--link-mode", "copy", *requirements],
             f"building {name}",
         )  # fmt: skip
@@ -340,6 +347,7 @@ def verified(path: Path, keys: Sequence[PublicKey], say: Say) -> dict[str, Any]:
         "channel": bundle.channel,
         "minimum": bundle.minimum,
         "key": bundle.key,
+        "gpu": bool(manifest.get("gpu")),
         "files": len(manifest["files"]),
     }
 

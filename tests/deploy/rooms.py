@@ -167,6 +167,7 @@ class Rooms:
         self._program(folder / "ssh", _SSH.format(folder=str(folder / "boxes"), rooms=ROOMS))
         (folder / "release.pub").write_text("a key\n")
         (folder / "bundle.tar").write_text("a bundle\n")
+        self.gpu_bundle = False
         (folder / "bundle.tar.minisig").write_text("its signature\n")
 
     def program(self, box: str, name: str, text: str) -> None:
@@ -229,7 +230,7 @@ class Rooms:
     def play(self, playbook: str | Path, *options: str, ok: bool = True, bundle: str = "1.1.0", **values: Any) -> str:
         """Run a playbook of the collection, or one of the test's own; what it said."""
         controller = self.folder / "controller"
-        about = json.dumps({"version": bundle, "minimum": "0.1"})
+        about = json.dumps({"version": bundle, "minimum": "0.1", "gpu": self.gpu_bundle})
         self._program(controller, f"#!/bin/sh\necho '{about}'\n")
         values = {
             "ansible_user": "root", "ansible_python_interpreter": "/usr/bin/python3", "scanside_soak_seconds": 1,

@@ -317,6 +317,9 @@ def test_a_gpu_box_has_plans_before_its_release_runs_and_a_server_that_reads_the
     (rooms.boxes["a"] / "etc/systemd/system" / unit).touch()  # Podman's generator would make it
     rooms.says("a", NEW, "triton", {}, 1)
     gpu = {"scanside_device": "gpu", "scanside_triton_digest": f"sha256:{'a' * 64}"}
+    assert "is for boxes without" in configured(rooms, ok=False, **gpu)
+    assert not [one for one in rooms.noted("a", "order") if "activate" in one or "models build" in one]
+    rooms.gpu_bundle = True
     configured(rooms, **gpu)
     assert (rooms.boxes["a"] / "etc/scanside/no-triton").exists()
     rooms.play("update", scanside_selftest=False, **gpu)

@@ -104,6 +104,51 @@ def test_what_is_in_it(made: Made, folder: Path, tmp_path: Path) -> None:
         assert there and there <= stated
 
 
+def test_a_bundle_for_a_gpu_has_what_such_a_box_needs_once(folder: Path, tmp_path: Path) -> None:
+    trt = a_wheel(tmp_path, "tensorrt", "10.0", {"tensorrt.py": ""})
+    made = small_bundle(folder, tmp_path / "out", KEY, "1.2.0", gpu=True, gpu_wheels=[trt])
+    _, manifest = read(made.bundle, tmp_path / "inside")
+    assert manifest["gpu"] is True
+    there = {name for name in manifest["files"] if name.startswith("wheels-gpu/")}
+    assert there == {f"wheels-gpu/{one}-py3-none-any.whl" for one in ("for_a_gpu-1.0", "tensorrt-10.0")}
+    listed = {one["bom-ref"] for one in json.loads((tmp_path / "inside/sbom.cdx.json").read_text())["components"]}
+    assert there <= listed
+    again = small_bundle(folder, tmp_path / "again", KEY, "1.2.0", gpu=True, gpu_wheels=[trt])
+    assert again.bundle.read_bytes() == made.bundle.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wheel", "gpu", "said"),
+    [
+        ("tensorrt-10.0-py3-none-any.whl", False, "--gpu"),
+        ("tensorrt-10.0-cp38-cp38-any.whl", True, "tensorrt==10.0"),  # for another Python
+        ("nothing.whl", True, "this is no wheel"),
+    ],
+)
+def test_a_wheel_that_no_gpu_box_could_install_is_refused(
+    folder: Path, tmp_path: Path, wheel: str, gpu: bool, said: str
+) -> None:
+    made = a_wheel(tmp_path, "tensorrt", "10.0", {"tensorrt.py": ""}).rename(tmp_path / wheel)
+    if wheel == "nothing.whl":
+        made.write_bytes(b"nothing")
+    with pytest.raises(ReleaseError) as refused:
+        small_bundle(folder, tmp_path / "out", KEY, "1.2.0", gpu=gpu, gpu_wheels=[made])
+    assert said in str(refused.value)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_the_list_of_a_gpu_box_is_the_appliances_and_more() -> None:
+    pins = {
+        name: set(
+            re.findall(r"^([a-z0-9_.-]+==[^ ;\\]+)", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE)
+        )
+        for name in ("appliance", "gpu", "test")
+    }
+    assert pins["appliance"] < pins["gpu"] < pins["test"]
+    more = {one.split("==")[0] for one in pins["gpu"] - pins["appliance"]}
+    assert {"cupy-cuda13x", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg2k-cu13", "nvidia-cuda-nvrtc"} <= more
+
+
 def test_the_same_input_makes_the_same_bundle(made: Made, folder: Path, tmp_path: Path) -> None:
     for one in (folder / "source").rglob("*.py"):
         one.touch()
@@ -248,7 +293,7 @@ def test_the_commands(made: Made, copy: Path, tmp_path: Path) -> None:
     good = run.invoke(app, ["bundle", "verify", str(copy), *keys, "--json"])
     assert good.exit_code == 0, good.output
     said = json.loads(good.stdout)
-    assert (said["version"], said["minimum"], said["key"]) == ("1.2.0", "1.0.0", KEY.public.id)
+    assert (said["version"], said["minimum"], said["key"], said["gpu"]) == ("1.2.0", "1.0.0", KEY.public.id, False)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=2))

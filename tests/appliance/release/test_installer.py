@@ -27,7 +27,7 @@ from appliance.release.errors import ReleaseError
 from appliance.release.minisign import SUFFIX, SecretKey
 from tests.builders import head_series
 from tests.peers import program
-from tests.release_support import ROOT, small_bundle, small_source
+from tests.release_support import ROOT, a_wheel, small_bundle, small_source
 
 pytestmark = [pytest.mark.xdist_group("release"), pytest.mark.timeout(600)]
 KEY, SECOND = SecretKey(b"release1", bytes(range(32))), SecretKey(b"release2", bytes(32))
@@ -173,6 +173,21 @@ def test_installing_changes_nothing_that_runs_and_once_is_enough(box: Box) -> No
     assert not (release / "wheels").exists()
     said = subprocess.run([release / "venv/bin/scanside", "--version"], capture_output=True, text=True).stdout
     assert said.split()[-1] == NEW
+
+
+def test_a_box_with_a_gpu_gets_what_its_bundle_has_for_it(releases: Releases, tmp_path: Path) -> None:
+    trt = a_wheel(tmp_path, "tensorrt", "10.0", {"tensorrt.py": "__version__ = '10.0'\n"})
+    made = small_bundle(releases.folder, tmp_path / "out", KEY, "1.2.0", gpu=True, gpu_wheels=[trt])
+    box = Box(tmp_path / "root", releases)
+    assert box.does("verify", made.bundle, "--key", releases.public)["gpu"] is True
+    box.does("install", made.bundle, "--key", releases.public)
+    release = box.home / "releases/1.2.0"
+    assert json.loads((release / "release.json").read_text())["gpu"] is True
+    assert not (release / "wheels-gpu").exists()
+    code = "import for_a_gpu, tensorrt; print(tensorrt.__version__)"
+    python = {one: [release / one / "bin/python", "-c", code] for one in ("venv", "venv-triton")}
+    assert subprocess.run(python["venv"], capture_output=True, text=True, cwd="/").stdout == "10.0\n"
+    assert subprocess.run(python["venv-triton"], capture_output=True, cwd="/").returncode != 0
 
 
 def test_an_update_and_the_way_back(running: Box) -> None:
