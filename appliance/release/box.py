@@ -28,6 +28,10 @@ RELEASE = "release.json"
 SERVICES = ("scanside-intake", "scanside-triton", "scanside-delivery", "scanside-engine")
 HOLD = Path("/run/scanside.hold")
 """While it is there, and young, intake does not start; see scanside-intake.service."""
+RESUME = "resume-scanside"
+"""The timer that starts a stopped box where the installer died. Its name must not begin with scanside-: the drop-in of
+that name keeps units from telling systemd anything."""
+_RESUME_SECONDS, _RESUME_SCRIPT = 30, Path("/run/resume-scanside.sh")
 _STOPPED = (".service", ".timer")
 _LINKS = ("venv", "venv-triton", "docs")
 _UNIT_FOLDER, _OWN_DROP_INS = "etc/systemd/system", "scanside-.service.d"
@@ -117,12 +121,17 @@ class Box:
             ReleaseError: another one works.
         """
         self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / ".install.lock").open("w") as lock:
+        with self._lock.open("w") as lock:
+            os.set_inheritable(lock.fileno(), True)  # what changes the ledger holds it too; see `scanside`
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ReleaseError("another installer is at work", str(self.home), "wait until it has ended") from None
             yield
+
+    @property
+    def _lock(self) -> Path:
+        return self.home / ".install.lock"
 
     # --- what is there ----------------------------------------------------------------------------------
 
@@ -245,14 +254,43 @@ class Box:
     def stop(self) -> None:
         """Stop the services and what opens the ledger now and then; the ports stay open, and scanners wait there.
 
-        `HOLD` keeps intake from being started by one of them; it is gone after a reboot, and not heeded for long.
+        `HOLD` keeps intake from being started by one of them; it is gone after a reboot, and not heeded for long. An
+        installer that died now would leave a box that takes images and reads none: until `start` a timer looks whether
+        it lives.
         """
         if self.live:
+            self._watch()
             HOLD.touch()
             known = sorted(one.name for one in (self.root / _UNIT_FOLDER).glob("scanside-*") if one.suffix in _STOPPED)
             names = [one.replace("@.", "@*.") for one in known]
             if names:
                 _run("systemctl", "stop", *names)
+
+    def _watch(self) -> None:
+        """Have systemd start everything, and raise an alarm, once nobody holds the installer's lock any more."""
+        if _property(f"{RESUME}.timer", "ActiveState") == "active":
+            return
+        # A file: systemd, when it reads its units again, reads a command's punctuation otherwise than it was given.
+        _RESUME_SCRIPT.write_text(
+            f"systemctl stop {RESUME}.timer\n"
+            f"rm -f {HOLD}\n"
+            "systemctl reset-failed 'scanside*'\n"
+            f"systemctl start --no-block scanside.target {' '.join(f'{one}.service' for one in SERVICES)} "
+            f"$(cd /{_UNIT_FOLDER} && ls -d scanside-*.timer)\n"
+            "echo '<1>the installer died while scanside was stopped, and what there is was started: see its status'\n"
+            "exit 1\n",
+            encoding="utf-8",
+        )
+        _run(
+            "systemd-run", "--quiet", "--collect", f"--unit={RESUME}", f"--on-active={_RESUME_SECONDS}",
+            f"--on-unit-inactive={_RESUME_SECONDS}", "--timer-property=AccuracySec=1",
+            f"--property=OnFailure=scanside-alarm@{RESUME}.service.service",
+            # Whoever cannot have the lock at once ends well: the installer lives.
+            "flock", "--nonblock", "--conflict-exit-code", "0", str(self._lock), "/bin/sh", str(_RESUME_SCRIPT),
+        )  # fmt: skip
+
+    def _unwatch(self) -> None:
+        _run("systemctl", "stop", f"{RESUME}.timer", check=False)
 
     def start(self, seconds: float = 120.0) -> dict[str, str]:
         """Start everything; what each service is then.
@@ -267,9 +305,10 @@ class Box:
         wanted = [one for one in SERVICES if not self.config.with_name(f"no-{one.removeprefix('scanside-')}").exists()]
         timers = sorted(one.name for one in (self.root / _UNIT_FOLDER).glob("scanside-*.timer"))
         _run("systemctl", "start", "--no-block", "scanside.target", *(f"{one}.service" for one in wanted), *timers)
+        self._unwatch()  # whatever ends before this, an error too, leaves the watch to start the box
         deadline = time.monotonic() + seconds
         while True:
-            states = {one: _property(one, "ActiveState") for one in wanted}
+            states = {one: _property(f"{one}.service", "ActiveState") for one in wanted}
             sick = [one for one, state in states.items() if state != "active"]
             if not sick:
                 return states
@@ -335,9 +374,11 @@ class Box:
         command = [str(self.release(version) / "venv/bin/scanside"), "--config", str(self.config), *arguments]
         as_user: dict[str, Any] = {"user": _USER, "group": _GROUP, "extra_groups": []} if self.live else {}
         try:
+            # It inherits the lock: where the installer is killed, nothing starts beside a ledger that is being changed.
             done = subprocess.run(
-                command, capture_output=True, text=True, cwd="/", umask=0o007, env=clean_environment(), **as_user
-            )
+                command, capture_output=True, text=True, cwd="/", umask=0o007, env=clean_environment(), close_fds=False,
+                **as_user,
+            )  # fmt: skip
         except (OSError, LookupError) as error:
             raise ReleaseError(str(error), command[0], "install the release again") from error
         if done.returncode != 0:
@@ -392,5 +433,5 @@ def _run(*command: str, check: bool = True) -> None:
         subprocess.run(command, capture_output=True, env=clean_environment())
 
 
-def _property(service: str, key: str) -> str:
-    return run(["systemctl", "show", "--value", "-p", key, f"{service}.service"], "it failed").strip()
+def _property(unit: str, key: str) -> str:
+    return run(["systemctl", "show", "--value", "-p", key, unit], "it failed").strip()

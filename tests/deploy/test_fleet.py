@@ -294,6 +294,39 @@ def test_an_update_waits_for_a_study_stops_without_it_and_is_taken_up_again(flee
         fleet.alerts(box, f"UPDATED{box.upper()}")
 
 
+def test_a_box_whose_installer_dies_while_it_is_stopped_runs_again_by_itself(fleet: Fleet) -> None:
+    machine = fleet.lab.boxes[OTHER]
+    current = "/opt/scanside/current"
+    command = machine.inside(
+        f"{current}/venv/bin/python", f"{current}/install/scanside_install.py", "rollback", FIRST, "--json"
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        fleet.lab.wait(
+            lambda: machine.show("scanside-engine.service", "ActiveState") == "inactive", 60, "a stopped box"
+        )
+        # The pattern does not fit itself.
+        tell = "for p in /proc/[0-9]*; do grep -qa scanside_instal[l].py $p/cmdline && kill -{} ${{p#/proc/}}; done; :"
+        machine.run("sh", "-c", tell.format("STOP"))
+        fleet.lab.wait(
+            lambda: machine.show("resume-scanside.timer", "LastTriggerUSec") not in ("", "n/a"), 60, "a look at it"
+        )
+        assert machine.show("scanside-engine.service", "ActiveState") == "inactive", "it lives, and takes its time"
+        machine.run("sh", "-c", tell.format("KILL"))
+        process.wait(30)
+    assert fleet.installer(OTHER, "status")[1]["unfinished"]["command"] == "rollback"
+    fleet.lab.wait(lambda: machine.show("scanside-engine.service", "ActiveState") == "active", 120, "a box that runs")
+    uid, files = fleet.lab.study("intraparenchymal", "LEFTSTOPPED")
+    fleet.lab.send(OTHER, files)
+    fleet.one_alert(uid)
+    assert "resume-scanside.service failed" in machine.journal("-t", "scanside-alarm")
+    assert machine.show("resume-scanside.timer", "ActiveState") == "inactive"
+    code, said = fleet.installer(OTHER, "rollback", FIRST)
+    assert (code, said["version"]) == (0, FIRST)
+    assert fleet.installer(OTHER, "activate", SECOND)[0] == 0
+    assert machine.show("resume-scanside.timer", "ActiveState") == "inactive"
+    fleet.lab.wait(lambda: fleet.versions() == {CANARY: SECOND, OTHER: SECOND}, 60, "both on the second release")
+
+
 def test_a_release_that_reaches_nobody_is_stopped_at_the_canary_and_taken_back(fleet: Fleet, bad: Path) -> None:
     rollout = fleet.site.start("update", scanside_bundle=str(bad), scanside_soak_seconds=1)
     fleet.lab.wait(lambda: fleet.lab.version(CANARY) == BAD, 400, "the bad release on the canary")
@@ -342,6 +375,23 @@ def test_what_a_backup_has_is_there_again_after_a_restore(fleet: Fleet) -> None:
     fleet.alerts(OTHER, "RESTORED")
 
 
+def test_a_machine_that_replaces_a_box_goes_on_from_the_backup_of_another_name(fleet: Fleet, first: Path) -> None:
+    backups = fleet.site.folder / "backups"
+    known = fleet.alerted[-1]
+    fleet.site.play("backup", "--limit", OTHER, scanside_backups=str(backups))
+    (backups / f"{OTHER}.tar.gz").rename(backups / "gone.tar.gz")
+    machine = fleet.lab.boxes[OTHER]
+    machine.run("sh", "-c", "systemctl stop 'scanside*' && rm -rf /opt/scanside /etc/scanside /var/cache/scanside")
+    # The folder itself is the lab's disk.
+    machine.run("sh", "-c", "find /var/lib/scanside -mindepth 1 -delete; rm -rf /etc/systemd/system/scanside*")
+    machine.run("systemctl", "daemon-reload")
+    fleet.site.play("install", "--limit", OTHER, scanside_bundle=str(first), scanside_selftest=False)
+    assert "no such study" in fleet.ended(OTHER, "study", known)[1]
+    fleet.site.play("restore", "--limit", OTHER, scanside_backups=str(backups), scanside_backup_of="gone")
+    assert known in fleet.lab.scanside(OTHER, "study", known)
+    fleet.alerts(OTHER, "REPLACED")
+
+
 def test_a_recall_stops_the_model_on_every_box_in_one_command(fleet: Fleet) -> None:
     version = fleet.lab.status(CANARY)["models"][0]["version"]
     words = {"scanside_package": MODEL, "scanside_recall": version, "scanside_who": "Dr A", "scanside_why": "notice 7"}
@@ -372,6 +422,11 @@ def test_a_recall_stops_the_model_on_every_box_in_one_command(fleet: Fleet) -> N
     finally:
         fleet.lab.plug(OTHER)
     assert f"NOT recalled on {OTHER}:" in said
+    # Whatever release the box goes to, its model stays recalled; who comes back to the one before finds it so, too.
+    for way in (("activate", SECOND), ("rollback", FIRST)):
+        assert fleet.installer(CANARY, *way)[0] == 0
+        assert fleet.versions()[CANARY] == way[1]
+        assert not fleet.lab.status(CANARY)["models"][0]["runs"]
 
 
 def test_in_the_end_each_study_had_one_alert(fleet: Fleet) -> None:

@@ -222,6 +222,27 @@ def test_what_the_board_said_of_a_release_is_entered_before_it_runs(tmp_path: Pa
     assert activated.startswith(f"activate {NEW}")
 
 
+def test_nothing_is_approved_where_the_board_of_the_box_cannot_be_asked(tmp_path: Path) -> None:
+    """It may have been suspended, or recalled: an approval would take that back."""
+    rooms = Rooms(tmp_path, "a")
+    staged(rooms)
+    model = {"name": "m", "version": "2", "digest": "sha256:a", "runs": False, "said": ""}
+    rooms.says("a", OLD, "status", {"models": [model]})
+    approval = {"package": "m", "digest": "sha256:a", "mode": "clinical", "until": "2030-01-01", "who": "A", "why": "B"}
+    play = tmp_path / "models.yml"
+    roles = [{"ansible.builtin.include_role": {"name": f"scanside.fleet.{name}", **options, "public": True}}
+             for name, options in (("appliance", {"tasks_from": "nothing"}), ("models", {}))]  # fmt: skip
+    play.write_text(json.dumps([{"hosts": "scanside", "become": True, "gather_facts": False, "tasks": roles}]))
+
+    def approved(answer: Any, rc: int) -> bool:
+        rooms.says("a", OLD, "models", answer, rc)
+        rooms.play(play, ok=rc == 0, scanside_approvals=[approval])
+        return any(" models approve " in one for one in rooms.noted("a", "order"))
+
+    assert not approved({"error": "database is locked"}, 1)
+    assert approved([], 0)
+
+
 # --- the configuration --------------------------------------------------------------------------------------
 
 

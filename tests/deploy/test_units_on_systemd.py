@@ -142,6 +142,27 @@ def test_a_restart_refuses_no_scanner_and_parks_what_was_under_way(hospital: Hos
     hospital.hears_once(uid)
 
 
+def test_what_whoever_changes_the_release_stops_has_not_failed(hospital: Hospital) -> None:
+    """A scanner that came meanwhile started intake, which waits; a check that was due waits for intake."""
+    machine = hospital.machine
+    before = machine.journal("-t", "scanside-alarm")
+    machine.run("systemctl", "stop", "scanside-intake.service")
+    machine.run("touch", "/run/scanside.hold")
+    for name in ("intake", "check"):
+        machine.run("systemctl", "start", "--no-block", f"scanside-{name}.service")
+        machine.wait(
+            lambda name=name: machine.show(f"scanside-{name}.service", "ActiveState") == "activating",  # type: ignore[misc]
+            30, f"{name} at its start",
+        )  # fmt: skip
+    machine.run("sleep", "2")
+    for name in ("intake", "check"):
+        machine.run("systemctl", "stop", f"scanside-{name}.service")
+        assert machine.show(f"scanside-{name}.service", "Result") == "success"
+    machine.run("rm", "/run/scanside.hold")
+    machine.run("systemctl", "start", "scanside-intake.service", "scanside.target")
+    assert machine.journal("-t", "scanside-alarm") == before
+
+
 def test_what_cannot_start_is_told_and_starts_once_it_can(hospital: Hospital) -> None:
     machine = hospital.machine
     settings = machine.root / "etc/scanside/scanside.toml"

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +321,60 @@ def test_a_box_that_was_stopped_in_vain_runs_again(
     assert migration.revision(running.ledger) == schema
     assert running.boots() == runs
     assert "BEFORE" in running.received()
+
+
+def test_a_box_that_could_not_be_started_is_still_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With systemd it is tried in tests/deploy; here it refuses, and the calls are looked at."""
+    told: list[tuple[str, ...]] = []
+
+    def call(*command: str, check: bool = True) -> None:
+        told.append(command)
+        if command[:2] == ("systemctl", "start"):
+            raise ReleaseError("job rejected", "systemctl", "see its own words")
+
+    monkeypatch.setattr("appliance.release.box._run", call)
+    monkeypatch.setattr("appliance.release.box._property", lambda *_: "inactive")
+    monkeypatch.setattr("appliance.release.box.HOLD", tmp_path / "hold")
+    monkeypatch.setattr("appliance.release.box._RESUME_SCRIPT", tmp_path / "resume.sh")
+    monkeypatch.setattr(installer.Box, "live", property(lambda _: True))
+    box = installer.Box(tmp_path)
+    box.stop()
+    with pytest.raises(ReleaseError):
+        box.start()
+    assert [one[0] for one in told[:1]] == ["systemd-run"], "it is watched before anything is stopped"
+    assert ("systemctl", "stop", "resume-scanside.timer") not in told
+
+
+def test_the_lock_is_held_as_long_as_the_ledger_is_being_changed(tmp_path: Path) -> None:
+    """Whoever looks whether a killed installer lives must not start services beside a migration of its."""
+    program = tmp_path / "opt/scanside/releases/1.0/venv/bin/scanside"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\nread _\necho '{}'\n")
+    program.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from appliance.release.box import Box\n"
+        "box = Box(Path(sys.argv[1]))\n"
+        "with box.alone(): print('held', flush=True); box.scanside('1.0', 'ledger', 'downgrade')"
+    )
+    lock = ["flock", "--nonblock", str(tmp_path / "opt/scanside/.install.lock"), "true"]
+    reads, writes = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=reads, stdout=subprocess.PIPE, text=True
+    ) as process:
+        os.close(reads)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert subprocess.run(lock).returncode == 1
+    os.close(writes)  # its program ends
+    deadline = time.monotonic() + 30
+    while subprocess.run(lock).returncode != 0:
+        assert time.monotonic() < deadline, "the lock is never free again"
+        time.sleep(0.05)
 
 
 def broken_connection(*_: object, **__: object) -> sqlite3.Connection:
