@@ -40,19 +40,19 @@ exec /sbin/init
 """
 
 
-def debian() -> Path:
+def debian(suite: str = SUITE, packages: str = PACKAGES) -> Path:
     """A folder with Debian, made once (a minute or four) and never written to; skips where it cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("only root can boot a machine")
-    made = CACHE / f"{SUITE}-{zlib.crc32(PACKAGES.encode()):08x}"
+    made = CACHE / f"{suite}-{zlib.crc32(packages.encode()):08x}"
     CACHE.mkdir(exist_ok=True)
-    with (CACHE / f"{SUITE}.lock").open("w") as lock:
+    with (CACHE / f"{suite}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one test process makes it for all
         if not made.exists():
-            part = CACHE / f"{SUITE}.part"
+            part = CACHE / f"{suite}.part"
             shutil.rmtree(part, ignore_errors=True)
-            options = ["--variant=minbase", f"--include={PACKAGES}", "--mode=root", "--dpkgopt=force-unsafe-io"]
-            done = subprocess.run([program("mmdebstrap"), *options, SUITE, str(part)], capture_output=True, text=True)
+            options = ["--variant=minbase", f"--include={packages}", "--mode=root", "--dpkgopt=force-unsafe-io"]
+            done = subprocess.run([program("mmdebstrap"), *options, suite, str(part)], capture_output=True, text=True)
             if done.returncode != 0:
                 shutil.rmtree(part, ignore_errors=True)
                 pytest.skip(f"mmdebstrap failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -210,12 +210,12 @@ class Machine:
             time.sleep(0.2)
 
 
-def layered(stack: ExitStack, folder: Path) -> Path:
+def layered(stack: ExitStack, folder: Path, base: Path | None = None) -> Path:
     """Debian with a layer of its own in that folder, to be written to; unmounted with the stack."""
     upper, work, root = (folder / name for name in ("upper", "work", "root"))
     for one in (upper, work, root):
         one.mkdir(parents=True)
-    layers = f"lowerdir={debian()},upperdir={upper},workdir={work}"
+    layers = f"lowerdir={base or debian()},upperdir={upper},workdir={work}"
     change(stack, "mount", "-t", "overlay", "overlay", "-o", layers, root, undo=("umount", root))
     return root
 

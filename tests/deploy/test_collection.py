@@ -81,31 +81,6 @@ def test_what_the_template_makes_of_an_inventory_is_a_configuration(installed: P
     assert settings.limit[0].keys == {"minimum_age": "18Y"}
 
 
-@pytest.mark.deploy
-@pytest.mark.timeout(900)
-def test_podman_makes_a_unit_of_the_container(installed: Path, tmp_path: Path) -> None:
-    """Podman's own generator reads the rendered file; the container itself runs on no machine without a GPU."""
-    generator = shutil.which("quadlet", path="/usr/libexec/podman:/usr/lib/podman")
-    if generator is None:
-        pytest.skip("Podman's quadlet is not installed (Podman 4.4 or newer)")
-    units = tmp_path / "units"
-    units.mkdir()
-    values = {"scanside_triton_image": "localhost/scanside-triton", "scanside_triton_memory": "50%",
-              "scanside_triton_digest": f"sha256:{'a' * 64}",
-              "ansible_facts": {"getent_passwd": {"scanside-triton": ["x", "991", "990"]},
-                                "getent_group": {"scanside": ["x", "990", ""]}}}  # fmt: skip
-    name = "triton-for-scanside.container"
-    render(installed / f"roles/triton/templates/{name}.j2", units / name, values, tmp_path)
-    done = subprocess.run(
-        [generator, "-dryrun"], env={"QUADLET_UNIT_DIRS": str(units)}, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    (start,) = re.findall(r"^ExecStart=(.*)$", done.stdout, re.MULTILINE)
-    for word in ("--user 991:990", "--cap-drop all", "--read-only", "no-new-privileges", "--pull never",
-                 f"localhost/scanside-triton@sha256:{'a' * 64} tritonserver"):  # fmt: skip
-        assert word in start
-
-
 def test_what_is_no_program_of_scanside_gets_none_of_its_hardening() -> None:
     """systemd lays scanside-.service.d over every unit whose name begins so."""
     switch = yaml.safe_load((COLLECTION / "roles/appliance/vars/main.yml").read_text())["scanside_in_a_unit"]
