@@ -11,13 +11,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from typing import Literal
 from urllib.parse import quote
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
 
 from appliance.findings import wording
 from appliance.ledger.records import Verdict
@@ -41,10 +42,13 @@ _CONTROL_ID_LENGTH = 20  # of MSH-10 in v2.5.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
 _LONGEST, _LONGEST_NAMESPACE = 199, 20
 """Characters of an ST and of an IS, escapes counted: what is longer makes a message invalid."""
-_LONGEST_NOTE = 10_000
+_LONGEST_TEXT = 10_000
+"""Characters of a text before they are escaped, which makes five of one at most: TX and FT have room for 65,536."""
 _NO_PATIENT_ID = (
     "The images carry NO patient ID: identify the patient by name, accession and study UID. PID-3 holds the study UID."
 )
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, and halves of a surrogate pair, which no UTF-8 can be made of."""
 _SUBTYPES_OF_NAMES = ("A", "I", "P")  # alphabetic, ideographic, phonetic (table 0465)
 
 
@@ -248,8 +252,7 @@ def _unfitting(source: Dataset) -> list[str]:
         "admission ID": (_text(_value(source, "AdmissionID")), _value(source, "AdmissionID")),
     }
     return [
-        f"The {name} is too long for its field. It is: {value[:_LONGEST_NOTE]}"
-        + (f" … ({len(value)} characters)" if len(value) > _LONGEST_NOTE else "")
+        f"The {name} is too long for its field. It is: {value}"
         for name, (field, value) in fields.items()
         if field and not _fitting(field)
     ]
@@ -424,8 +427,9 @@ def _fitting(field: str) -> str:
 
 
 def _first_item(source: Dataset, keyword: str) -> Dataset | None:
-    items: Sequence[Dataset] = source.get(keyword) or ()
-    return items[0] if items else None
+    items = source.get(keyword)
+    # A damaged header may have anything under the name of a sequence.
+    return items[0] if isinstance(items, Sequence) and items else None
 
 
 def _value(source: Dataset | None, keyword: str) -> str:
@@ -453,12 +457,14 @@ def _text(value: str) -> str:
 
 
 def _long_text(value: str) -> str:
-    r"""Text for a TX or FT field: line breaks become \.br\ (chapter 2.7.2)."""
+    r"""Text for a TX or FT field: line breaks become \.br\ (chapter 2.7.2); what is too long is cut off and says so."""
+    if len(value) > _LONGEST_TEXT:
+        value = f"{value[:_LONGEST_TEXT]} … ({len(value)} characters)"
     return "\\.br\\".join(_text(line) for line in re.split(r"\r\n|\r|\n", value))
 
 
 def _printable(value: str) -> str:
-    return "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" else c for c in value).strip()
+    return _CONTROL.sub(" ", value).strip()
 
 
 def _timestamp(moment: datetime) -> str:

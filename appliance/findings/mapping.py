@@ -174,7 +174,8 @@ def broken_rule(message: str, standard: str) -> str:
     notes = {_at(one, 3) for one in theirs if one[0] == "NTE"}
     for note in (_at(one, 3) for one in ours if one[0] == "NTE"):
         if note not in notes:
-            return f"a note is missing: {note[:80]!r}"
+            # Its beginning only: what follows a colon may be of the patient, and this is logged.
+            return f"a note is missing: {note.partition(':')[0][:80]!r}"
     said = [(_at(one, 3).split("^")[0], _at(one, 5)) for one in theirs if one[0] == "OBX"]
     for one in ours:
         code = _at(one, 3).split("^")[0]

@@ -256,15 +256,34 @@ def test_no_reason_however_long_makes_a_message_that_is_never_sent(reason: str, 
     assert fault(withdrawal(plain, reason)) == ""
 
 
-def test_a_text_that_no_receiver_needs_to_take_is_found_out(plain: Series) -> None:
-    assert fault(withdrawal(plain, "x" * 65_000)) == ""
-    assert "longer than 65536" in fault(withdrawal(plain, "x" * 65_536))
+@pytest.mark.parametrize("place", ["OBX|2|TX|59776-5^Procedure Findings^LN||", "NTE|3|L|"])
+def test_a_text_that_no_receiver_needs_to_take_is_found_out(plain: Series, place: str) -> None:
+    text = withdrawal(plain, "a reason")
+    assert text.count(place) == 1
+    assert fault(text.replace(place, f"{place}{'x' * 65_000}")) == ""
+    assert "longer than 65536" in fault(text.replace(place, f"{place}{'x' * 65_536}"))
 
 
-@pytest.mark.parametrize("broken", ["|", "\r", "^", "&", "\\E", "\\Q\\"])
-def test_what_is_wrong_within_a_long_text_is_found_out(plain: Series, broken: str) -> None:
+@pytest.mark.parametrize("place", ["OBX|2|TX|59776-5^Procedure Findings^LN||", "NTE|3|L|"])
+@pytest.mark.parametrize("broken", ["|x||||||||||||||||||||||||", "\r", "^", "&", "\\E", "\\Q\\"])
+def test_what_is_wrong_within_a_text_is_found_out(plain: Series, broken: str, place: str) -> None:
     text = withdrawal(plain, "x" * 500)
-    assert fault(text.replace("x" * 500, "x" * 250 + broken + "x" * 250)) != ""
+    assert fault(text) == "" and text.count(place) == 1
+    assert fault(text.replace(place, f"{place}x{broken}x")) != ""
+
+
+def test_of_a_text_that_is_too_long_the_beginning_is_told_and_that_there_was_more(plain: Series) -> None:
+    text = withdrawal(plain, "\n" * 70_000)
+    assert fault(text) == "" and "characters)" in text
+
+
+def test_what_is_wrong_with_a_message_is_said_without_a_word_of_it(plain: Series) -> None:
+    text = withdrawal(plain, "a reason")
+    name = str(plain.header().PatientName)
+    for wrong in ("N" * 200, "DOE^JANE^^^^^L^A&B&C&D^^^^^^^^^^^^^"):
+        said = fault(text.replace(name, wrong, 1))
+        assert said and "NNN" not in said and "JANE" not in said
+    assert "yesterday" not in fault(text.replace("|19610203|", "|yesterday|", 1))
 
 
 # Settings

@@ -20,8 +20,8 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from appliance.findings.alert import Kind, message_control_id, render_alert, study_link
-from appliance.findings.validate import fault
+from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link
+from appliance.findings.validate import fault, segments_fault
 from appliance.ledger.records import Verdict
 from tests.findings_support import ISSUED, NAMES, Series, ct_series, renamed, verdict_on
 
@@ -234,6 +234,12 @@ def test_long_names_of_applications_hold_no_alert_back() -> None:
     assert field(header, 3) == "^ct1.radiology.hospital.example^L" and field(header, 6) == f"^{LONG}^L"
 
 
+ODD = st.text("\r\n\t\x00\x0b\x1b\x85\u2028\ud800&^~|\\.brx", max_size=300).map(lambda one: one * 40) | st.text(
+    max_size=400
+)
+"""Line breaks, control characters, delimiters and escapes, up to 12,000 of them."""
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.dictionaries(
@@ -251,13 +257,14 @@ def test_long_names_of_applications_hold_no_alert_back() -> None:
                 "AcquisitionTime",
             ]
         ),
-        st.text(st.characters(codec="utf-8"), max_size=90) | st.text("&^~|\\x", min_size=60, max_size=300),
+        st.text(st.characters(codec="utf-8"), max_size=90) | st.text("&^~|\\x", min_size=60, max_size=300) | ODD,
     ),
     st.lists(st.text(st.characters(codec="utf-8"), max_size=250), min_size=3, max_size=3),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.lists(ODD, min_size=3, max_size=3),
 )
 def test_whatever_the_images_say_of_the_patient_the_alert_may_leave(
-    said: dict[str, str], issuer: list[str], box: str
+    said: dict[str, str], issuer: list[str], box: str, texts: list[str]
 ) -> None:
     source = Dataset()
     source.StudyInstanceUID = "1.2.3"
@@ -270,7 +277,42 @@ def test_whatever_the_images_say_of_the_patient_the_alert_may_leave(
                                   strict=True):  # fmt: skip
             item.add(DataElement(tag_for_keyword(keyword), "LO", value, already_converted=True))
         source.IssuerOfAccessionNumberSequence = source.IssuerOfPatientIDQualifiersSequence = [item]
-    assert fault(alert(POSITIVE, source, sending_application=box)) == ""
+    notice, limitation, reason = texts
+    verdict = renamed(POSITIVE, notice=notice, limitations=(limitation, "plain"))
+    withdrawn = renamed(verdict, positive=False, withdrawn=reason)
+    for text in (
+        alert(verdict, source, sending_application=box),
+        alert(withdrawn, source, kind="withdrawal", sending_application=box),
+    ):
+        assert fault(text) == ""
+        assert len(text.encode("utf-8").split(b"\r")) == text.count("\r") + 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["\r", "\n", "a\r\nb", "\x00", "\x0b\x1c", "x" * 70_000, "\n" * 70_000, "\ud800"],
+    ids=["CR", "LF", "CRLF", "NUL", "VT FS", "long", "long and broken", "half a surrogate pair"],
+)
+def test_no_line_break_and_no_length_in_any_text_holds_an_alert_back(odd: str) -> None:
+    source = Dataset()
+    source.StudyInstanceUID = "1.2.3"
+    for keyword in ("PatientID", "PatientName", "AccessionNumber", "AdmissionID"):
+        source.add(DataElement(tag_for_keyword(keyword), "LO", "x" * 200 + odd, already_converted=True))
+    source.add(DataElement(tag_for_keyword("RequestAttributesSequence"), "LO", odd, already_converted=True))
+    text = alert(renamed(POSITIVE, notice=odd, limitations=(odd, f"Series 3 has a kernel ({odd}).")), source)
+    assert fault(text) == ""
+    assert text.encode("utf-8")
+    names = ("sending_application", "sending_facility", "receiving_application", "receiving_facility")
+    order = render_order_update(
+        source,
+        control_id="M1",
+        priority="S",
+        said=odd,
+        issued_at=ISSUED,
+        processing_id="P",
+        **dict.fromkeys(names, "A"),
+    )
+    assert segments_fault(order) == ""
 
 
 @pytest.mark.parametrize(("keyword", "segment", "number"), [("PatientID", "PID", 3), ("AccessionNumber", "OBR", 18)])
