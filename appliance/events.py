@@ -32,6 +32,7 @@ class Event(StrEnum):
     VERDICT_WITHDRAWN = "verdict.withdrawn"
     VERDICT_ISSUED = "verdict.issued"
     ALERT_UNDELIVERABLE = "alert.undeliverable"
+    ALERT_REDUCED = "alert.reduced"
     MAPPING_FAILED = "mapping.failed"
     ALERT_UNREACHED = "alert.unreached"
     FINDING_RENDERED = "finding.rendered"

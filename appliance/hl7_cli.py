@@ -58,6 +58,7 @@ def preview(
                             "after_seconds": told.held_seconds,
                             "fault": told.fault,
                             "unmapped": told.unmapped,
+                            "reduced": told.reduced,
                             "content": told.content.decode("utf-8"),
                         }
                         for told in one.messages
@@ -76,12 +77,15 @@ def preview(
                 valid = f"  [bold red]invalid, never sent:[/] {escape(told.fault)}" if told.fault else ""
                 name = escape(told.destination.name)
                 out.print(f"\n[bold]{name}[/] ({told.destination.kind}, {told.kind}{when}){valid}", highlight=False)
+                if told.reduced:
+                    said = f"[bold red]a reduced message, as the whole one failed:[/] {escape(told.reduced)}"
+                    out.print(said, highlight=False, soft_wrap=True)
                 if told.unmapped:
                     said = f"[bold red]the standard message, as the template failed:[/] {escape(told.unmapped)}"
                     out.print(said, highlight=False, soft_wrap=True)
                 text = told.content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
                 out.print(text, markup=False, highlight=False, soft_wrap=True)
-    if any(told.fault or told.unmapped for one in found for told in one.messages):
+    if any(told.fault or told.unmapped or told.reduced for one in found for told in one.messages):
         raise typer.Exit(1)
 
 

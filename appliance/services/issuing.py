@@ -94,7 +94,7 @@ class Issuer:
         """The header of an instance; what the ledger keeps of it where the file cannot be read."""
         try:
             return identifying_header(self.spooled(instance))
-        except (ScansideError, OSError):
+        except Exception:  # whatever it holds: no alert waits for it
             log.exception("the header of an image cannot be read; what is told of its study has less of the patient")
         known, header = instance.header, pydicom.Dataset()
         header.SpecificCharacterSet = "ISO_IR 192"
@@ -353,6 +353,10 @@ class Issuer:
             log.error(
                 "study %d: the message to %s is invalid and never sent: %s", study_id, told.destination.name, told.fault
             )
+        if told.reduced:
+            where = told.destination.name
+            log.error("study %d: %s gets a reduced message, the whole one failed: %s", study_id, where, told.reduced)
+            self._ledger.log(Event.ALERT_REDUCED, study=study_id, destination=where, reason=told.reduced)
         if told.unmapped:
             where = told.destination.name
             log.error("study %d: %s gets the standard message, its template failed: %s", study_id, where, told.unmapped)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import get_args
 
 import pydicom
+from pydicom.config import IGNORE
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
 
 from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link
 from appliance.findings.mapping import MappingError, mapped
@@ -49,6 +53,7 @@ class Message:
         file: name of its file.
         fault: why it may never be sent; "" if it may.
         unmapped: why it is the standard message although the site has a template; "" otherwise.
+        reduced: why it has less in it than it should; "" where it is whole.
     """
 
     destination: AlertDestination
@@ -59,6 +64,7 @@ class Message:
     content: bytes
     fault: str
     unmapped: str = ""
+    reduced: str = ""
 
 
 def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
@@ -117,11 +123,92 @@ def message(
 ) -> Message:
     """The message of that kind to one destination; HL7 is validated, as a receiver would do it.
 
+    An alert in another form is better than none: where the whole message cannot be made or is invalid, whatever the
+    reason, free text is left out of it, and where that is not enough, what the images say in unusual characters.
+
     Args:
         first: MSH-10 of the first message that it got on this study.
     """
-    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind, destination.name)
-    identity, at = message_control_id(*key), datetime.fromisoformat(issued_at)
+    made: list[Message] = []
+    why: list[str] = []
+    bare = _bare(verdict)
+    for said, source in ((verdict, header), (bare, header), (bare, _plain(verdict, header))):
+        try:
+            one = _message(
+                settings, destination, study_id, said, revision, issued_at, source, kind, held_seconds, first
+            )
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            # Its words may be a patient's.
+            why.append(f"{type(error).__name__} in {at.name}, line {at.lineno}")
+            continue
+        if not one.fault:
+            return replace(one, reduced=why[0] if why else "")
+        made.append(one)
+        why.append(one.fault)
+    if made:
+        return made[0]
+    identity = _identity(destination, verdict, revision, kind)
+    return Message(destination, kind, identity, held_seconds, f"{identity}.none", b"", f"it cannot be made: {why[0]}")
+
+
+_NEEDED = (
+    "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "AdmissionID",
+    "PlacerOrderNumberImagingServiceRequest", "StudyDate", "StudyTime", "AcquisitionDate", "AcquisitionTime",
+)  # fmt: skip
+_REDUCED = (
+    "REDUCED MESSAGE: the whole one was not valid. Limitations and reasons are left out, perhaps what the images say "
+    "of patient and order: see the report."
+)
+
+
+def _usual(text: str) -> str:
+    """Text with letters, digits and the commonest signs, of at most 500 characters."""
+    return "".join(one if one.isalnum() or one in " .,:;()/+-_" else " " for one in text)[:500]
+
+
+def _bare(verdict: Verdict) -> Verdict:
+    """A verdict without free text, but for its notice in usual characters."""
+    return replace(
+        verdict,
+        notice=f"{_REDUCED} {_usual(verdict.notice)}",
+        limitations=(),
+        withdrawn="for a reason that cannot be written here" if verdict.withdrawn else "",
+    )
+
+
+def _plain(verdict: Verdict, header: pydicom.Dataset) -> pydicom.Dataset:
+    """What a header says of patient and order in usual characters: whole values, the others are left out."""
+    plain = pydicom.Dataset()
+    plain.StudyInstanceUID = verdict.study_instance_uid
+    for keyword in _NEEDED:
+        try:
+            text = str(header.get(keyword) or "")
+        except Exception:  # a damaged header may hold anything
+            continue
+        if text and len(text) <= 64 and _usual(text.replace("^", "")) == text.replace("^", ""):
+            plain.add(DataElement(keyword, dictionary_VR(keyword), text, validation_mode=IGNORE))
+    return plain
+
+
+def _identity(destination: AlertDestination, verdict: Verdict, revision: int, kind: Kind) -> str:
+    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind)
+    return message_control_id(*key, destination.name)
+
+
+def _message(
+    settings: Settings,
+    destination: AlertDestination,
+    study_id: int,
+    verdict: Verdict,
+    revision: int,
+    issued_at: str,
+    header: pydicom.Dataset,
+    kind: Kind,
+    held_seconds: float,
+    first: str,
+) -> Message:
+    identity, at = _identity(destination, verdict, revision, kind), datetime.fromisoformat(issued_at)
     if isinstance(destination, Hl7Destination):
         text = render_alert(
             verdict,

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
+from pydicom.config import IGNORE
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
 from pydicom.uid import ComprehensiveSRStorage
 
 from appliance.findings.render import render
+from appliance.findings.validate import fault
 from appliance.governance.indication import Admission
 from appliance.governance.package import load_configured
 from appliance.ledger.records import Verdict
 from appliance.ledger.views import event_counts, study_report, troubles
 from appliance.services.issuing import Issuer
 from appliance.services.routing import in_place_of
-from appliance.settings import DicomDestination, Settings
+from appliance.settings import Destination, DicomDestination, Hl7Destination, Settings
+from appliance.study.grouping import group
+from appliance.study.selection import select
 from dicom_io.header import read_header
 from tests.appliance.intake.test_retention import Box
+from tests.builders import head_series
 from tests.findings_support import Series, ct_series, verdict_on
 
 EVERYTHING = ["selection", "presentation", "segmentation", "capture", "report"]
@@ -31,19 +40,29 @@ PICTURES = ["capture.summary", "capture.1", "capture.2"]
 class Issued:
     """A box with two archives, one of which takes everything, and a study that is analysed again and again."""
 
-    def __init__(self, folder: Path, *, classes: list[str] | None = None, **objects: list[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        classes: list[str] | None = None,
+        change: Callable[[Dataset], None] = lambda ds: None,
+        er: bool = False,
+        **objects: list[str],
+    ) -> None:
         self.box = Box(folder)
         self.box.settings.run_directory.mkdir(exist_ok=True)
-        destinations = [
+        destinations: list[Destination] = [
             DicomDestination.model_validate(
                 {"kind": "dicom", "name": name, "ae_title": "PACS", "host": "h", "port": 104, "objects": wanted}
                 | ({"sop_classes": classes} if classes else {})
             )
             for name, wanted in objects.items()
         ]
+        if er:
+            destinations.append(Hl7Destination(kind="hl7", name="er", host="h", port=1))
         self.box.settings = self.box.settings.model_copy(update={"destination": destinations})
         (folder / "series").mkdir()
-        self.series: Series = ct_series(folder / "series")
+        self.series: Series = ct_series(folder / "series", change=change)
         self.issuer = Issuer(self.box.settings, self.box.ledger, load_configured(Settings()))
         self.left = list(self.series.files.values())
         for _ in range(3):
@@ -334,3 +353,50 @@ def test_a_report_does_not_follow_what_nobody_has(issued: Issued, change: dict[s
     issued.arrive()
     issued.issue(seen(issued))
     assert "PredecessorDocumentsSequence" not in issued.report(2)
+
+
+TEXTS = ("LO", "SH", "PN", "LT", "ST", "UT", "AE", "CS", "DA", "TM", "DT", "AS")
+KEPT = ("SpecificCharacterSet", "Modality", "ImageType", "PhotometricInterpretation", "PatientPosition", "RescaleType")
+MORE = (
+    "StudyDescription", "SeriesDescription", "ConvolutionKernel", "ProtocolName", "AdmissionID", "StationName",
+    "PlacerOrderNumberImagingServiceRequest", "InstitutionName", "TimezoneOffsetFromUTC", "AcquisitionDateTime",
+    "UniversalEntityID", "UniversalEntityIDType", "LocalNamespaceEntityID",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["a\r\nb\nc\rd", "a\x00b", "a\\b", "^~\\&|=", "x" * 10_000, "x^~&|\r\n" * 2_000, "\\E\\\\.br\\|"],
+    ids=["line breaks", "NUL", "backslash", "delimiters", "long", "long and odd", "escapes"],
+)
+def test_headers_of_nothing_but_odd_text_hold_no_alert_and_no_object_back(
+    tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(ds: Dataset) -> None:
+        for keyword in MORE:
+            ds.add(DataElement(keyword, dictionary_VR(keyword), "", validation_mode=IGNORE))
+        for one in list(ds):
+            if one.VR in TEXTS and one.keyword not in KEPT:
+                ds[one.tag] = DataElement(one.tag, one.VR, odd, validation_mode=IGNORE)
+        item = Dataset()
+        for keyword in MORE[-3:]:
+            item.add(DataElement(keyword, dictionary_VR(keyword), odd, validation_mode=IGNORE))
+        ds.IssuerOfPatientIDQualifiersSequence = ds.IssuerOfAccessionNumberSequence = [item]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        issued = Issued(tmp_path, change=change, er=True, all=EVERYTHING)
+    kernel = head_series(30, series="1.2.3.2", series_number=2, convolution_kernel=f"BONE {odd}")
+    selection = select(group([*head_series(30), *kernel]))
+    left = tuple(f"Series 2 was not analysed: {one.reason}." for one in selection.considered if not one.chosen)
+    assert len(left) == 1 and "BONE" in left[0]
+    issued.issue(seen(issued, limitations=left, mode="clinical"))
+    issued.box.ledger.abandon_findings(issued.box.settings.models.attempts)
+    assert issued.states("er") == {"alert.er": ("pending", "")}
+    assert {state for state, _ in issued.states("all").values()} == {"pending"}
+    (file,) = issued.box.settings.findings_directory.rglob("*.hl7")
+    text = file.read_bytes().decode("utf-8")
+    assert fault(text) == "" and "not analysed" in text
+    assert "reduced message" not in caplog.text
+    assert issued.delivered("er") == ["alert.er"] and "report" in issued.delivered("all")
+    issued.box.ledger.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email import message_from_bytes, policy
 from pathlib import Path
@@ -47,7 +47,12 @@ HOOK: dict[str, Any] = {
 class Issued:
     """A box with these destinations of alerts and a study."""
 
-    def __init__(self, folder: Path, destinations: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        destinations: list[dict[str, Any]],
+        odd: Callable[[pydicom.Dataset], None] = lambda ds: None,
+    ) -> None:
         self.box = Box(folder)
         self.settings = Settings(
             box={"state_directory": folder, "name": "BOX"},
@@ -58,6 +63,7 @@ class Issued:
 
         def change(ds: pydicom.Dataset) -> None:
             ds.PatientID, ds.AccessionNumber = "PID-7", "ACC-1"
+            odd(ds)
 
         self.series: Series = ct_series(folder / "series", change=change)
         self.issuer = Issuer(self.settings, self.box.ledger, load_configured(Settings()))
@@ -211,6 +217,72 @@ def test_an_invalid_message_is_never_sent_and_the_next_step_is_told(
     assert "invalid" in row["reason"]
     steps = issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0).steps
     assert [name for _, name, _ in steps] == ["mail"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (lambda text: text.replace("Limitation:", "Limitation^:"), "Doe^Jane^^^^^L^A"),
+        (lambda text: text.replace("Doe^Jane", "x" * 200) if "Limitation:" in text else text, "Doe^Jane^^^^^L^A"),
+        (lambda text: text.replace("PID|1||", "PID|1|") if "HOSP" in text else text, "Doe^Jane^^^^^L^A"),
+    ],
+    ids=["a note", "a name", "an issuer"],
+)
+def test_where_the_whole_message_is_invalid_a_reduced_one_is_sent_and_somebody_hears_of_it(
+    tmp_path: Path,
+    wrong: Callable[[str], str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> str:
+        return wrong(render_alert(*arguments, **options))
+
+    def odd(ds: pydicom.Dataset) -> None:
+        ds.IssuerOfPatientID = "HOSP=1"
+
+    monkeypatch.setattr("appliance.services.telling.render_alert", broken)
+    made = Issued(tmp_path, [ER], odd)
+    made.issue(mode="clinical")
+    made.issuer.render()
+    assert made.alerts() == {"er": ("pending", 1)}
+    text = made.content("er").decode()
+    assert fault(text) == ""
+    assert "\rPID|1||PID-7" in text and f"|{name}|" in text and "|ACC-1|" in text and "|AA|" in text
+    assert "REDUCED" in text and "research use, not cleared" in text and "Limitation:" not in text
+    assert "er gets a reduced message" in caplog.text
+    assert event_counts(made.ledger)["alert.reduced"] == 1
+    made.ledger.close()
+
+
+def test_a_withdrawal_whose_reason_cannot_be_written_is_sent_without_it(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(verdict: Verdict, *arguments: Any, **options: Any) -> str:
+        if "odd" in verdict.withdrawn:
+            raise ValueError("odd")
+        return render_alert(verdict, *arguments, **options)
+
+    issued.issue(mode="clinical", provisional=True)
+    monkeypatch.setattr("appliance.services.telling.render_alert", broken)
+    issued.issue(False, withdrawn="an odd reason")
+    assert issued.alerts()["er"] == ("pending", 2)
+    assert b"a reason that cannot be written here" in issued.content("er")
+
+
+def test_what_cannot_be_told_to_one_destination_is_told_to_the_others(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> bytes:
+        raise ValueError("DOE^JANE")
+
+    monkeypatch.setattr("appliance.services.telling.render_mail", broken)
+    issued.issue(mode="clinical")
+    issued.issuer.render()
+    assert issued.alerts() == {"er": ("pending", 1), "mail": ("dead", 1), "hook": ("held", 1)}
+    assert "DOE" not in caplog.text
+    (row,) = [one for one in study_report(issued.ledger, issued.study)["deliveries"] if one["destination"] == "mail"]
+    assert "cannot be made" in row["reason"] and "DOE" not in row["reason"]
 
 
 @pytest.mark.parametrize(
