@@ -34,6 +34,8 @@ Inputs = Sequence[Sequence[str]]
 
 NO_MORE = 1_000_000
 """Tries of a finding that is not tried."""
+_ENDED = ("withdrawn", "spared", "dead")
+"""States of a delivery that is not tried any more, and of which the destination has said nothing final."""
 LONGEST_PAUSE = 300.0
 """No pause between two tries is longer, in seconds."""
 
@@ -106,11 +108,17 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """An answer that a destination was told; uid: under which MSH-10."""
+    """An answer that a destination was told.
+
+    Attributes:
+        uid: under which MSH-10.
+        certain: False where nobody knows whether it arrived, and it is not sent any more.
+    """
 
     positive: bool
     provisional: bool = False
     uid: str = field(default="", compare=False)
+    certain: bool = True
 
 
 # What the engine asks the ledger at every step, or at every look at a study that arrives, is put together once: that
@@ -618,28 +626,33 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
     def told(self, analysis_id: int, what: str = "alert.") -> dict[str, list[Told]]:
         """What each destination was told of an analysis so far: destination → answers, oldest first.
 
-        A message that was withdrawn or spared before it was tried told nobody; one that was tried may have arrived. One
-        that is held counts: what follows takes its place.
+        A message that was rejected told nobody, nor did one that ended before it was ever tried: withdrawn, spared, or
+        a dead letter because it was invalid or its destination was gone. What was tried and ended without an answer may
+        have arrived, so it counts, and is not `certain`: a later answer must take it back, and may say it again only as
+        what replaces it. One that is held counts: what follows takes its place.
 
         Args:
             what: how the names of the findings begin: "alert." or "worklist.".
         """
+        d = t.delivery.c
         query = (
             sa.select(
-                t.delivery.c.destination,
+                d.destination,
                 t.verdict.c.positive,
                 sa.func.coalesce(t.verdict.c.result["provisional"].as_boolean(), sa.false()),
                 t.finding.c.uid,
+                d.state.not_in(_ENDED),
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith(what))
-            .where(t.delivery.c.state.not_in(("withdrawn", "spared")) | (t.delivery.c.attempts > 0))
+            # Not by its attempts, which begin anew when somebody sends it again.
+            .where(d.state != "rejected", d.state.not_in(_ENDED) | d.sent_at.is_not(None))
             .order_by(t.verdict.c.revision)
         )
         answers: dict[str, list[Told]] = {}
         with self.read() as connection:
-            for destination, positive, provisional, uid in connection.execute(query):
-                answers.setdefault(destination, []).append(Told(positive, bool(provisional), uid))
+            for destination, positive, provisional, uid, certain in connection.execute(query):
+                answers.setdefault(destination, []).append(Told(positive, bool(provisional), uid, bool(certain)))
         return answers
 
     def last_instance_at(self, study_id: int) -> str:

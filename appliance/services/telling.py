@@ -70,14 +70,19 @@ class Message:
 def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = False) -> Kind | None:
     """What a verdict tells the hospital: an alert once, and what became of it when that is known or has changed.
 
+    Where nobody knows whether the last message arrived its answer is told again, in a form that is no second alert to
+    who has it: a correction or confirmation names the first message and replaces it, and is an alert to who has none.
+
     Args:
         before: what it was told by the earlier revisions, oldest first.
     """
     last = before[-1] if before else Told(positive=False)
     if not positive:
-        return "withdrawal" if last.positive else None
-    if last.positive:
-        return "confirmation" if last.provisional and not provisional else None
+        return "withdrawal" if last.positive or not last.certain else None
+    if last.positive and last.provisional and not provisional:
+        return "confirmation"
+    if last.positive and last.certain:
+        return None
     if any(one.positive for one in before):
         return "correction"
     return "provisional" if provisional else "alert"
@@ -95,13 +100,15 @@ def messages(
     """The message to each destination that this verdict tells something new.
 
     A step of the escalation that was never told of the study waits for those that are told now; where these know it
-    already it has nothing to wait for and is not told. A step that was told hears what became of it as the others do.
+    already it has nothing to wait for and is not told. A step that was told hears what became of it as the others do;
+    one of which nobody knows whether the alert arrived is told it again as if it had not been told.
     """
     made: list[Message] = []
     for destination in settings.alert_destinations:
         before = told.get(destination.name, [])
         kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
-        held = destination.after_seconds if not before else 0.0
+        doubtful = bool(before) and before[-1].positive and not before[-1].certain
+        held = destination.after_seconds if not before or (doubtful and verdict.positive) else 0.0
         if kind is None or (held and not any(not one.destination.after_seconds for one in made)):
             continue
         first = before[0].uid if before else ""

@@ -154,7 +154,7 @@ def test_a_step_that_was_told_hears_at_once_of_the_withdrawal(issued: Issued) ->
     issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0)
     issued.settle("mail", "acknowledge")
     issued.issue(False)
-    assert issued.alerts() == {"er": ("pending", 2), "mail": ("pending", 2), "hook": ("spared", 1)}
+    assert issued.alerts() == {"er": ("rejected", 1), "mail": ("pending", 2), "hook": ("spared", 1)}
     assert b"withdrawn" in issued.content("mail")
 
 
@@ -217,6 +217,63 @@ def test_an_invalid_message_is_never_sent_and_the_next_step_is_told(
     assert "invalid" in row["reason"]
     steps = issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0).steps
     assert [name for _, name, _ in steps] == ["mail"]
+
+
+def test_who_rejected_an_alert_is_alerted_by_the_next_positive_revision(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "reject")
+    issued.issue(mode="clinical")
+    assert issued.alerts()["er"] == ("pending", 2)
+    assert b"MESSAGE-KIND" in issued.content("er") and b"||alert|" in issued.content("er")
+    issued.settle("er", "reject")
+    issued.issue(False)
+    assert issued.alerts()["er"] == ("rejected", 2), "it is not told of the end of what it never had"
+
+
+def test_who_never_got_an_invalid_alert_is_alerted_by_the_next_revision(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("appliance.services.telling.fault", lambda text: "it is odd")
+        issued.issue(mode="clinical")
+        issued.issuer.render()
+    assert issued.alerts()["er"] == ("dead", 1)
+    issued.issue(mode="clinical")
+    assert issued.alerts()["er"] == ("pending", 2) and b"||alert|" in issued.content("er")
+
+
+def test_an_alert_that_may_have_arrived_is_replaced_and_not_sent_twice(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    first = issued.content("er").decode().split("|")[9]
+    issued.settle("er", "give_up")
+    issued.issue(mode="clinical")
+    text = issued.content("er").decode()
+    assert issued.alerts()["er"] == ("pending", 2)
+    assert "||correction|" in text and f"||{first}|" in text and "|AA|" in text
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="clinical")
+    assert issued.alerts()["er"] == ("acknowledged", 2), "it knows now"
+    issued.issue(False)
+    issued.settle("er", "give_up")
+    issued.issue(False)
+    assert issued.alerts()["er"] == ("pending", 5) and b"||withdrawal|" in issued.content("er")
+    issued.settle("er", "acknowledge")
+    issued.issue(False)
+    assert issued.alerts()["er"] == ("acknowledged", 5)
+
+
+def test_a_step_that_may_have_been_told_waits_again_and_only_with_the_others(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "reject")
+    issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0)
+    issued.settle("mail", "give_up")
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("held", 2), "hook": ("held", 1)}
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("acknowledged", 2), "mail": ("spared", 2), "hook": ("held", 1)}
+    issued.issue(False)
+    assert issued.alerts()["mail"] == ("pending", 4), "it may have the first"
 
 
 @pytest.mark.parametrize(

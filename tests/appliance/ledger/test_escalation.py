@@ -213,6 +213,24 @@ def test_a_suspended_package_tells_no_further_step(box: Box) -> None:
     assert box.ledger.told(box.analysis) == {}
 
 
+def test_what_was_refused_or_never_tried_told_nobody_and_what_was_tried_in_vain_perhaps(box: Box) -> None:
+    box.verdict(True, ("er",))
+    box.settle("er", "reject")
+    assert box.ledger.told(box.analysis) == {}
+    box.ledger.requeue_delivery(box.deliveries()[0]["id"], ["er"])
+    assert box.ledger.told(box.analysis) == {"er": [Told(True)]}
+    box.settle("er", "give_up")
+    assert box.ledger.told(box.analysis) == {"er": [Told(True, certain=False)]}
+    # Sent again, and its destination gone: it was tried all the same.
+    box.ledger.requeue_delivery(box.deliveries()[0]["id"], ["er"])
+    box.ledger.abandon_deliveries([])
+    assert [(one["state"], one["attempts"]) for one in box.deliveries()] == [("dead", 0)]
+    assert box.ledger.told(box.analysis) == {"er": [Told(True, certain=False)]}
+    box.verdict(False, ("ris",))
+    box.ledger.abandon_deliveries([])
+    assert set(box.ledger.told(box.analysis)) == {"er"}
+
+
 def test_a_step_that_is_held_when_its_alert_is_taken_back_is_never_told(box: Box) -> None:
     box.verdict(True, ("er", *STEPS))
     box.settle("er", "retry")
