@@ -133,7 +133,9 @@ def _asking(
             answer = connection.getresponse()
             content = answer.read(MAXIMUM_ANSWER)
         except (OSError, http.client.HTTPException) as error:
-            what = f"it did not answer ({str(error) or type(error).__name__})"
+            # An HTTPException may quote what came, and that a patient.
+            said = "" if isinstance(error, http.client.HTTPException) else str(error)
+            what = f"it did not answer ({said or type(error).__name__})"
             raise PeerError(what, str(archive), "the same request will be sent again") from error
         yield answer.status, answer.reason or "", content
     finally:

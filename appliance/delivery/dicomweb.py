@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from appliance.delivery.dicom import DUPLICATE, PASSING, unusable
-from appliance.delivery.outbox import Result
+from appliance.delivery.outbox import Result, Said
 from dicom_io.errors import ScansideError
 from dicom_io.transcode import fitting, transcoded
 from dicom_io.web import Archive, Stored, store
@@ -43,12 +44,14 @@ def store_web(path: Path, uid: str, archive: Archive, syntaxes: Sequence[str] = 
                 transcoded(path, written, syntax)
             answer = store(archive, written, uid)
         outcome, said = _judged(answer)
+        _, condition = _judged(replace(answer, said=""))
         if answer.failure != SYNTAX and not (answer.failure is None and answer.status == 415):
             break
         refused = refused or UID(syntax).name
     if refused and outcome == "acknowledge":
-        said = ", ".join(filter(None, (said, f"in {UID(syntax).name}: it does not accept {refused}")))
-    return outcome, said
+        note = f"in {UID(syntax).name}: it does not accept {refused}"
+        said, condition = (", ".join(filter(None, (one, note))) for one in (said, condition))
+    return outcome, Said(said, condition)
 
 
 def _judged(answer: Stored) -> Result:

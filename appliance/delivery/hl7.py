@@ -70,7 +70,7 @@ class CodeError(ValueError):
     """
 
     def __init__(self, code: str, control_id: str) -> None:
-        super().__init__(f"acknowledgement code {code[:20]!r} is not one of {', '.join(get_args(Code))}")
+        super().__init__(f"acknowledgement code {code[:4]!r} is not one of {', '.join(get_args(Code))}")
         self.control_id = control_id
 
 

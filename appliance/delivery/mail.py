@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from appliance.delivery.outbox import Result
+from appliance.delivery.outbox import Result, Said
 from dicom_io.errors import PeerError
 
 log = logging.getLogger(__name__)
@@ -77,18 +77,19 @@ def send_mail(server: MailServer, sender: str, recipients: Sequence[str], messag
         refused = session.sendmail(sender, recipients, message)
     except smtplib.SMTPRecipientsRefused as error:
         codes = [code for code, _ in error.recipients.values()]
-        said = f"no recipient is taken: {_refused(error.recipients)}"
+        said = Said(*(f"no recipient is taken: {one}" for one in _refused(error.recipients)))
         return ("reject" if all(code >= 500 for code in codes) else "retry"), said
     except smtplib.SMTPResponseException as error:
-        return ("reject" if error.smtp_code >= 500 else "retry"), _said(error)
+        return ("reject" if error.smtp_code >= 500 else "retry"), Said(_said(error), str(error.smtp_code))
     except (OSError, smtplib.SMTPException) as error:
         what = f"the mail server did not answer for the mail ({_said(error)})"
         raise PeerError(what, server.where, "the mail will be sent again") from error
     finally:
         _quit(session)
     if refused:
-        log.error("mail: %s took the alert, but not for %s", server.where, _refused(refused))
-    return "acknowledge", f"taken, but not for {_refused(refused)}" if refused else "taken"
+        log.error("mail: %s took the alert, but not for %s", server.where, _refused(refused)[1])
+        return "acknowledge", Said(*(f"taken, but not for {one}" for one in _refused(refused)))
+    return "acknowledge", "taken"
 
 
 def _quit(session: smtplib.SMTP) -> None:
@@ -99,8 +100,10 @@ def _quit(session: smtplib.SMTP) -> None:
         session.close()
 
 
-def _refused(recipients: dict[str, tuple[int, bytes]]) -> str:
-    return ", ".join(f"{name} ({code} {text.decode(errors='replace')})" for name, (code, text) in recipients.items())
+def _refused(recipients: dict[str, tuple[int, bytes]]) -> tuple[str, str]:
+    """Who was not taken and why, with the server's words and without."""
+    words = (f"{name} ({code} {text.decode(errors='replace')})" for name, (code, text) in recipients.items())
+    return ", ".join(words), ", ".join(f"{name} ({code})" for name, (code, _) in recipients.items())
 
 
 def _said(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,9 +26,26 @@ _SAID = {
     "decline": "not taken there",
 }
 
+
+class Said(str):
+    """What a peer answered, with its own words, which may name a patient: only the delivery's row has them.
+
+    Attributes:
+        condition: the same without these words, for log and events.
+    """
+
+    condition: str
+
+    def __new__(cls, said: str, condition: str) -> Self:
+        """The whole, and the condition alone."""
+        made = super().__new__(cls, said)
+        made.condition = condition
+        return made
+
+
 Result = tuple[Literal["acknowledge", "store", "retry", "reject", "decline"], str]
-"""What became of one try, and what the peer said. "store": it has it, and is still to be asked to keep it; "decline":
-it takes no objects of this kind."""
+"""What became of one try, and what the peer said: a `Said` where words of the peer's own are in it. "store": it has it,
+and is still to be asked to keep it; "decline": it takes no objects of this kind."""
 
 
 class Worker(threading.Thread):
@@ -127,7 +144,7 @@ class Worker(threading.Thread):
             log.exception("delivery %d failed in a way nobody foresaw", row["id"])
             outcome, reason = "retry", f"{type(error).__name__}: {error}"
         if outcome == "retry" and attempt >= self._attempts:
-            log.error("delivery %d to %s is a dead letter: %s", row["id"], self._destination, reason)
+            log.error("delivery %d to %s is a dead letter: %s", row["id"], self._destination, _condition(reason))
             self._settle(row, "give_up", reason)
             return
         wait = min(self._longest, self._first * 2.0 ** min(attempt - 1, 30)) if outcome == "retry" else 0.0
@@ -143,7 +160,7 @@ class Worker(threading.Thread):
             self._destination,
             _SAID[outcome].format(wait=wait),
             f", {instead} goes there instead" if instead else "",
-            f" ({reason})" if reason else "",
+            f" ({_condition(reason)})" if reason else "",
         )
 
     def _settle(
@@ -170,6 +187,7 @@ class Worker(threading.Thread):
                     budget_seconds=budget_seconds,
                     steps=self._steps,
                     instead=self._instead(row["object"]),
+                    condition=_condition(reason),
                 )
                 if nobody:
                     log.error("study %d: NOBODY WAS REACHED by its alert", row["study_id"])
@@ -178,3 +196,7 @@ class Worker(threading.Thread):
                 log.exception("delivery %d: its outcome cannot be written now", row["id"])
                 if self._stopping.wait(POLL_SECONDS):
                     return  # it is sent again, under the same name, after the next start
+
+
+def _condition(reason: str) -> str:
+    return reason.condition if isinstance(reason, Said) else reason

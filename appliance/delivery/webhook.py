@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from appliance.delivery.outbox import Result
+from appliance.delivery.outbox import Result, Said
 from dicom_io.errors import PeerError, ScansideError
 
 _PASSING = (408, 425, 429)
@@ -126,11 +126,13 @@ def exchange(webhook: Webhook, method: str, body: bytes, headers: Mapping[str, s
         connection.request(method, target, body, dict(headers))
         answer = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
-        what = f"the webhook did not answer ({str(error) or type(error).__name__})"
+        # An HTTPException may quote what came, and that a patient.
+        said = "" if isinstance(error, http.client.HTTPException) else str(error)
+        what = f"the webhook did not answer ({said or type(error).__name__})"
         raise PeerError(what, webhook.where, "the same request will be sent again") from error
     finally:
         connection.close()
-    said = f"HTTP {answer.status} {answer.reason}".strip()
+    words = Said(f"HTTP {answer.status} {answer.reason}".strip(), f"HTTP {answer.status}")
     if 200 <= answer.status < 300:
-        return "acknowledge", said
-    return ("reject" if 300 <= answer.status < 500 and answer.status not in _PASSING else "retry"), said
+        return "acknowledge", words
+    return ("reject" if 300 <= answer.status < 500 and answer.status not in _PASSING else "retry"), words

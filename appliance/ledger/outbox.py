@@ -189,6 +189,7 @@ class Outbox(Escalation):
         budget_seconds: float | None = None,
         steps: Collection[str] = (),
         instead: Sequence[str] = (),
+        condition: str | None = None,
     ) -> bool:
         """Record what became of a taken delivery; a retry is due after ``wait_seconds``.
 
@@ -199,6 +200,7 @@ class Outbox(Escalation):
         Args:
             steps: names of the destinations that are steps of the escalation.
             instead: objects of which the first that the verdict has is delivered in place of a declined one.
+            condition: what the event says in place of a reason that has a peer's own words in it.
 
         Returns:
             Whether an alert has reached nobody now, because this was its last hope.
@@ -215,7 +217,7 @@ class Outbox(Escalation):
             values["acknowledged_at"] = now()
         with self._write() as connection:
             if outcome == "decline":
-                if self._replace(connection, row, instead, reason):
+                if self._replace(connection, row, instead, reason, condition):
                     return False
                 outcome = "reject"
             self._move_delivery(connection, row["id"], outcome, **values)
@@ -226,7 +228,7 @@ class Outbox(Escalation):
                 delivery=row["id"],
                 object=row["object"],
                 destination=row["destination"],
-                reason=reason,
+                reason=reason if condition is None else condition,
             )
             if outcome == "acknowledge" and budget_seconds is not None:
                 self._mark_late(connection, row, budget_seconds)
@@ -234,7 +236,9 @@ class Outbox(Escalation):
                 self._spare_steps(connection, row, steps)
             return outcome in ("reject", "give_up") and self._failed_all(connection, row["finding_id"])
 
-    def _replace(self, connection: sa.Connection, row: Row, names: Sequence[str], reason: str) -> bool:
+    def _replace(
+        self, connection: sa.Connection, row: Row, names: Sequence[str], reason: str, condition: str | None
+    ) -> bool:
         """Deliver the first of other objects of the same verdict, once, to a destination that takes none of this kind.
 
         Returns:
@@ -256,7 +260,7 @@ class Outbox(Escalation):
             object=row["object"],
             destination=row["destination"],
             instead=name,
-            reason=reason,
+            reason=reason if condition is None else condition,
         )
         there = sa.select(d.id).where(d.finding_id == found[name], d.destination == row["destination"])
         if connection.execute(there).first() is None:

@@ -14,7 +14,7 @@ from appliance.delivery.dicom import store
 from appliance.delivery.dicomweb import authorization, store_web
 from appliance.delivery.hl7 import MllpClient, outcome, parse_acknowledgement
 from appliance.delivery.mail import MailServer, send_mail
-from appliance.delivery.outbox import POLL_SECONDS, Result, Worker
+from appliance.delivery.outbox import POLL_SECONDS, Result, Said, Worker
 from appliance.delivery.rest import send_request
 from appliance.delivery.steps import show_there
 from appliance.delivery.webhook import Webhook, post, read_secret
@@ -394,7 +394,7 @@ def _hl7_sender(
         except ValueError as error:
             # The message itself cannot be framed: it would not get better by sending it again.
             return "reject", str(error)
-        said = f"{answer.code} {answer.text}".strip()
+        said = Said(f"{answer.code} {answer.text}".strip(), answer.code)
         match outcome(answer):
             case "acknowledged":
                 return "acknowledge", said

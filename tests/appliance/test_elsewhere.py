@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from appliance.bench.alerts import DESTINATION, prepare
 from appliance.delivery.hl7 import MllpClient
+from appliance.delivery.outbox import Said
 from appliance.intake.hl7_message import Rules
 from appliance.intake.hl7_receiver import OrderReceiver
 from appliance.ledger.store import Ledger
@@ -80,6 +81,19 @@ def test_it_ends_the_delivery(alert: Alert, code: str, result: str, closes: bool
     ((accepted,),) = said
     assert "MSA|CA|E1" in accepted
     assert alert.ledger.answer_to(alert.uid) is None, "it is read once"
+
+
+def test_the_words_of_an_answer_are_known_from_its_code(alert: Alert) -> None:
+    def refuse(connection: Any, _: Peer) -> None:
+        connection.sendall(answer("AR", alert.uid, "|4711 DOE^JANE is not known"))
+
+    peer = Peer(after_message(refuse))
+    with ExitStack() as stack:
+        destination = Hl7Destination(**ER, port=peer.port)  # type: ignore[arg-type]
+        result, said = _hl7_sender(alert.folder, destination, stack, alert.ledger)(alert.take())
+    peer.close()
+    assert (result, said) == ("reject", "AR 4711 DOE^JANE is not known")
+    assert isinstance(said, Said) and said.condition == "AR"
 
 
 def test_one_that_came_after_a_try_had_given_up_saves_the_next(alert: Alert) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from email.parser import BytesParser
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from appliance.delivery.dicomweb import authorization, store_web
+from appliance.delivery.outbox import Said
 from appliance.delivery.tls import client_context
 from appliance.demo.orthanc import DICOMWEB, find_orthanc, free_port, start_orthanc
 from dicom_io.errors import PeerError, ScansideError
@@ -140,6 +142,8 @@ def test_each_answer_has_its_outcome(status: int, content: Any, outcome: str, fi
         found, said = store_web(finding, UID, there.archive())
     assert found == outcome
     assert said or outcome == "acknowledge"
+    assert isinstance(said, Said) and (not said or str(status) in said.condition or outcome == "acknowledge")
+    assert HTTPStatus(status).phrase not in said.condition
     assert len(there.heard) == 1  # no redirection is followed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from appliance.delivery.mail import MailServer, send_mail
+from appliance.delivery.outbox import Said
 from appliance.delivery.tls import client_context
 from dicom_io.errors import PeerError
 from tests.dicom_io.certificates import Authority
@@ -109,13 +111,15 @@ def test_a_mail_is_taken_over_tls_as_it_was_written(server: MailServer, postbox:
         ({"a@site": "550 who"}, "acknowledge", "not for a@site"),
     ],
 )
-def test_each_answer_has_its_outcome(
+def test_each_answer_has_its_outcome_and_its_words_are_known_from_its_codes(
     server: MailServer, postbox: Postbox, answers: dict[str, str], outcome: str, said: str
 ) -> None:
     postbox.answers = answers
     result, reason = send_mail(server, "box@site", ["a@site", "b@site"], MAIL)
     assert result == outcome
     assert said in reason
+    assert isinstance(reason, Said)
+    assert re.search("[0-9]{3}", reason.condition) and not re.search("try|never|who|busy", reason.condition)
     assert len(postbox.mails) == (outcome == "acknowledge")
 
 

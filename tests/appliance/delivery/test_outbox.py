@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from sqlalchemy.exc import OperationalError
 
-from appliance.delivery.outbox import Result, Worker
+from appliance.delivery.outbox import Result, Said, Worker
 from appliance.ledger.database import Row, now
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Ledger, NewFinding, NewInstance
 from appliance.ledger.views import study_report
+from appliance.show import study_view
 from dicom_io.errors import PeerError
 from tests.builders import header
 
@@ -104,6 +108,27 @@ def test_after_so_many_tries_it_is_a_dead_letter_with_its_reason(ledger: Ledger)
 def test_a_refusal_is_not_repeated(ledger: Ledger) -> None:
     row = run_until(ledger, worker(ledger, "er", lambda _: ("reject", "AR no")), "alert.er", "rejected")
     assert (row["attempts"], row["reason"]) == (1, "AR no")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "attempts", "state"),
+    [("retry", 2, "dead"), ("reject", 5, "rejected"), ("acknowledge", 5, "acknowledged")],
+)
+def test_what_a_peer_says_in_its_own_words_stays_with_the_delivery(
+    ledger: Ledger, caplog: pytest.LogCaptureFixture, outcome: Any, attempts: int, state: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    said = Said("AE Patient 4711 DOE^JANE is not known", "AE")
+    row = run_until(ledger, worker(ledger, "er", lambda _: (outcome, said), attempts=attempts), "alert.er", state)
+    assert row["reason"] == "AE Patient 4711 DOE^JANE is not known"
+    report = study_report(ledger, 1)
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(study_view(report))
+    assert "AE Patient 4711 DOE^JANE" in shown.export_text(), "`scanside study` has it"
+    told = [one["detail"] for one in report["events"] if one["name"].startswith("delivery.")]
+    reasons = [one["reason"] for one in told if one.get("reason")]
+    assert set(reasons) == {"AE"}
+    assert "DOE" not in str(report["events"]) and "DOE" not in caplog.text and "AE" in caplog.text
 
 
 def test_a_surprise_does_not_end_the_worker(ledger: Ledger) -> None:

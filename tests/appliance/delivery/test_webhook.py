@@ -14,6 +14,7 @@ import pytest
 from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from appliance.delivery.outbox import Said
 from appliance.delivery.tls import client_context
 from appliance.delivery.webhook import Webhook, post, read_secret
 from dicom_io.errors import PeerError, ScansideError
@@ -73,7 +74,9 @@ def hook(receiver: Receiver, tmp_path: Path) -> Webhook:
 
 
 def test_the_signature_is_what_the_specification_says(receiver: Receiver, hook: Webhook) -> None:
-    assert post(hook, "M1", BODY) == ("acknowledge", "HTTP 204 No Content")
+    result, said = post(hook, "M1", BODY)
+    assert (result, said) == ("acknowledge", "HTTP 204 No Content")
+    assert isinstance(said, Said) and said.condition == "HTTP 204"
     ((path, headers, body),) = receiver.requests
     assert (path, body) == ("/in/box?one=1", BODY)
     lower = {name.lower(): value for name, value in headers.items()}
