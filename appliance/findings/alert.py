@@ -45,7 +45,7 @@ _LONGEST, _LONGEST_NAMESPACE = 199, 20
 _LONGEST_TEXT = 10_000
 """Characters of a text before they are escaped, which makes five of one at most: TX and FT have room for 65,536."""
 _NO_PATIENT_ID = (
-    "The images carry NO patient ID: identify the patient by name, accession and study UID. PID-3 holds the study UID."
+    "There is NO patient ID here: identify the patient by name, accession and study UID. PID-3 holds the study UID."
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Control characters, and halves of a surrogate pair, which no UTF-8 can be made of."""
