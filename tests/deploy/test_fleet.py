@@ -312,6 +312,7 @@ def test_a_box_whose_installer_dies_while_it_is_stopped_runs_again_by_itself(fle
         )
         assert machine.show("scanside-engine.service", "ActiveState") == "inactive", "it lives, and takes its time"
         machine.run("sh", "-c", tell.format("KILL"))
+        process.kill()  # nsenter, which stopped with it
         process.wait(30)
     assert fleet.installer(OTHER, "status")[1]["unfinished"]["command"] == "rollback"
     fleet.lab.wait(lambda: machine.show("scanside-engine.service", "ActiveState") == "active", 120, "a box that runs")
