@@ -329,10 +329,17 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
 
     def standing_verdict(self, study_id: int, package: str) -> Row | None:
         """The newest verdict of a package on a study, if that is still the state of its analysis."""
+        return self._newest_verdict(study_id, package, t.analysis.c.state == "issued")
+
+    def newest_verdict(self, study_id: int, package: str) -> Row | None:
+        """The newest verdict of a package on a study, whatever became of its analysis: what the hospital was told."""
+        return self._newest_verdict(study_id, package)
+
+    def _newest_verdict(self, study_id: int, package: str, *conditions: sa.ColumnElement[bool]) -> Row | None:
         query = (
             sa.select(t.verdict)
             .join(t.analysis)
-            .where(t.analysis.c.study_id == study_id, t.analysis.c.package == package, t.analysis.c.state == "issued")
+            .where(t.analysis.c.study_id == study_id, t.analysis.c.package == package, *conditions)
             .order_by(t.verdict.c.revision.desc())
             .limit(1)
         )

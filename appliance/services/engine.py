@@ -448,9 +448,10 @@ class Engine:
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.info("study %d: nothing that was analysed changed, the verdict stands", study_id)
             return
-        if not admission.admitted and standing is not None:
-            # First, so that a death between the two leaves it to be done again, and done once.
-            self._issuer.take_back(standing, arrival.instances, admission.reason)
+        if not admission.admitted and (told := self._ledger.newest_verdict(study_id, package.name)) is not None:
+            # First, so that a death between the two leaves it to be done again, and done once. Also of an analysis that
+            # waited: what the hospital was told before then is no longer followed by an answer.
+            self._issuer.take_back(told, arrival.instances, admission.reason)
         self._ledger.decide(
             study_id,
             package.name,
@@ -469,8 +470,8 @@ class Engine:
     def _refuse(self, study_id: int, name: str, problem: str) -> None:
         """Refuse a complete study on behalf of a package that could not be loaded."""
         admission = Admission((integrity(None, problem),))
-        if (standing := self._ledger.standing_verdict(study_id, name)) is not None:
-            self._issuer.take_back(standing, self._arrivals.look(study_id).instances, admission.reason)
+        if (told := self._ledger.newest_verdict(study_id, name)) is not None:
+            self._issuer.take_back(told, self._arrivals.look(study_id).instances, admission.reason)
         self._ledger.decide(
             study_id,
             name,

@@ -235,6 +235,28 @@ def test_a_provisional_alert_waits_for_all_that_the_label_asks_for(site: Site) -
     assert "provisional" in message
 
 
+def test_a_negative_report_is_taken_back_when_the_study_comes_again_and_is_refused_before_it_runs(site: Site) -> None:
+    site.approve("clinical")
+    study = site.scan()
+    site.wait(study, "running")
+    site.answer(study, 0.01)
+    assert not site.wait(study, "issued")["verdicts"][-1]["positive"]
+    site.client.ready = False
+    for number, agent, state in ((31, "", "admitted"), (32, "OMNIPAQUE", "refused")):
+        site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+        one = header(number, study="1.1", series="1.1.1", z=5.0 * number, contrast_bolus_agent=agent)
+        assert site.box.store(one, image(1, number)) == "stored"
+        site.box.ledger.close_association(site.box.association, "released")
+        report = site.wait(study, state)
+    assert [one["positive"] for one in report["verdicts"]] == [False, False]
+    assert "OMNIPAQUE" in report["verdicts"][-1]["result"]["withdrawn"]
+    reports = [one for one in report["deliveries"] if one["object"] == "report"]
+    assert [one["destination"] for one in reports] == ["pacs", "pacs"], "who has the first gets the second"
+    site.restart()
+    site.engine.step()
+    assert len(site.report(study)["verdicts"]) == 2
+
+
 def test_what_waits_when_the_site_narrows_its_limits_is_judged_by_them(site: Site) -> None:
     site.approve("clinical")
     site.client.ready = False

@@ -435,6 +435,39 @@ def test_a_provisional_alert_is_withdrawn_once_although_the_engine_dies_between(
     box.ledger.close()
 
 
+class Away:
+    """Stands for the client of a server that does not answer."""
+
+    def problem(self, package: Any) -> str:
+        return "no answer"
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_provisional_alert_is_withdrawn_when_a_study_that_waits_is_refused(tmp_path: Path, restarted: bool) -> None:
+    """Triton is away: the study was admitted and not run when it came out that it may not be."""
+    box, analysis = alerted_early(tmp_path, 30)
+    box.ledger.close_association(box.association, "released")
+    engine, _ = busy_engine(box, Away())
+    wait_until(engine, lambda: states(box, 1) == ["admitted"])
+    if restarted:
+        engine.close()
+        engine, _ = busy_engine(box, Away())
+        (package,) = engine._packages.values()
+        narrowed = dataclasses.replace(package.indication, kvp=(130.0, 140.0))
+        engine._packages["pkg"] = dataclasses.replace(package, indication=narrowed)
+    else:
+        box.association = box.ledger.open_association("S", "B", "127.0.0.1")
+        box.store(header(31, study="1.1", series="1.1.1", z=155.0, contrast_bolus_agent="OMNIPAQUE"), b"late" * 10)
+        box.ledger.close_association(box.association, "released")
+    wait_until(engine, lambda: states(box, 1) == ["refused"])
+    # In the same step, or it would only be found at the next start.
+    assert_withdrawn_once(box, analysis, "KVP" if restarted else "OMNIPAQUE")
+    engine.step()
+    engine.close()
+    assert_withdrawn_once(box, analysis)
+    box.ledger.close()
+
+
 def test_a_withdrawal_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box, analysis = alerted_early(tmp_path, 30)
     box.ledger.close_association(box.association, "released")
