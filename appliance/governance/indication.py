@@ -389,6 +389,7 @@ def admit(
     exceptions: Sequence[BoardException] = (),
     today: date | None = None,
     ordered: Ordered = NOTHING_ORDERED,
+    study: Sequence[Header] = (),
 ) -> Admission:
     """Apply a package's indication to the selected series of a study.
 
@@ -396,6 +397,7 @@ def admit(
 
     Args:
         headers: of every image of the series.
+        study: of every instance of the study; whose images they are is asked of all that come from the scanner.
         volume: its geometry.
         slabs: how many slabs of the model's thickness it yields.
         exceptions: of the board; each lets one unknown criterion of one package pass until its day.
@@ -445,11 +447,16 @@ def admit(
           max(leans) <= (label.maximum_tilt_degrees or 0))  # fmt: skip
     patients = len({header.patient for header in headers})
     said = "the same in every image" if patients == 1 else f"{patients} different"
+    # A scout of whoever lay there before: nobody knows under whose name the head is. Other objects are not asked: they
+    # may come back from an archive that has merged two records, our own among them. One without an ID is not another's.
+    ids = {one.patient_id for one in (*headers, *study) if one.modality == "CT" and one.patient_id}
+    if len(ids) > 1:
+        said += f", but {len(ids)} Patient IDs in the study"
     said += "".join(f", but another one in {one.patient_source}, which has this study's number"
                     for one in ordered.others)  # fmt: skip
     judge("patient", ", ".join(["PatientID, IssuerOfPatientID, PatientName, PatientBirthDate",
                                 *(one.patient_source for one in ordered.others)]),
-          said, patients == 1 and not ordered.others)  # fmt: skip
+          said, patients == 1 and len(ids) <= 1 and not ordered.others)  # fmt: skip
     placed = sum(bool(header.frames) for header in headers)
     judge("geometry", "ImagePositionPatient, ImageOrientationPatient, PixelSpacing",
           f"readable in {placed} of {len(headers)} images", True if placed == len(headers) else None)  # fmt: skip

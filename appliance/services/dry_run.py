@@ -75,7 +75,8 @@ def judge(
             continue
         plans = plan_slabs(selection.volume, package.preprocessing.slab_mm)
         headers = selection.series.headers
-        admission = admit(package, headers, selection.volume, len(plans), exceptions(package))
+        everything = [header for _, header in study.values()]
+        admission = admit(package, headers, selection.volume, len(plans), exceptions(package), study=everything)
         if admission.admitted:
             try:
                 brain_ml = _brain_ml(selection.volume, plans, study, on_decoded)

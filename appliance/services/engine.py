@@ -335,7 +335,9 @@ class Engine:
         """What the gate and the board say of what is there of a study's selected series."""
         series, volume = arrival.selection.series, arrival.selection.volume
         assert series is not None and volume is not None
-        return self._cleared(package, admit(package, series.headers, volume, slabs, ordered=arrival.ordered))[0]
+        study = [one.header for one in arrival.instances.values()]
+        admission = admit(package, series.headers, volume, slabs, ordered=arrival.ordered, study=study)
+        return self._cleared(package, admission)[0]
 
     def _board_now(self) -> Board:
         """The board with its newest decision."""
@@ -451,7 +453,7 @@ class Engine:
         if not admission.admitted and (told := self._ledger.newest_verdict(study_id, package.name)) is not None:
             # First, so that a death between the two leaves it to be done again, and done once. Also of an analysis that
             # waited: what the hospital was told before then is no longer followed by an answer.
-            self._issuer.take_back(told, arrival.instances, admission.reason)
+            self._issuer.take_back(told, _spokesman(arrival), admission.reason)
         self._ledger.decide(
             study_id,
             package.name,
@@ -461,7 +463,7 @@ class Engine:
             admission=admission.to_json(),
             selection=selection.to_json(),
             inputs=inputs,
-            notice=self._notice(study_id, package, mode, admission, arrival.instances),
+            notice=self._notice(study_id, package, mode, admission, _spokesman(arrival)),
         )
         verb = "admitted" if admission.admitted else "refused"
         why = "" if admission.admitted else f" ({admission.reason})"
@@ -471,7 +473,7 @@ class Engine:
         """Refuse a complete study on behalf of a package that could not be loaded."""
         admission = Admission((integrity(None, problem),))
         if (told := self._ledger.newest_verdict(study_id, name)) is not None:
-            self._issuer.take_back(told, self._arrivals.look(study_id).instances, admission.reason)
+            self._issuer.take_back(told, _spokesman(self._arrivals.look(study_id)), admission.reason)
         self._ledger.decide(
             study_id,
             name,
@@ -601,9 +603,9 @@ class Engine:
             for study_id, reason, standing in standing_alerts:
                 taken_back = False
                 with self._isolated(study_id):
-                    instances = {one.sop_instance_uid: one for one in self._ledger.instances(study_id)}
+                    source = _spokesman(self._arrivals.look(study_id))
                     self._issuer.take_back(
-                        standing, instances, f"{reason}; what the provisional alert said is not disproved"
+                        standing, source, f"{reason}; what the provisional alert said is not disproved"
                     )
                     taken_back = True
                 left = left or not taken_back
@@ -673,17 +675,17 @@ class Engine:
         self, row: Row, package: Package, mode: Mode, instances: Mapping[str, StoredInstance], admission: Admission
     ) -> None:
         """Refuse a study although it was begun."""
+        source = next(iter(instances.values()), None)
         for one in self._ledger.verdicts(row["id"])[-1:]:
-            self._issuer.take_back(one, instances, admission.reason)
-        notice = self._notice(row["study_id"], package, mode, admission, instances)
+            self._issuer.take_back(one, source, admission.reason)
+        notice = self._notice(row["study_id"], package, mode, admission, source)
         self._ledger.withhold(row["id"], admission.reason, admission.to_json(), notice)
         log.info("study %d: refused by %s (%s)", row["study_id"], row["package"], admission.reason)
 
     def _notice(
-        self, study_id: int, package: Package, mode: Mode, admission: Admission, instances: Mapping[str, StoredInstance]
+        self, study_id: int, package: Package, mode: Mode, admission: Admission, source: StoredInstance | None
     ) -> Notice | None:
-        """What the hospital is told of a refusal, where it wants to hear of it."""
-        source = next(iter(instances.values()), None)
+        """What the hospital is told of a refusal, where it wants to hear of it; patient and order are the source's."""
         if admission.admitted or source is None:
             return None
         try:
@@ -698,6 +700,15 @@ class Engine:
         return {
             uid: (self._issuer.spooled(one), one.digest, one.header.number_of_frames) for uid, one in instances.items()
         }
+
+
+def _spokesman(arrival: Arrival) -> StoredInstance | None:
+    """An image that patient and order are taken from: of the chosen series, else of the one with most images.
+
+    Not of what came first: that may be a scout under the name of whoever was scanned before.
+    """
+    series = arrival.selection.series or max(arrival.series, key=lambda one: len(one.headers), default=None)
+    return None if series is None else arrival.instances[series.first.sop_instance_uid]
 
 
 _Name = tuple[str, tuple[tuple[str, ...], ...]]

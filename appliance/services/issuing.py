@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -164,11 +164,15 @@ class Issuer:
         if untold:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
 
-    def take_back(self, standing: Row, instances: Mapping[str, StoredInstance], reason: str) -> None:
+    def take_back(self, standing: Row, source: StoredInstance | None, reason: str) -> None:
         """What becomes of a verdict on a study that was refused in the end.
 
         A provisional alert is withdrawn, and an archive that has a report gets one that says that the study was not
         analysed. An alert on a whole study stands: nobody knows better.
+
+        Args:
+            source: an instance of the study that patient and order are taken from where none of those is left that the
+                verdict rests on: what takes it back must reach the same patient's record.
         """
         study_id, verdict = self._ledger.study_of(standing["analysis_id"]), Verdict.from_json(standing["result"])
         if verdict.withdrawn:
@@ -180,9 +184,8 @@ class Issuer:
         withdrawn = replace(
             verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
         )
-        try:
-            source = next(iter(instances.values()))
-        except StopIteration:
+        source = next(iter(self._ledger.inputs(study_id, standing["inputs"])), source)
+        if source is None:
             log.error("study %d: all of it is gone: what was said of it could not be withdrawn, and stands", study_id)
             return
         settings = self._told(study_id)

@@ -165,8 +165,7 @@ def test_a_negative_report_is_followed_by_one_that_the_study_was_not_analysed(is
     issued.issue(replace(verdict_on(issued.series, positive=False), slabs=()))
     assert issued.delivered("plain") == ["report"]
     (standing,) = issued.box.ledger.verdicts(1)
-    instances = {one.sop_instance_uid: one for one in issued.box.ledger.instances(1)}
-    issued.issuer.take_back(standing, instances, "a patient of two names")
+    issued.issuer.take_back(standing, None, "a patient of two names")
     assert issued.delivered("plain") == issued.delivered("all")[-1:] == ["report"]
     first, second = issued.report(1), issued.report(2)
     (study,) = second.PredecessorDocumentsSequence
@@ -176,7 +175,7 @@ def test_a_negative_report_is_followed_by_one_that_the_study_was_not_analysed(is
     assert second.CompletionFlag == "PARTIAL"
     # Once: what was taken back is not taken back again.
     newest = issued.box.ledger.verdicts(1)[-1]
-    issued.issuer.take_back(newest, instances, "again")
+    issued.issuer.take_back(newest, None, "again")
     assert len(issued.box.ledger.verdicts(1)) == 2
 
 

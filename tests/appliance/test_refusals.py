@@ -17,11 +17,16 @@ from pydicom.uid import ComprehensiveSRStorage
 
 from appliance.accounting import account
 from appliance.governance.board import make_exception, revoke
+from appliance.ledger import schema as t
+from appliance.ledger.database import later
+from appliance.ledger.records import Verdict
+from appliance.ledger.store import NewFinding
 from appliance.ledger.views import event_counts, study_report
 from appliance.services.routing import in_place_of
 from appliance.settings import DicomDestination, Hl7Destination, Limit, Provisional
 from appliance.settings import Study as StudySettings
 from appliance.show import study_view, summary
+from dicom_io.header import Header
 from tests.appliance.intake.test_retention import Box
 from tests.appliance.test_clearance import LATER, NOBODY_KNOWS, Site, criterion, image, let_days_pass
 from tests.appliance.test_services import engine_beside, states, wait_until
@@ -68,6 +73,27 @@ def let_decide(box: Box, state: str = "refused") -> None:
 
 def messages(box: Box) -> list[str]:
     return [path.read_bytes().decode("utf-8") for path in sorted(box.settings.findings_directory.rglob("*.hl7"))]
+
+
+def of_patient(patient: str, number: int, **changes: Any) -> tuple[Header, bytes]:
+    """Slice ``number`` of study 1.1 as a scanner that knows the patient sends it, and its file."""
+    one = header(number, study="1.1", z=5.0 * number, patient=patient, patient_id=patient, **changes)
+    file = BytesIO()
+    image = ct(PIXELS, 12, position=(0.0, 0.0, 5.0 * number), instance_number=number, PatientID=patient)
+    image.save_as(file, enforce_file_format=True)
+    return one, file.getvalue() + one.sop_instance_uid.encode()
+
+
+def bring_two_patients(box: Box, *, another: str = "BOB") -> None:
+    """First a scout under the name of who lay there before, then the head of ANN."""
+    scout = of_patient(another, 1, series="1.1.9", image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"))
+    for one, content in (scout, *(of_patient("ANN", number, series="1.1.1") for number in range(1, 31))):
+        assert box.store(one, content) == "stored"
+
+
+def patient_of(message: str) -> str:
+    (segment,) = [line for line in message.split("\r") if line.startswith("PID")]
+    return segment.split("|")[3].split("^")[0]
 
 
 def test_by_default_a_refusal_tells_nobody(tmp_path: Path) -> None:
@@ -160,6 +186,64 @@ def test_what_is_the_boxs_own_fault_is_not_told(tmp_path: Path, monkeypatch: pyt
     let_decide(box)
     assert "the gate is broken" in study_report(box.ledger, 1)["analyses"][0]["reason"]
     assert messages(box) == []
+    box.ledger.close()
+
+
+def test_a_study_of_two_patients_is_refused_and_that_is_told_of_the_one_whose_head_it_is(tmp_path: Path) -> None:
+    box = box_of_a_child(tmp_path / "child", refusals=True)
+    settings, box = box.settings, Box(tmp_path / "two")
+    box.settings.run_directory.mkdir(exist_ok=True)
+    box.settings = box.settings.model_copy(update={"destination": settings.destination})
+    bring_two_patients(box)
+    let_decide(box)
+    report = study_report(box.ledger, 1)
+    assert "2 Patient IDs" in report["analyses"][0]["reason"]
+    assert not any(name in report["analyses"][0]["reason"] for name in ("ANN", "BOB"))
+    (message,) = messages(box)
+    assert patient_of(message) == "ANN"
+    box.ledger.close()
+
+
+def test_what_no_series_could_be_chosen_from_is_told_of_the_patient_with_most_images(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    er = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575, refusals=True)
+    box.settings = box.settings.model_copy(update={"destination": [er]})
+    one, content = of_patient("BOB", 1, series="1.1.9", image_type=("ORIGINAL", "PRIMARY", "LOCALIZER"))
+    box.store(one, content)
+    for number in range(1, 31):
+        box.store(*of_patient("ANN", number, series="1.1.1", convolution_kernel="BONE"))
+    let_decide(box)
+    assert [patient_of(one) for one in messages(box)] == ["ANN"]
+    box.ledger.close()
+
+
+@pytest.mark.parametrize("how", ["refused", "set aside"])
+def test_a_withdrawal_goes_to_the_patient_of_the_images_that_were_read(tmp_path: Path, how: str) -> None:
+    """Also where what came first, or what made it be refused, is of another one."""
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    er = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575)
+    box.settings = box.settings.model_copy(update={"destination": [er]})
+    bring_two_patients(box)
+    inputs = [
+        [one.sop_instance_uid, one.digest]
+        for one in box.ledger.instances(1)
+        if one.header.series_instance_uid == "1.1.1"
+    ]
+    row = box.ledger.begin_early(1, "pkg", "1", admission=[], selection=[], inputs=inputs)
+    assert row is not None
+    verdict = Verdict("1.1", "1.1.1", "pkg", "1", "n", True, 0.99, 0.5, {}, 1.0, (), (), (), (), provisional=True)
+    alert = NewFinding("alert.er", "CONTROL1", "a.hl7", ("er",), 0)
+    box.ledger.issue_verdict(row["id"], 1, verdict, later(0), [alert], admission=[], late=False)
+    if how == "refused":
+        let_decide(box)
+    else:
+        with box.ledger._write() as connection:
+            connection.execute(t.analysis.update().values(state="failed", reason="a test"))
+        engine_beside(box).step()
+    assert [patient_of(one) for one in messages(box)] == ["ANN"]
+    assert "WITHDRAWAL" in messages(box)[0]
     box.ledger.close()
 
 

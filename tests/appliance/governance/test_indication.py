@@ -78,6 +78,30 @@ def test_an_adults_plain_head_is_admitted() -> None:
     assert [c.criterion for c in found.criteria] == [name for name in CRITERIA if name in rules(PACKAGE)][:-1]
 
 
+@pytest.mark.parametrize(
+    ("others", "outcome"),
+    [
+        ([], "met"),
+        ([{"patient_id": "ANN"}], "met"),
+        # A scout of whoever lay there before, or a dose screen under the name that the operator then found right.
+        ([{"patient_id": "BOB"}], "violated"),
+        ([{"patient_id": "BOB", "sop_class_uid": SECONDARY_CAPTURE}], "violated"),
+        # An ID that is not there is not another one.
+        ([{"patient_id": ""}], "met"),
+        # A capture of ours that an archive sends on, after it merged two records.
+        ([{"patient_id": "BOB", "modality": "OT", "sop_class_uid": SECONDARY_CAPTURE}], "met"),
+    ],
+)
+def test_the_whole_study_is_of_one_patient(others: list[dict[str, Any]], outcome: str) -> None:
+    series = head_series(patient_id="ANN")
+    study = [*series, *(header(1, series="1.2.3.9", **changes) for changes in others)]
+    volume = assemble([one for member in series for one in planes_of(member)])
+    found = {c.criterion: c for c in admit(PACKAGE, series, volume, 30, (), DAY, study=study).criteria}
+    assert found["patient"].outcome == outcome
+    assert ("2 Patient IDs" in found["patient"].value) == (outcome == "violated")
+    assert not any(name in found["patient"].value for name in ("ANN", "BOB"))
+
+
 def test_each_criterion_says_what_was_read_what_is_asked_and_where_the_label_says_so() -> None:
     found = {c.criterion: c.row() for c in admission(head_series()).criteria}
     assert found["kvp"] == {
