@@ -138,10 +138,12 @@ class Retention(Database):
         with self.read() as connection:
             return list(connection.scalars(query))
 
-    def removed_instances(self, study_id: int) -> int:
-        """How many current instances of a study have no file any more; such a study cannot be judged."""
+    def removed_instances(self, study_id: int, series: str | None = None) -> int:
+        """How many current instances of a study, or of one series of it, have no file any more: it cannot be judged."""
         c = t.instance.c
         query = sa.select(sa.func.count()).where(c.study_id == study_id, c.is_current, c.removed_at.is_not(None))
+        if series is not None:
+            query = query.where(c.series_instance_uid == series)
         with self.read() as connection:
             return int(connection.scalars(query).one())
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.selftest import SELFTEST_AE
-from appliance.ledger.store import LONGEST_PAUSE, Arriving, Ledger, Notice, StoredInstance
+from appliance.ledger.store import LONGEST_PAUSE, Arriving, Inputs, Ledger, Notice, StoredInstance
 from appliance.ledger.views import unconfirmed
 from appliance.services.breaker import Breaker
 from appliance.services.guard import Guard
@@ -48,7 +49,7 @@ from appliance.services.issuing import Issuer
 from appliance.settings import Settings
 from appliance.study.arrival import Arrival, Arrivals
 from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
-from appliance.study.selection import unselected
+from appliance.study.selection import Selection, not_analysed, unselected
 from dicom_io.errors import ScansideError
 from dicom_io.pixels import NATIVE_SYNTAXES
 from dicom_io.plausible import ImplausibleImage
@@ -80,6 +81,8 @@ HURRY_LOOK_SECONDS = 0.5
 
 _DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 """What a disk says of a file that it cannot read any more. All else passes: it is full, or there are too many files."""
+
+ALERT_STANDS = "An earlier alert on this study STANDS: it rests on images that were removed since and not read again."
 
 LOOK_SECONDS = 0.1
 """While images come, the engine looks for more, and at a study, no more often; that costs some milliseconds for each
@@ -288,7 +291,7 @@ class Engine:
             new = {name: context for name, context in named.items() if name not in asked}
             if not new:
                 continue
-            admission = self._admission(package, arrival, len(foreseen))
+            admission = self._admission(package, arrival, selection, len(foreseen))
             if not admission.promising:
                 continue
             planes = selection.volume.planes
@@ -331,9 +334,9 @@ class Engine:
         # Of what arrives in no order, most is forgotten before it is needed.
         self._pipeline.prepare(files[:PREPARED], urgency=urgency)
 
-    def _admission(self, package: Package, arrival: Arrival, slabs: int) -> Admission:
+    def _admission(self, package: Package, arrival: Arrival, selection: Selection, slabs: int) -> Admission:
         """What the gate and the board say of what is there of a study's selected series."""
-        series, volume = arrival.selection.series, arrival.selection.volume
+        series, volume = selection.series, selection.volume
         assert series is not None and volume is not None
         study = [one.header for one in arrival.instances.values()]
         admission = admit(package, series.headers, volume, slabs, ordered=arrival.ordered, study=study)
@@ -373,7 +376,7 @@ class Engine:
             return
         read = [plan for plan in plans if plan.members in answers]
         brain_ml = Reading(tuple(read), tuple(answers[plan.members] for plan in read)).brain_ml
-        admission = self._admission(package, arrival, len(plans))
+        admission = self._admission(package, arrival, arrival.selection, len(plans))
         if not admission.admitted or brain_ml < package.indication.minimum_brain_ml:
             return
         uids = dict.fromkeys(plane.sop_instance_uid for plane in volume.planes)
@@ -406,16 +409,22 @@ class Engine:
         """Ask the gate about one complete study."""
         arrival = self._arrivals.look(study_id)
         self._heeded.decide(study_id, arrival)
-        selection = arrival.selection
+        newest = self._ledger.newest_verdict(study_id, package.name)
+        alerted = newest["result"]["series_instance_uid"] if newest is not None and newest["positive"] else ""
+        selection = self._arrivals.selection(study_id, alerted)
         inputs: list[list[str]] = []
         gone = self._ledger.removed_instances(study_id)
-        if gone and self._ledger.standing_verdict(study_id, package.name) is not None:
+        standing = self._ledger.standing_verdict(study_id, package.name)
+        if gone and standing is not None and not _unread(arrival, selection, standing["inputs"]):
             # Something of an old study came again, a dose report or one of our own captures; its images did not.
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.warning("study %d: retention removed %d of its images, the verdict stands", study_id, gone)
             return
-        if gone:
+        chosen = selection.series.series_instance_uid if selection.series else None
+        if gone and (chosen is None or self._ledger.removed_instances(study_id, chosen)):
+            # A series of which all is here is judged, whatever is gone of others: the patient was scanned again.
             said = f"{gone} instances were removed by retention"
+            log.error("study %d: it cannot be judged, %s; it must be sent again as a whole", study_id, said)
             criterion = Criterion("files", "instances of the study", said, "all of them, sent again", "violated")
             admission = Admission((criterion,))
         elif selection.series is None or selection.volume is None:
@@ -423,7 +432,7 @@ class Engine:
         else:
             try:
                 slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
-                admission = self._admission(package, arrival, slabs)
+                admission = self._admission(package, arrival, selection, slabs)
             except Exception as error:
                 # What nobody can judge is refused, where everybody sees it, and not tried for ever.
                 log.exception("study %d: the gate failed in a way nobody foresaw", study_id)
@@ -432,7 +441,6 @@ class Engine:
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
             inputs = [[uid, arrival.instances[uid].digest] for uid in uids]
         admission, mode, _ = self._cleared(package, admission)
-        standing = self._ledger.standing_verdict(study_id, package.name)
         if (
             admission.admitted
             and standing is not None
@@ -443,6 +451,8 @@ class Engine:
             and not self._ledger.was_registered(study_id)
             and standing["result"]["package_version"] == package.version
             and (standing["result"].get("mode") or mode) == mode
+            # A repeated scan that is not read: whoever has the answer must know that it says nothing of that.
+            and not Counter(not_analysed(selection.to_json(), alike=True)) - Counter(standing["result"]["limitations"])
             # Who asks does so because the answer may be wrong though nothing that went into it is another.
             and not self._ledger.asked_again(study_id, package.name)
         ):
@@ -450,10 +460,10 @@ class Engine:
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.info("study %d: nothing that was analysed changed, the verdict stands", study_id)
             return
-        if not admission.admitted and (told := self._ledger.newest_verdict(study_id, package.name)) is not None:
+        if not admission.admitted and newest is not None:
             # First, so that a death between the two leaves it to be done again, and done once. Also of an analysis that
             # waited: what the hospital was told before then is no longer followed by an answer.
-            self._issuer.take_back(told, _spokesman(arrival), admission.reason)
+            self._issuer.take_back(newest, _spokesman(arrival, selection), admission.reason)
         self._ledger.decide(
             study_id,
             package.name,
@@ -463,7 +473,7 @@ class Engine:
             admission=admission.to_json(),
             selection=selection.to_json(),
             inputs=inputs,
-            notice=self._notice(study_id, package, mode, admission, _spokesman(arrival)),
+            notice=self._notice(study_id, package, mode, admission, _spokesman(arrival, selection)),
         )
         verb = "admitted" if admission.admitted else "refused"
         why = "" if admission.admitted else f" ({admission.reason})"
@@ -656,20 +666,30 @@ class Engine:
             reading,
             study_uid=row["study_instance_uid"],
             series_uid=first.header.series_instance_uid,
-            limitations=limitations
-            + [
-                f"Series {one['series_number'] if one['series_number'] is not None else 'without number'} "
-                f"was not analysed: {one['reason']}."
-                for one in row["selection"]
-                if not one["chosen"]
-            ],
+            limitations=limitations + not_analysed(row["selection"]),
         )
+        verdict = replace(verdict, provisional=early, mode=mode, incomplete=incomplete)
+        stands = not verdict.positive and self._alert_stands(row)
+        if stands:
+            verdict = replace(verdict, limitations=(*verdict.limitations, ALERT_STANDS))
         try:
-            self._issuer.issue(
-                row, replace(verdict, provisional=early, mode=mode, incomplete=incomplete), admission, first, board
-            )
+            self._issuer.issue(row, verdict, admission, first, board, stands=stands)
         except BoardMoved:
             self._analyse(row, package, early)  # what was read is remembered
+
+    def _alert_stands(self, row: Row) -> bool:
+        """Whether the hospital was alerted of images of the study that retention has removed.
+
+        What was scanned since is no second look at them.
+        """
+        verdicts = self._ledger.verdicts(row["id"])
+        if not any(one["positive"] for one in verdicts):
+            return False
+        for one in reversed(verdicts):
+            left = self._ledger.inputs(row["study_id"], one["inputs"])
+            if len(left) < len(one["inputs"]) and ALERT_STANDS not in one["result"]["limitations"]:
+                return bool(one["positive"])
+        return False
 
     def _withhold(
         self, row: Row, package: Package, mode: Mode, instances: Mapping[str, StoredInstance], admission: Admission
@@ -702,13 +722,27 @@ class Engine:
         }
 
 
-def _spokesman(arrival: Arrival) -> StoredInstance | None:
+def _spokesman(arrival: Arrival, selection: Selection | None = None) -> StoredInstance | None:
     """An image that patient and order are taken from: of the chosen series, else of the one with most images.
 
     Not of what came first: that may be a scout under the name of whoever was scanned before.
     """
-    series = arrival.selection.series or max(arrival.series, key=lambda one: len(one.headers), default=None)
+    series = (selection or arrival.selection).series or max(
+        arrival.series, key=lambda one: len(one.headers), default=None
+    )
     return None if series is None else arrival.instances[series.first.sop_instance_uid]
+
+
+def _unread(arrival: Arrival, selection: Selection, read: Inputs) -> bool:
+    """Whether images are here that a verdict does not rest on, of the chosen series or of one like it."""
+    known = {uid for uid, _ in read}
+    wanted = {one.series_instance_uid for one in selection.considered if one.chosen or one.alike}
+    return any(
+        header.sop_instance_uid not in known
+        for series in arrival.series
+        if series.series_instance_uid in wanted
+        for header in series.headers
+    )
 
 
 _Name = tuple[str, tuple[tuple[str, ...], ...]]

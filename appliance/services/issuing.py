@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 URGENCY = {kind: 10 * place for place, kind in enumerate(("alert", *KINDS))}
 SHADOW = "shadow"
 """The mode in which verdicts and findings are made and nobody is told."""
-_OUR_FAULT = (APPROVAL, INTEGRITY, "gate", "files")
-"""Criteria whose failure is the box's affair, not the study's."""
+_OUR_FAULT = (APPROVAL, INTEGRITY, "gate")
+"""Criteria whose failure is the box's affair, not the study's. That files are gone is not: whoever sent a part of an
+old study anew must hear that nobody reads it."""
 WORKLIST_URGENCY = 5
 """That of a change of the worklist: behind the alert, before the objects."""
 OTHER_URGENCY = 20
@@ -115,12 +116,20 @@ class Issuer:
         return found
 
     def issue(
-        self, row: Row, verdict: Verdict, admission: Admission, source: StoredInstance, board: int | None = None
+        self,
+        row: Row,
+        verdict: Verdict,
+        admission: Admission,
+        source: StoredInstance,
+        board: int | None = None,
+        *,
+        stands: bool = False,
     ) -> None:
         """Write the alerts' files, then verdict, findings and deliveries in one transaction.
 
         Args:
             board: the newest decision of the board that the admission rests on.
+            stands: an alert stands that this negative verdict does not disprove: nobody is told that it is withdrawn.
 
         Raises:
             BoardMoved: the board has decided something since then; nothing was written down.
@@ -131,7 +140,9 @@ class Issuer:
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
-        findings = self._alerts(settings, row["id"], row["study_id"], verdict, revision, issued_at, source)
+        findings = []
+        if not stands:
+            findings = self._alerts(settings, row["id"], row["study_id"], verdict, revision, issued_at, source)
         archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
         routes = {one.name: routed(one, verdict) for one in archives}
         spare_2d = any(map(needs_2d, archives))

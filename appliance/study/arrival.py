@@ -74,14 +74,22 @@ class Arrivals:
         arrival.ordered = match_orders(headers, candidates, self._ledger.names, authority, first)
         arrival.heard = heard
 
+    def selection(self, study_id: int, alerted: str) -> Selection:
+        """What is selected of a study where the hospital was alerted of that series, as of the last look."""
+        arrival = self._studies[study_id]
+        chosen = arrival.selection.series
+        if not alerted or chosen is None or chosen.series_instance_uid == alerted:
+            return arrival.selection
+        return _select(study_id, arrival.series, alerted)
+
     def forget(self, study_id: int) -> None:
         """Nothing more of it is expected for now."""
         self._studies.pop(study_id, None)
 
 
-def _select(study_id: int, series: tuple[Series, ...]) -> Selection:
+def _select(study_id: int, series: tuple[Series, ...], alerted: str = "") -> Selection:
     try:
-        return select(series)
+        return select(series, alerted)
     except Exception as error:
         # A geometry that nobody foresaw: the study is refused with the reason, and stuck nowhere.
         log.exception("study %d: the selection failed in a way nobody foresaw", study_id)

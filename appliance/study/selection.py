@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,10 @@ MINIMUM_SLICES = 5
 THICK_MM = 2.5
 """At and above this slice thickness a series counts as thick."""
 
+NEARLY = 0.9
+"""A series that covers this part of what the longest of its kind covers is as good as that: the head was scanned again
+with a slice or two more or fewer."""
+
 _SHARP_NAMES = re.compile(r"BONE|EDGE|LUNG|ULTRA|SHARP|DETAIL|KNOCHEN")
 
 
@@ -40,6 +44,8 @@ class Considered:
 
     Attributes:
         left_out: its slices that lie in the place of another one.
+        alike: it may show another state of the head than the chosen one, or a better picture of it: a scan that was
+            repeated. An answer that is silent on it must not stand.
     """
 
     series_instance_uid: str
@@ -49,6 +55,7 @@ class Considered:
     chosen: bool
     reason: str
     left_out: int = 0
+    alike: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +78,52 @@ class _Candidate:
     kernel: Literal["soft", "unknown"]
     thickness: float
 
-    def rank(self) -> tuple[bool, bool, bool, int, int]:
-        """Smaller is better: without contrast, a known soft kernel, thick, many slices, low series number."""
-        first = self.series.first
+    @property
+    def cover(self) -> float:
+        """From its first slice to its last, in mm."""
+        return self.volume.offsets[-1] - self.volume.offsets[0]
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """Smaller is better: without contrast, a known soft kernel, thick."""
+        return has_contrast(self.series.first), self.kernel != "soft", self.thickness < THICK_MM
+
+    @property
+    def acquisitions(self) -> set[int]:
+        """The acquisition numbers of its images, as far as they have one."""
+        return {one.acquisition_number for one in self.series.headers if one.acquisition_number is not None}
+
+    def rank(self, longest: float, alerted: str) -> tuple[bool, bool, bool, bool, bool, bool, float, int]:
+        """Smaller is better: without contrast, a known soft kernel, the one that an alert rests on, thick; then what
+        covers the head, is whole, has its slices close together, and was made last, which is the highest number.
+
+        Args:
+            longest: what the longest series of its kind covers, in mm.
+            alerted: the series that an alert rests on; "" if there is none.
+        """
+        contrast, kernel, thin = self.kind
+        volume = self.volume
         return (
-            has_contrast(first),
-            self.kernel != "soft",
-            self.thickness < THICK_MM,
-            -len(self.volume.planes) if self.thickness >= THICK_MM else 0,
-            first.series_number or 0,
+            contrast,
+            kernel,
+            self.series.series_instance_uid != alerted,
+            thin,
+            self.cover < NEARLY * longest,
+            bool(volume.gaps or volume.duplicates),
+            round(self.cover / (len(volume.planes) - 1), 1) if len(volume.planes) > 1 and not thin else 0.0,
+            -(self.series.first.series_number or 0),
         )
+
+    def repeats(self, best: _Candidate) -> bool:
+        """Whether it is no other reconstruction of what the best one shows, for all that is known."""
+        if self.kind == best.kind:
+            return True
+        other = self.acquisitions and best.acquisitions and not self.acquisitions & best.acquisitions
+        return self.kind[:2] == best.kind[:2] and bool(other)
+
+
+class _Unreadable(str):
+    """The reason why images of the head, of a kind that could be read, are no series to analyse."""
 
 
 def kernel_class(header: Header) -> Literal["soft", "sharp", "unknown"]:
@@ -111,8 +154,15 @@ def kernel_class(header: Header) -> Literal["soft", "sharp", "unknown"]:
     return "unknown"
 
 
-def select(series: Sequence[Series]) -> Selection:
-    """Choose the axial, original head series with a soft-tissue kernel; thick before thin where both came."""
+def select(series: Sequence[Series], alerted: str = "") -> Selection:
+    """Choose the axial, original head series with a soft-tissue kernel; thick before thin where both came.
+
+    Of two alike the later is chosen: the head was scanned again because the first scan was bad, or because the patient
+    got worse. But what an alert rests on keeps its place: a later scan must not overturn it.
+
+    Args:
+        alerted: the series that the hospital was alerted of.
+    """
     candidates: dict[str, _Candidate] = {}
     reasons: dict[str, str] = {}
     for one in series:
@@ -121,9 +171,18 @@ def select(series: Sequence[Series]) -> Selection:
             reasons[one.series_instance_uid] = outcome
         else:
             candidates[one.series_instance_uid] = outcome
-    best = min(candidates.values(), key=lambda c: (c.rank(), c.series.series_instance_uid), default=None)
+    longest: dict[tuple[bool, bool, bool], float] = {}
+    for candidate in candidates.values():
+        longest[candidate.kind] = max(candidate.cover, longest.get(candidate.kind, 0.0))
+    ranks = {uid: candidate.rank(longest[candidate.kind], alerted) for uid, candidate in candidates.items()}
+    chosen = min(candidates, key=lambda uid: (ranks[uid], uid), default="")
+    best = candidates.get(chosen)
+    alike = {uid for uid, reason in reasons.items() if isinstance(reason, _Unreadable)}
     for uid, candidate in candidates.items():
-        reasons[uid] = _why(candidate) if candidate is best else _why_not(candidate, best)
+        assert best is not None
+        reasons[uid] = _why(candidate) if candidate is best else _why_not(ranks[uid], ranks[chosen])
+        if candidate is not best and candidate.repeats(best):
+            alike.add(uid)
     return Selection(
         best.series if best else None,
         best.volume if best else None,
@@ -133,6 +192,7 @@ def select(series: Sequence[Series]) -> Selection:
                 chosen=best is not None and one is best.series,
                 reason=reasons[one.series_instance_uid],
                 left_out=len(best.volume.duplicates) if best is not None and one is best.series else 0,
+                alike=one.series_instance_uid in alike,
             )
             for one in series
         ),
@@ -147,12 +207,34 @@ def unselected(package: Package, series: Sequence[Series], selection: Selection)
     return Admission((who, Criterion("series", "series of the study", reasons, rule, "violated", clause=BOX)))
 
 
-def considered(series: Series, *, chosen: bool, reason: str, left_out: int = 0) -> Considered:
+def considered(series: Series, *, chosen: bool, reason: str, left_out: int = 0, alike: bool = False) -> Considered:
     """What is recorded of one series."""
     first, count = series.first, len(series.headers)
     return Considered(
-        series.series_instance_uid, first.series_number, first.series_description, count, chosen, reason, left_out
+        series.series_instance_uid,
+        first.series_number,
+        first.series_description,
+        count,
+        chosen,
+        str(reason),
+        left_out,
+        alike,
     )
+
+
+def not_analysed(selection: Sequence[Mapping[str, Any]], *, alike: bool = False) -> list[str]:
+    """What a verdict says of each series that it does not rest on.
+
+    Args:
+        selection: as `Selection.to_json` has it.
+        alike: only of those on which no verdict may be silent.
+    """
+    return [
+        f"Series {one['series_number'] if one['series_number'] is not None else 'without number'} "
+        f"was not analysed: {one['reason']}."
+        for one in selection
+        if not one["chosen"] and (one.get("alike") or not alike)
+    ]
 
 
 def _number(series: Considered) -> str:
@@ -179,24 +261,28 @@ def _candidate(series: Series) -> _Candidate | str:
         return "no image positions"
     if len(planes) < MINIMUM_SLICES:
         return f"only {len(planes)} slices"
+    if body_region(first) == "elsewhere":
+        return "not of the head"
+    kernel = kernel_class(first)
+    if kernel == "sharp":
+        return f"a sharp kernel ({first.convolution_kernel or first.series_description})"
+    unreadable = str if has_contrast(first) else _Unreadable  # with contrast it would not have been read anyway
     if len({(header.rows, header.columns) for header in series.headers}) > 1:
-        return "images of different sizes"
+        return unreadable("images of different sizes")
+    # PS3.3 C.7.4.1: positions of two frames of reference have nothing to do with each other; a series has one.
+    if len(frames := {uid for header in series.headers if (uid := header.frame_of_reference_uid)}) > 1:
+        return unreadable(f"images in {len(frames)} frames of reference")
     try:
         volume = assemble(planes)
     except GeometryError as error:
-        return f"not one volume: {error.what}"
+        return unreadable(f"not one volume: {error.what}")
     off_axis = math.degrees(math.acos(min(1.0, abs(volume.normal[2]))))
     if off_axis > MAXIMUM_TILT_DEGREES:
         return f"not axial: {off_axis:.0f}° off"
     row, column = volume.planes[0].geometry.orientation[:3], volume.planes[0].geometry.orientation[3:]
     if abs(row[0]) < UPRIGHT or column[1] < UPRIGHT:
         # Models are trained on faces that look up; a mirrored head is the same to them, a turned one is not.
-        return "the head is turned in the image (prone, or on its side)"
-    if body_region(first) == "elsewhere":
-        return "not of the head"
-    kernel = kernel_class(first)
-    if kernel == "sharp":
-        return f"a sharp kernel ({first.convolution_kernel or first.series_description})"
+        return unreadable("the head is turned in the image (prone, or on its side)")
     thicknesses = sorted(plane.geometry.thickness or 0.0 for plane in volume.planes)
     return _Candidate(series, volume, kernel, thicknesses[len(thicknesses) // 2])
 
@@ -208,15 +294,17 @@ def _why(candidate: _Candidate) -> str:
     )
 
 
-def _why_not(candidate: _Candidate, best: _Candidate | None) -> str:
-    assert best is not None
+def _why_not(mine: Sequence[float], best: Sequence[float]) -> str:
     names = (
         "it has contrast",
         "its kernel is unknown",
+        "the alert rests on another series",
         "thin slices, and thick ones came too",
-        "fewer slices",
+        "it covers less of the head",
+        "slices of it are missing or came twice",
+        "its slices are farther apart",
     )
-    for name, mine, its in zip(names, candidate.rank(), best.rank(), strict=False):
-        if mine != its:
+    for name, own, its in zip(names, mine, best, strict=False):
+        if own != its:
             return name
-    return "the same kind of series with a lower number came too"
+    return "a later series of the same kind came too"

@@ -107,8 +107,12 @@ def test_what_comes_back_to_a_study_without_images_leaves_its_verdict(tmp_path: 
     box.ledger.close()
 
 
-def test_a_study_of_which_only_a_part_came_again_is_refused(tmp_path: Path) -> None:
+def test_a_study_of_which_only_a_part_came_again_is_refused_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     box = Box(tmp_path)
+    er = Hl7Destination(kind="hl7", name="er", host="127.0.0.1", port=2575, refusals=True)
+    box.settings = box.settings.model_copy(update={"destination": [er]})
     headers = box.receive(1)
     (arriving,) = box.ledger.arriving_studies()
     box.ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
@@ -120,6 +124,10 @@ def test_a_study_of_which_only_a_part_came_again_is_refused(tmp_path: Path) -> N
     (analysis,) = study_report(box.ledger, 1)["analyses"]
     assert analysis["state"] == "refused"
     assert "2 instances were removed by retention" in analysis["reason"]
+    # It is the hospital's to send it whole, so whoever hears of refusals hears of this one.
+    (message,) = box.settings.findings_directory.rglob("*.hl7")
+    assert "2 instances were removed by retention" in message.read_text(encoding="utf-8")
+    assert [one.levelname for one in caplog.records if "cannot be judged" in one.message] == ["ERROR"]
     box.ledger.close()
 
 
@@ -414,6 +422,24 @@ def test_a_provisional_alert_is_withdrawn_when_the_whole_study_is_set_aside(tmp_
         engine.step()
     assert states(box, 1) == ["failed"]
     assert_withdrawn_once(box, analysis, said, "is not disproved")
+    asked.close()
+    engine.close()
+    box.ledger.close()
+
+
+def test_the_word_on_a_provisional_alert_rests_on_the_scan_that_it_was_given_on(tmp_path: Path) -> None:
+    """The head was scanned again before the study was complete; that scan must not take the alert back."""
+    box, _ = alerted_early(tmp_path, 30)
+    for number in range(1, 31):
+        box.store(header(number, study="1.1", series="1.1.5", z=5.0 * number), f"again {number}".encode() * 10)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"])
+    (analysis,) = study_report(box.ledger, 1)["analyses"]
+    assert {uid.rsplit(".", 1)[0] for uid, _ in analysis["inputs"]} == {"1.1.1"}
+    assert [one["reason"] for one in analysis["selection"] if not one["chosen"]] == [
+        "the alert rests on another series"
+    ]
     asked.close()
     engine.close()
     box.ledger.close()

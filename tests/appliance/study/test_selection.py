@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from appliance.study.grouping import group
-from appliance.study.selection import Selection, kernel_class, select
+from appliance.study.selection import Selection, kernel_class, not_analysed, select
 from dicom_io.errors import HeaderError
 from dicom_io.header import FramePlane, Header, read_header
 from tests.builders import SECONDARY_CAPTURE, head_series, header, plane
 
 
-def choose(*series: list[Header]) -> tuple[str | None, dict[str, str]]:
+def choose(*series: list[Header], alerted: str = "") -> tuple[str | None, dict[str, str]]:
     headers = [one for members in series for one in members]
     random.Random(7).shuffle(headers)
-    selection = select(group(headers))
+    selection = select(group(headers), alerted)
     assert_consistent(selection)
     chosen = selection.series.series_instance_uid if selection.series else None
     return chosen, {one.series_instance_uid: one.reason for one in selection.considered}
@@ -52,6 +53,78 @@ def test_none_is_no_contrast_agent() -> None:
     unknown = head_series(30, series="1.2.3.1", convolution_kernel="ZZZ")
     none = head_series(30, series="1.2.3.2", contrast_bolus_agent="NONE")
     assert choose(unknown, none)[0] == "1.2.3.2"
+
+
+def test_of_two_alike_the_later_unless_an_alert_rests_on_the_other() -> None:
+    first, again = head_series(30, series="1.2.3.2"), head_series(29, series="1.2.3.10")
+    chosen, reasons = choose(first, again)
+    assert (chosen, reasons["1.2.3.2"]) == ("1.2.3.10", "a later series of the same kind came too")
+    chosen, reasons = choose(first, again, alerted="1.2.3.2")
+    assert (chosen, reasons["1.2.3.10"]) == ("1.2.3.2", "the alert rests on another series")
+    assert choose(first, again, alerted="1.2.3.99")[0] == "1.2.3.10"
+
+
+def test_an_alert_does_not_keep_a_series_that_is_of_less_use() -> None:
+    with_contrast = head_series(30, series="1.2.3.1", contrast_bolus_agent="IOHEXOL")
+    unknown = head_series(30, series="1.2.3.2", convolution_kernel="ZZZ")
+    plain = head_series(30, series="1.2.3.3")
+    assert choose(with_contrast, unknown, plain, alerted="1.2.3.1")[0] == "1.2.3.3"
+    assert choose(with_contrast, unknown, plain, alerted="1.2.3.2")[0] == "1.2.3.3"
+    thin = head_series(150, step=1.0, thickness=1.0, series="1.2.3.4")
+    assert choose(plain, thin, alerted="1.2.3.4")[0] == "1.2.3.4"
+
+
+@pytest.mark.parametrize(
+    ("slices", "step", "without", "reason"),
+    [
+        (25, 5.0, (), "it covers less of the head"),
+        (30, 5.0, (12,), "slices of it are missing or came twice"),
+        (29, 5.1, (), "its slices are farther apart"),
+    ],
+)
+def test_a_later_series_must_be_as_good(slices: int, step: float, without: tuple[int, ...], reason: str) -> None:
+    again = head_series(slices, series="1.2.3.5", step=step)
+    again = [one for one in again if one.instance_number not in without]
+    chosen, reasons = choose(head_series(30, series="1.2.3.2"), again)
+    assert (chosen, reasons["1.2.3.5"]) == ("1.2.3.2", reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "alike"),
+    [
+        ({}, True),
+        ({"slices": 12}, True),
+        ({"thickness": 1.0, "step": 1.0, "slices": 150}, False),
+        ({"thickness": 1.0, "step": 1.0, "slices": 150, "acquisition_number": 2}, True),
+        ({"thickness": 1.0, "step": 1.0, "slices": 150, "acquisition_number": None}, False),
+        ({"contrast_bolus_agent": "IOHEXOL", "acquisition_number": 2}, False),
+        ({"convolution_kernel": "ZZZ"}, False),
+        ({"convolution_kernel": "BONE"}, False),
+        ({"image_type": ("DERIVED", "PRIMARY", "AXIAL")}, False),
+        ({"frame_of_reference_uid": "1.2.3.10"}, True),
+        ({"frame_of_reference_uid": "1.2.3.10", "contrast_bolus_agent": "IOHEXOL"}, False),
+    ],
+)
+def test_which_series_no_answer_may_be_silent_on(changes: dict[str, Any], alike: bool) -> None:
+    values = dict(changes)
+    other = head_series(values.pop("slices", 30), **values)
+    if "frame_of_reference_uid" in values:
+        other[0] = header(1, contrast_bolus_agent=values.get("contrast_bolus_agent", ""))
+    series = group([*head_series(30, series="1.2.3.9"), *other])
+    found = {one.series_instance_uid: one for one in select(series).considered}
+    assert found["1.2.3.9"].chosen and not found["1.2.3.9"].alike
+    assert found["1.2.3.1"].alike == alike
+    said = not_analysed(select(series).to_json(), alike=True)
+    assert said == [f"Series 1 was not analysed: {found['1.2.3.1'].reason}."] * alike
+
+
+def test_a_series_has_one_frame_of_reference() -> None:
+    """PS3.3 C.7.4.1. Positions of two have nothing to do with each other."""
+    two = [header(n, frame_of_reference_uid="1.2.3.9" if n < 20 else "1.2.3.10") for n in range(1, 31)]
+    chosen, reasons = choose(two)
+    assert (chosen, reasons["1.2.3.1"]) == (None, "images in 2 frames of reference")
+    # Where one is not given nobody knows of another.
+    assert choose([header(n, frame_of_reference_uid="1.2.3.9" if n < 20 else "") for n in range(1, 31)])[0]
 
 
 def test_plain_before_contrast() -> None:

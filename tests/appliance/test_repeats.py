@@ -1,0 +1,217 @@
+"""A head that is scanned again in the same study: what is read, what is said, and that no answer changes in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.ledger import schema as t
+from appliance.ledger.database import later
+from appliance.ledger.views import event_counts
+from appliance.services.engine import ALERT_STANDS
+from tests.appliance.test_clearance import Site, messages
+from tests.appliance.test_services import wait_until
+from tests.builders import header
+from tests.dicom_io.support import ct, head
+
+PIXELS = head(12, False)
+
+
+def removed(site: Site) -> None:
+    """Days later retention takes the files of the study, of which all was delivered."""
+    site.engine.close()
+    with site.box.ledger._write() as connection:
+        connection.execute(t.finding.update().where(t.finding.c.path.is_(None)).values(path="made"))
+    for destination in ("er", "pacs"):
+        while (row := site.box.ledger.take_delivery(destination)) is not None:
+            site.box.ledger.settle_delivery(row, "acknowledge")
+    with site.box.ledger._write() as connection:
+        connection.execute(t.study.update().values(completed_at=later(-1e6)))
+    assert site.box.retention.step() == 1
+    site.start()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    one = Site(tmp_path)
+    one.approve("clinical")
+    yield one
+    one.stop()
+
+
+def bring(site: Site, series: int, slices: int = 30, *, apart: float = 5.0, **changes: Any) -> None:
+    """A series of study 1 arrives, on an association of its own."""
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+    for number in range(1, slices + 1):
+        one = header(number, study="1.1", series=f"1.1.{series}", z=apart * number, **changes)
+        file = BytesIO()
+        image = ct(PIXELS, 12, position=(0.0, 0.0, apart * number), instance_number=number, study="2.25.1")
+        image.save_as(file, enforce_file_format=True)
+        assert site.box.store(one, file.getvalue() + one.sop_instance_uid.encode()) in ("stored", "conflict")
+    site.box.ledger.close_association(site.box.association, "released")
+
+
+def read(site: Site, probability: float, revision: int) -> dict[str, Any]:
+    """Whatever the model is asked is answered, until there is that verdict, which is returned."""
+
+    def issued() -> bool:
+        for future in list(site.asked.futures.get(1, [])):
+            site.answer_one(future, probability)
+        return len(site.box.ledger.verdicts(1)) == revision
+
+    wait_until(site.engine, issued)
+    wait_until(site.engine, lambda: not site.engine._working)
+    assert site.report(1)["analyses"][0]["state"] == "issued"
+    return dict(site.box.ledger.verdicts(1)[-1]["result"])
+
+
+def come_back_with_a_dose_report(site: Site, kept: int) -> None:
+    """Nothing that matters comes: the verdict stands, also for an engine that has just started."""
+    site.restart()
+    bring(site, 80 + kept, 1, modality="SR")
+    wait_until(site.engine, lambda: event_counts(site.box.ledger)["verdict.kept"] == kept)
+
+
+def test_a_bleed_in_the_repeated_scan_is_found_after_a_negative_first_one(site: Site) -> None:
+    bring(site, 2)
+    assert read(site, 0.01, 1)["series_instance_uid"] == "1.1.2"
+    assert messages(site) == []
+    bring(site, 5)
+    result = read(site, 0.9, 2)
+    assert (result["positive"], result["series_instance_uid"]) == (True, "1.1.5")
+    assert "Series 2 was not analysed: a later series of the same kind came too." in result["limitations"]
+    assert len(messages(site)) == 1
+    come_back_with_a_dose_report(site, 1)
+    assert (len(site.box.ledger.verdicts(1)), len(messages(site))) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"slices": 20}, "it covers less of the head"),
+        (
+            {"slices": 75, "apart": 2.0, "thickness": 2.0, "acquisition_number": 2},
+            "thin slices, and thick ones came too",
+        ),
+        ({"rows": 0}, "images of different sizes"),
+    ],
+)
+def test_a_repeated_scan_that_cannot_be_read_leaves_no_negative_answer_that_is_silent_on_it(
+    site: Site, changes: dict[str, Any], reason: str
+) -> None:
+    bring(site, 2)
+    said = f"Series 5 was not analysed: {reason}."
+    assert said not in read(site, 0.01, 1)["limitations"]
+    if "rows" in changes:
+        site.box.store(header(31, study="1.1", series="1.1.5", z=155.0), b"another size")
+    bring(site, 5, **changes)
+    result = read(site, 0.01, 2)
+    assert (result["positive"], result["series_instance_uid"]) == (False, "1.1.2")
+    assert said in result["limitations"]
+    # Its report goes where the first went; and this was said once.
+    reports = [one["destination"] for one in site.report(1)["deliveries"] if one["object"] == "report"]
+    assert reports == ["pacs", "pacs"]
+    come_back_with_a_dose_report(site, 1)
+    assert len(site.box.ledger.verdicts(1)) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"apart": 1.0, "slices": 145, "thickness": 1.0},
+        {"convolution_kernel": "BONE"},
+        {"contrast_bolus_agent": "OMNIPAQUE"},
+        {"image_type": ("DERIVED", "PRIMARY", "AXIAL")},
+    ],
+)
+def test_another_reconstruction_of_what_was_read_needs_no_new_answer(site: Site, changes: dict[str, Any]) -> None:
+    bring(site, 2)
+    read(site, 0.01, 1)
+    bring(site, 5, **changes)
+    wait_until(site.engine, lambda: event_counts(site.box.ledger)["verdict.kept"] == 1)
+    assert len(site.box.ledger.verdicts(1)) == 1
+
+
+def test_a_repeated_scan_does_not_overturn_an_alert(site: Site) -> None:
+    """The first scan stays the one that is read; that there is another one is said."""
+    bring(site, 2)
+    assert read(site, 0.9, 1)["positive"]
+    alert = messages(site)
+    bring(site, 5)
+    result = read(site, 0.9, 2)
+    assert (result["positive"], result["series_instance_uid"]) == (True, "1.1.2")
+    assert "Series 5 was not analysed: the alert rests on another series." in result["limitations"]
+    assert messages(site) == alert, "it is neither withdrawn nor told again"
+    come_back_with_a_dose_report(site, 1)
+    assert len(site.box.ledger.verdicts(1)) == 2
+
+
+def test_of_two_scans_that_come_at_once_the_later_is_read_and_the_other_named(site: Site) -> None:
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")  # it holds both together
+    held = site.box.association
+    bring(site, 5)
+    bring(site, 2, 31)
+    site.box.ledger.close_association(held, "released")
+    result = read(site, 0.01, 1)
+    assert result["series_instance_uid"] == "1.1.5"
+    assert "Series 2 was not analysed: a later series of the same kind came too." in result["limitations"]
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.9])
+def test_a_scan_under_the_number_of_a_negative_study_that_retention_removed_is_read(
+    site: Site, probability: float
+) -> None:
+    bring(site, 2)
+    read(site, 0.01, 1)
+    removed(site)
+    bring(site, 7)
+    result = read(site, probability, 2)
+    assert (result["positive"], result["series_instance_uid"]) == (probability > 0.5, "1.1.7")
+    assert ALERT_STANDS not in result["limitations"]
+    assert len(messages(site)) == (probability > 0.5)
+    come_back_with_a_dose_report(site, 1)
+    assert len(site.box.ledger.verdicts(1)) == 2
+
+
+def test_it_overturns_no_alert_on_images_that_nobody_can_read_again(site: Site) -> None:
+    bring(site, 2)
+    read(site, 0.9, 1)
+    removed(site)
+    assert messages(site) == []  # its file went with the others
+    bring(site, 7)
+    result = read(site, 0.01, 2)
+    assert (result["positive"], result["series_instance_uid"]) == (False, "1.1.7")
+    assert ALERT_STANDS in result["limitations"]
+    assert messages(site) == [], "nothing is withdrawn"
+    come_back_with_a_dose_report(site, 1)
+    removed(site)
+    bring(site, 9)
+    assert ALERT_STANDS in read(site, 0.01, 3)["limitations"]
+    assert messages(site) == []
+
+
+@pytest.mark.parametrize("first", [0.01, 0.9])
+def test_a_part_of_a_scan_that_was_removed_or_of_a_new_one_beside_it_is_never_silently_left(
+    site: Site, first: float
+) -> None:
+    """Thirty slices of the old scan come back and ten do not; or a repeated scan cannot be read."""
+    bring(site, 2, 40)
+    read(site, first, 1)
+    removed(site)
+    # What was read already says nothing new, though the archive has touched it.
+    bring(site, 2, 30)
+    wait_until(site.engine, lambda: event_counts(site.box.ledger)["verdict.kept"] == 1)
+    # A scan beside it that no series can be made of does.
+    site.box.store(header(31, study="1.1", series="1.1.7", z=155.0, rows=0), b"another size")
+    bring(site, 7)
+    report = site.wait(1, "refused")
+    assert "10 instances were removed by retention" in report["analyses"][0]["reason"]
+    verdicts = site.box.ledger.verdicts(1)
+    if first > 0.5:
+        assert [one["positive"] for one in verdicts] == [True], "the alert stands"
+    else:
+        assert "removed by retention" in verdicts[-1]["result"]["withdrawn"], "the negative report does not"
