@@ -84,27 +84,30 @@ class _Candidate:
         return self.volume.offsets[-1] - self.volume.offsets[0]
 
     @property
-    def kind(self) -> tuple[bool, bool, bool]:
-        """Smaller is better: without contrast, a known soft kernel, thick."""
-        return has_contrast(self.series.first), self.kernel != "soft", self.thickness < THICK_MM
+    def kind(self) -> tuple[bool, bool, bool, bool]:
+        """Smaller is better: without contrast, of the head by its own word, a known soft kernel, thick."""
+        first = self.series.first
+        return has_contrast(first), body_region(first) != "head", self.kernel != "soft", self.thickness < THICK_MM
 
     @property
     def acquisitions(self) -> set[int]:
         """The acquisition numbers of its images, as far as they have one."""
         return {one.acquisition_number for one in self.series.headers if one.acquisition_number is not None}
 
-    def rank(self, longest: float, alerted: str) -> tuple[bool, bool, bool, bool, bool, bool, float, int]:
-        """Smaller is better: without contrast, a known soft kernel, the one that an alert rests on, thick; then what
-        covers the head, is whole, has its slices close together, and was made last, which is the highest number.
+    def rank(self, longest: float, alerted: str) -> tuple[bool, bool, bool, bool, bool, bool, bool, float, int]:
+        """Smaller is better: without contrast, of the head by its own word, a known soft kernel, the one that an alert
+        rests on, thick; then what covers the head, is whole, has its slices close together, and was made last, which is
+        the highest number.
 
         Args:
             longest: what the longest series of its kind covers, in mm.
             alerted: the series that an alert rests on; "" if there is none.
         """
-        contrast, kernel, thin = self.kind
+        contrast, region, kernel, thin = self.kind
         volume = self.volume
         return (
             contrast,
+            region,
             kernel,
             self.series.series_instance_uid != alerted,
             thin,
@@ -119,7 +122,7 @@ class _Candidate:
         if self.kind == best.kind:
             return True
         other = self.acquisitions and best.acquisitions and not self.acquisitions & best.acquisitions
-        return self.kind[:2] == best.kind[:2] and bool(other)
+        return self.kind[:-1] == best.kind[:-1] and bool(other)
 
 
 class _Unreadable(str):
@@ -171,7 +174,7 @@ def select(series: Sequence[Series], alerted: str = "") -> Selection:
             reasons[one.series_instance_uid] = outcome
         else:
             candidates[one.series_instance_uid] = outcome
-    longest: dict[tuple[bool, bool, bool], float] = {}
+    longest: dict[tuple[bool, bool, bool, bool], float] = {}
     for candidate in candidates.values():
         longest[candidate.kind] = max(candidate.cover, longest.get(candidate.kind, 0.0))
     ranks = {uid: candidate.rank(longest[candidate.kind], alerted) for uid, candidate in candidates.items()}
@@ -297,6 +300,7 @@ def _why(candidate: _Candidate) -> str:
 def _why_not(mine: Sequence[float], best: Sequence[float]) -> str:
     names = (
         "it has contrast",
+        "nothing says that it is of the head",
         "its kernel is unknown",
         "the alert rests on another series",
         "thin slices, and thick ones came too",

@@ -64,6 +64,14 @@ def test_of_two_alike_the_later_unless_an_alert_rests_on_the_other() -> None:
     assert choose(first, again, alerted="1.2.3.99")[0] == "1.2.3.10"
 
 
+def test_what_may_be_of_another_region_is_no_later_scan_of_the_head() -> None:
+    unnamed = {"study_description": "TRAUMA", "body_part_examined": ""}
+    first, other = head_series(30, series="1.2.3.2"), head_series(36, series="1.2.3.5", **unnamed)
+    chosen, reasons = choose(first, other)
+    assert (chosen, reasons["1.2.3.5"]) == ("1.2.3.2", "nothing says that it is of the head")
+    assert choose(other)[0] == "1.2.3.5"
+
+
 def test_an_alert_does_not_keep_a_series_that_is_of_less_use() -> None:
     with_contrast = head_series(30, series="1.2.3.1", contrast_bolus_agent="IOHEXOL")
     unknown = head_series(30, series="1.2.3.2", convolution_kernel="ZZZ")
