@@ -30,7 +30,7 @@ test: ## Run every check
 	$(VENV)/bin/pytest -n 2 --dist loadgroup -m "not deploy" $(PYTEST)
 
 quick: $(VENV)/.test ## Run the everyday tests: no peers, nothing slow
-	$(VENV)/bin/pytest -n 2 -m "not interop and not slow and not gpu and not deploy" $(PYTEST)
+	$(VENV)/bin/pytest -n 2 --dist loadgroup -m "not interop and not slow and not gpu and not deploy" $(PYTEST)
 
 test-deploy: ## Boot machines with systemd, install them from a bundle, break them (as root)
 	@PYTHON="$(PYTHON)" TRITON_PYTHON="$(TRITON_PYTHON)" sh requirements/system.sh deploy

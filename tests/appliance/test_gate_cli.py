@@ -66,6 +66,7 @@ def headers_of(files: list[Path]) -> list[Header]:
 @pytest.mark.parametrize(
     "of", ["adult_18", "adult_22", "not_on_one_maker", "kvp_100_140", "thin_to_5mm", "not_isolated_subarachnoid"]
 )
+@pytest.mark.slow
 def test_real_labels_on_the_scanners_of_every_maker(vendors: dict[str, list[Path]], name: str, of: str) -> None:
     selection = select(group(headers_of(vendors[name])))
     assert selection.series is not None
@@ -214,6 +215,7 @@ CASES: dict[str, tuple[Callable[[Dataset], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_each_makers_scanners_send_within_the_label_and_outside(
     config: Path, vendors: dict[str, list[Path]], tmp_path: Path
 ) -> None:

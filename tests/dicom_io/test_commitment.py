@@ -139,6 +139,7 @@ def test_a_sequence_that_is_none_is_named() -> None:
         decode_request(data, ExplicitVRLittleEndian)
 
 
+@pytest.mark.slow
 def test_no_more_is_read_than_is_bounded() -> None:
     with pytest.raises(CommitmentError, match="bytes") as error:
         decode_request(bytes(MAXIMUM_REQUEST_BYTES + 1), ExplicitVRLittleEndian)

@@ -235,6 +235,7 @@ def test_a_sequence_that_is_none_is_named() -> None:
     assert error.value.status == 0x0106
 
 
+@pytest.mark.slow
 def test_no_more_is_read_than_is_bounded() -> None:
     many = tuple(f"1.2.{number}" for number in range(MAXIMUM_NAMED))
     most = {"1.2": many[1:]}  # the series counts, too

@@ -419,6 +419,7 @@ def test_items_inherit_the_character_set_or_have_their_own() -> None:
         (b"ISO_IR 192\\" * 50, "Tête".encode(), "Tête"),
         (b"", b"\xea" + b"\x1b" * 5000, "ê" + "\x1b" * 5000),
     ],
+    ids=lambda value: repr(value)[:30],
 )
 def test_character_sets(terms: bytes, value: bytes, text: str) -> None:
     header = header_with(raw(0x00080005, "CS", terms) + raw(0x00081030, "LO", value))
@@ -485,7 +486,9 @@ def frames(count: int, shared: bytes, frame: bytes = b"") -> bytes:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("junk", [b"1 " * 500_000, b"\xff" * 1_000_000, b"\x1b" * 1_000_000])
+@pytest.mark.parametrize(
+    "junk", [b"1 " * 500_000, b"\xff" * 1_000_000, b"\x1b" * 1_000_000], ids=["1 ", "ff", "escape"]
+)
 @pytest.mark.parametrize("where", ["thickness", "character set", "other items"])
 def test_what_all_frames_share_is_not_read_again_for_each(junk: bytes, where: str) -> None:
     """A shared value of 1 MB and 50,000 frames of 8 bytes would be 50 GB."""

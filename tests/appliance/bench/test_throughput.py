@@ -191,6 +191,7 @@ def box_without_engine(folder: Path, _environment: Path, _study: dict[str, Any])
         receiver.process.stop()
 
 
+@pytest.mark.slow
 def test_a_study_without_an_alert_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "running_box", box_without_engine)
     monkeypatch.setattr(throughput, "SILENT_SECONDS", 1.0)

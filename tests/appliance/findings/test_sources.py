@@ -81,6 +81,7 @@ def dice(mask: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.slow
 def test_every_vendors_images(vendor: str, tmp_path: Path) -> None:
     series, verdict = simulated(tmp_path, vendor=vendor)
     names = objects_for(verdict)

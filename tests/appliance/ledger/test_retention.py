@@ -240,6 +240,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
 
 @given(studies=st.lists(told(), min_size=1, max_size=6))
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_in_any_state_of_the_ledger_only_what_is_finished_may_go(ledger: Ledger, studies: list[Told]) -> None:
     write(ledger, studies)
     kept = ledger.kept_studies(RULES)

@@ -30,7 +30,7 @@ from tests.builders import head_series
 from tests.peers import program
 from tests.release_support import ROOT, a_wheel, small_bundle, small_source
 
-pytestmark = [pytest.mark.xdist_group("release"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("release"), pytest.mark.timeout(600)]
 KEY, SECOND = SecretKey(b"release1", bytes(range(32))), SecretKey(b"release2", bytes(32))
 OLD, NEW = "1.0.0", "1.1.0"
 KILLS = int(os.environ.get("SCANSIDE_KILLS", "3"))
@@ -467,7 +467,6 @@ def copied(box: Box, folder: Path) -> Box:
     return Box(folder, box.releases)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["activate", "rollback"])
 def test_killed_at_any_moment_the_box_starts_and_the_same_command_ends_it(
     running: Box, tmp_path: Path, command: str
@@ -492,7 +491,6 @@ def test_killed_at_any_moment_the_box_starts_and_the_same_command_ends_it(
         shutil.rmtree(box.root)
 
 
-@pytest.mark.slow
 def test_killed_while_it_installs_it_leaves_no_half_release(releases: Releases, tmp_path: Path) -> None:
     box = Box(tmp_path / "counted", releases)
     for at in moments(box, *box.install(OLD)):
