@@ -17,6 +17,7 @@ import pytest
 
 from tests.deploy.lab import DICOM_PORT, HL7, HL7_PORT, METRICS_PORT, NETWORK, PACS, PACS_PORT, Lab
 from tests.deploy.machine import ROOT
+from tests.dicom_io.certificates import Authority
 from tests.peers import CACHE
 
 ENVIRONMENT = ROOT / ".venv-ansible"
@@ -66,6 +67,7 @@ class Site:
         (collections / "ansible_collections/scanside").mkdir(parents=True)
         shutil.copytree(ROOT / "ansible", collections / "ansible_collections/scanside/fleet")
         self.inventory = self.folder / "inventory.json"
+        self.tls = Authority(self.folder).issue("box")
         self.write_inventory()
         self._begun: list[subprocess.Popen[bytes]] = []
         self._environment = {
@@ -114,7 +116,7 @@ class Site:
                 "ansible_host": address,
                 "scanside_settings": {
                     "intake": {"ae_title": box.upper(), "port": DICOM_PORT, "metrics_port": METRICS_PORT,
-                               "reserve_percent": 0.0, "reserve_bytes": 50_000_000},
+                               "reserve_percent": 0.0, "reserve_bytes": 50_000_000, "hl7": {"port": 2577}},
                     "study": {"quiet_seconds": 90.0, "settle_seconds": 0.5},
                     "retention": {"start_percent": 0.0, "stop_percent": 1.0},
                     "delivery": {"first_retry_seconds": 1.0, "longest_retry_seconds": 5.0},
@@ -130,6 +132,8 @@ class Site:
             "scanside_release_keys": [str(self.key.with_suffix(".pub"))],
             "scanside_controller_command": [sys.executable, "-m", "appliance.cli"],
             "scanside_destinations": destinations,
+            "scanside_tls_certificate": str(self.tls.certificate),
+            "scanside_tls_key": str(self.tls.key),
             "scanside_accept_dicom_from": [f"{NETWORK}.0/24"],
             "scanside_metrics_port": METRICS_PORT,
             # A lab's disk is not encrypted, its clock is the host's, and nothing of it is large.

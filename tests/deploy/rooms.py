@@ -213,7 +213,7 @@ class Rooms:
         home = self.boxes[box] / "opt/scanside"
         (home / "current").symlink_to(f"releases/{version}")
         (home / "venv").symlink_to("current/venv")
-        self.inside(box, "systemctl", "start", *SERVICES)
+        self.inside(box, "systemctl", "start", "scanside-intake.socket", *SERVICES)
         for file in ("systemctl", "installer"):
             (self.boxes[box] / "var/lib" / file).unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ import pytest
 from appliance.release.bundle import trusted_comment
 from appliance.release.minisign import new_key, read_secret_key, sign
 from tests.deploy.fleet import Site
-from tests.deploy.lab import SCANSIDE, Lab, lab
+from tests.deploy.lab import DICOM_PORT, SCANSIDE, Lab, lab
 from tests.deploy.machine import ROOT
 from tests.release_support import small_bundle, small_source
 
@@ -147,6 +147,12 @@ def test_a_bare_machine_becomes_a_box_that_alerts(fleet: Fleet, first: Path) -> 
     assert fleet.versions() == {CANARY: FIRST, OTHER: FIRST}
     for box in fleet.lab.boxes:
         assert "triton" in fleet.lab.scanside(box, "check")
+        # A restart of intake refuses nobody, by whichever port they come.
+        for socket, port in (("intake", DICOM_PORT), ("intake-tls", 2762), ("hl7", 2577)):
+            listens = fleet.lab.boxes[box].run(
+                "systemctl", "show", "-p", "Listen,ActiveState", f"scanside-{socket}.socket"
+            )
+            assert f":{port} " in listens and "ActiveState=active" in listens, listens
         fleet.alerts(box, f"NEW{box.upper()}")
         uid = fleet.alerted[-1]
         fleet.lab.wait(lambda uid=uid: len(fleet.lab.archived(uid)) > 1, 60, "the findings in the PACS")  # type: ignore[misc]

@@ -257,6 +257,33 @@ def configured(rooms: Rooms, *, ok: bool = True, bundle: str = OLD, **values: An
     return rooms.play(play, ok=ok, bundle=bundle, **values)
 
 
+def test_every_port_that_is_configured_is_systemds(tmp_path: Path) -> None:
+    rooms = Rooms(tmp_path, "a")
+    staged(rooms)
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).write_text("pretended")
+    tls = {"scanside_tls_certificate": str(tmp_path / "cert.pem"), "scanside_tls_key": str(tmp_path / "key.pem")}
+    names = [f"scanside-{one}.socket" for one in ("intake", "intake-tls", "hl7", "hl7-tls")]
+
+    def listens() -> list[str]:
+        return rooms.inside("a", "sh", "-c", f"systemctl is-active {' '.join(names)} || :").split()
+
+    units = rooms.boxes["a"] / "etc/systemd/system"
+    settings = {"intake": {"tls": {"port": 2763}, "hl7": {"port": 2577}}}
+    configured(rooms, scanside_settings=settings, **tls)
+    assert listens() == ["active", "active", "active", "inactive"]
+    for name, port in zip(names, (11112, 2763, 2577), strict=False):
+        assert f"ListenStream=\nListenStream={port}\n" in (units / f"{name}.d/50-port.conf").read_text()
+    order = rooms.noted("a", "order")
+    stopped = order.index("stop scanside-intake.service")
+    assert stopped < order.index("start scanside-hl7.socket") < order.index("start scanside-intake.service", stopped)
+    (rooms.boxes["a"] / "var/lib/order").unlink()
+    configured(rooms, scanside_settings=settings, **tls)
+    assert not rooms.noted("a", "order") or "stop scanside-intake.service" not in rooms.noted("a", "order")
+    configured(rooms)
+    assert listens() == ["active", "inactive", "inactive", "inactive"]
+
+
 def test_with_a_worklist_its_service_runs_and_reads_its_token(tmp_path: Path) -> None:
     rooms = Rooms(tmp_path, "a")
     staged(rooms)

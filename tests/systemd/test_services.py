@@ -26,6 +26,8 @@ from dicom_io.scp import Listener, ServerOptions, start_server
 from dicom_io.scu import Peer, echo
 from tests.dicom_io.support import Recorder
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60.0
 """Longest wait for a service to say something."""
 
@@ -97,7 +99,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     one.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["intake", "engine", "deliver"])
 def test_a_service_says_that_it_is_ready_lives_and_stops(manager: Manager, name: str) -> None:
     with manager.service(name, SCANSIDE_INTAKE__PORT=str(free_ports(1)[0])) as process:
@@ -121,7 +122,6 @@ HANGS = {
 """Service → what makes its loop hang while the rest of the process lives."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", HANGS)
 def test_a_service_whose_loop_hangs_is_silent(manager: Manager, name: str) -> None:
     with manager.service(name, code=HANGS[name] + ORDINARY) as process:
@@ -186,7 +186,6 @@ def test_a_delivery_that_hangs_does_not_sign() -> None:
         worker.join(SECONDS)
 
 
-@pytest.mark.slow
 def test_a_restart_refuses_no_scanner(manager: Manager) -> None:
     with socket.create_server(("127.0.0.1", 0)) as port:
         number = port.getsockname()[1]
@@ -211,7 +210,6 @@ def test_a_restart_refuses_no_scanner(manager: Manager) -> None:
             assert answered == ["yes"]
 
 
-@pytest.mark.slow
 def test_intake_refuses_a_port_that_it_would_never_answer(manager: Manager) -> None:
     with socket.create_server(("127.0.0.1", 0)) as port:
         number = port.getsockname()[1]

@@ -23,6 +23,8 @@ from dicom_io.errors import PeerError, ScansideError
 from tests.builders import mentioning
 from tests.peers import program as installed
 
+pytestmark = pytest.mark.slow
+
 KNOWN = {one.name: one for one in CONTESTANTS}
 
 

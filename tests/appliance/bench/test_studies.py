@@ -11,6 +11,8 @@ from appliance.bench.studies import SYNTAXES, copies, original
 from dicom_io.header import read_header
 from dicom_io.pixels import decode
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("syntax", [one for one in SYNTAXES if one != "explicit"])
 def test_a_compressed_study_holds_the_same_images(tmp_path: Path, syntax: str) -> None:

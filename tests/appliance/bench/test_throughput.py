@@ -37,6 +37,8 @@ from dicom_io.errors import PeerError, ScansideError
 from tests.builders import mentioning
 from tests.interop.box import triton_environment
 
+pytestmark = pytest.mark.slow
+
 
 def run(studies: int, seconds: float, **others: Any) -> Run:
     """A run in which everything was even: one CPU second a study and service, 100 MB a service."""
@@ -191,7 +193,6 @@ def box_without_engine(folder: Path, _environment: Path, _study: dict[str, Any])
         receiver.process.stop()
 
 
-@pytest.mark.slow
 def test_a_study_without_an_alert_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "running_box", box_without_engine)
     monkeypatch.setattr(throughput, "SILENT_SECONDS", 1.0)
@@ -214,7 +215,6 @@ def test_an_image_that_is_not_taken_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.interop
-@pytest.mark.slow
 @pytest.mark.xdist_group("box")
 def test_a_tiny_run_has_every_figure(tmp_path: Path) -> None:
     if find_orthanc() is None:
@@ -244,7 +244,6 @@ def test_a_tiny_run_has_every_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.interop
-@pytest.mark.slow
 @pytest.mark.xdist_group("box")
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "appliance.cli", "bench", "throughput", "--scanners", "2", "--studies", "12"]

@@ -31,6 +31,8 @@ from appliance.demo.orthanc import configuration, find_orthanc
 from appliance.demo.plain_pacs import FallbackPacs
 from dicom_io.errors import PeerError
 
+pytestmark = pytest.mark.slow
+
 MESSAGE = "MSH|^~\\&|SCANSIDE|BOX|RIS|HOSP|20260102030405||ORU^R01^ORU_R01|{}|P|2.5.1\rOBX|1|TX|1||Blutung ö\r"
 
 

@@ -43,6 +43,8 @@ from tests.findings_support import (
 from tests.peers import encode
 from triton_models.training.phantom import VENDORS
 
+pytestmark = pytest.mark.slow
+
 SYNTAXES = (
     ImplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -81,7 +83,6 @@ def dice(mask: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
-@pytest.mark.slow
 def test_every_vendors_images(vendor: str, tmp_path: Path) -> None:
     series, verdict = simulated(tmp_path, vendor=vendor)
     names = objects_for(verdict)

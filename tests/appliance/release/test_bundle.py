@@ -25,7 +25,7 @@ from appliance.release.errors import ReleaseError
 from appliance.release.minisign import SUFFIX, SecretKey, new_key, sign
 from tests.release_support import ROOT, a_wheel, small_bundle, small_source
 
-pytestmark = pytest.mark.xdist_group("release")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("release")]
 KEY = SecretKey(b"release1", bytes(range(32)))
 
 

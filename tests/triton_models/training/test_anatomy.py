@@ -10,6 +10,8 @@ import pytest
 from triton_models.training.anatomy import SHAPE, Head, draw
 from triton_models.training.fields import Volume
 
+pytestmark = pytest.mark.slow
+
 PEOPLE = ((1, 24, "F"), (2, 84, "M"))
 MAPS = ("brain", "grey", "ventricle", "subarachnoid", "bone")
 
@@ -34,7 +36,6 @@ def person(request: pytest.FixtureRequest) -> Head:
     return head(*request.param)
 
 
-@pytest.mark.slow
 def test_one_seed_one_head_bit_for_bit() -> None:
     again, other = draw(np.random.default_rng(1), 24, "F"), head(*PEOPLE[1])
     for name in (*MAPS, "hu", "table_mm", "midline_mm", "tentorium_mm", "sutures_mm"):

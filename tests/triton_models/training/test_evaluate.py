@@ -24,6 +24,8 @@ from triton_models.training.phantom import simulate
 
 from .test_measures import BLEED, NOTHING
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -128,7 +130,6 @@ def test_a_real_head_is_negative_and_the_gate_says_why_it_is_not_admitted(reader
 
 
 @pytest.mark.interop
-@pytest.mark.slow
 def test_a_study_is_read_as_the_appliance_reads_it(
     reader: Reader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ from triton_models.training.anatomy import Head
 from triton_models.training.haemorrhage import LEVELS, SUBTYPES, Bleed, bleed, draw_study, statistics
 from triton_models.training.masses import NoRoom
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (1, 2)
 Mask = NDArray[np.bool_]
 

@@ -12,6 +12,8 @@ from triton_models.training import anatomy
 from triton_models.training.anatomy import Head
 from triton_models.training.lookalikes import KINDS, add, draw_kinds
 
+pytestmark = pytest.mark.slow
+
 METAL = ("clip", "coil", "dental metal")
 Bright = NDArray[np.float32]
 

@@ -20,6 +20,8 @@ from triton_models.training.phantom import SUBTYPES, Phantom, simulate, study, w
 from triton_models.training.scanner import PADDING_HU
 from triton_models.training.vendors import VENDORS
 
+pytestmark = pytest.mark.slow
+
 SEED = 5
 
 
@@ -28,7 +30,6 @@ def phantom(bleed: str | None = None, **how: Any) -> Phantom:
     return simulate(SEED, bleed=bleed, **{"size": 128, "thickness_mm": 7.0, **how})
 
 
-@pytest.mark.slow
 def test_one_seed_one_phantom_bit_for_bit() -> None:
     first, second = phantom("subdural"), simulate(SEED, bleed="subdural", size=128, thickness_mm=7.0)
     assert np.array_equal(first.hu, second.hu)
@@ -36,7 +37,6 @@ def test_one_seed_one_phantom_bit_for_bit() -> None:
     assert first.volume_ml == second.volume_ml
 
 
-@pytest.mark.slow
 def test_two_studies_of_one_head_leave_it_as_it_was() -> None:
     first, other = (study(seed, person=2, positive=seed == 2, size=32, thickness_mm=7.0) for seed in (2, 3))
     assert (first.age, first.sex, other.seed) == (other.age, other.sex, 3)
@@ -73,7 +73,6 @@ def test_blood_is_dense_and_marked_as_its_subtype(bleed: str) -> None:
     assert bled.volume_ml[bleed] == pytest.approx(bled.bleeds[0].volume_ml, rel=0.15)
 
 
-@pytest.mark.slow
 def test_thin_slices_show_the_same_head_more_finely() -> None:
     thick, thin = phantom(thickness_mm=4.0, size=64), phantom(thickness_mm=2.0, size=64)
     assert len(thin.hu) == 2 * len(thick.hu)
@@ -101,7 +100,6 @@ def test_a_tilted_gantry_shears_the_stack_and_the_head_stays_where_it_is(tmp_pat
     assert tilted.volume_ml["intraparenchymal"] == pytest.approx(straight.volume_ml["intraparenchymal"], rel=0.1)
 
 
-@pytest.mark.slow
 def test_a_study_is_wholly_drawn_from_its_seed() -> None:
     once, again = (study(31, positive=True, size=64, thickness_mm=7.0) for _ in range(2))
     assert np.array_equal(once.hu, again.hu) and once.look_alikes == again.look_alikes
@@ -160,7 +158,6 @@ def test_every_vendor_writes_the_same_head(name: str, tmp_path: Path) -> None:
     assert truth["study_instance_uid"] == first.StudyInstanceUID
 
 
-@pytest.mark.slow
 def test_writing_again_writes_the_same_bytes_and_another_study_has_other_uids(tmp_path: Path) -> None:
     once, again = (write_study(phantom(), tmp_path / name) for name in ("once", "again"))
     assert [p.read_bytes() for p in once] == [p.read_bytes() for p in again]
