@@ -34,6 +34,18 @@ FIRST_BOX = 11
 DISK = 3_000_000_000
 """Bytes of the disk that a box keeps its state on."""
 SCANSIDE = "/opt/scanside/venv/bin/scanside"
+AS_CHECK = (
+    "runuser",
+    "-u",
+    "scanside-check",
+    "-g",
+    "scanside",
+    "-G",
+    "scanside-intake",
+    "-G",
+    "scanside-delivery",
+    "--",
+)
 
 
 class Lab:
@@ -149,8 +161,7 @@ class Lab:
 
     def scanside(self, box: str, *arguments: str, check: bool = True) -> str:
         """Run a command of scanside on a box, as docs/operations.md says."""
-        who = ("runuser", "-u", "scanside-check", "-g", "scanside", "--")
-        return self.boxes[box].run(*who, SCANSIDE, *arguments, check=check, seconds=120)
+        return self.boxes[box].run(*AS_CHECK, SCANSIDE, *arguments, check=check, seconds=120)
 
     def status(self, box: str) -> dict[str, Any]:
         """What a box says of itself."""

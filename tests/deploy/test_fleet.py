@@ -18,7 +18,7 @@ import pytest
 from appliance.release.bundle import trusted_comment
 from appliance.release.minisign import new_key, read_secret_key, sign
 from tests.deploy.fleet import Site
-from tests.deploy.lab import DICOM_PORT, SCANSIDE, Lab, lab
+from tests.deploy.lab import AS_CHECK, DICOM_PORT, SCANSIDE, Lab, lab
 from tests.deploy.machine import ROOT
 from tests.release_support import small_bundle, small_source
 
@@ -72,8 +72,7 @@ class Fleet:
 
     def ended(self, box: str, *arguments: str) -> tuple[int, str]:
         """How a command of scanside ended on a box, and what it said."""
-        who = ("runuser", "-u", "scanside-check", "-g", "scanside", "--")
-        command = self.lab.boxes[box].inside(*who, SCANSIDE, *arguments)
+        command = self.lab.boxes[box].inside(*AS_CHECK, SCANSIDE, *arguments)
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         return done.returncode, " ".join((done.stdout + done.stderr).split())
 
