@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -99,6 +100,7 @@ class Header:
     accession_number: str = ""
     patient_id: str = ""
     issuer_of_patient_id: str = ""
+    acquired: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` turns back into an equal header."""
@@ -115,7 +117,10 @@ class Header:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Header:
-        """The header that `to_json` wrote, also after a trip through JSON text."""
+        """The header that `to_json` wrote, also after a trip through JSON text.
+
+        What a later release stored besides is passed over: after a rollback its headers are still here.
+        """
         frames = tuple(
             FramePlane(
                 position=(frame["position"][0], frame["position"][1], frame["position"][2]),
@@ -126,9 +131,12 @@ class Header:
             for frame in data["frames"]
         )
         tuples = {"image_type": tuple(data["image_type"]), "problems": tuple(data["problems"])}
-        return cls(**{**data, **tuples, "frames": frames})
+        known = {name: data[name] for name in _NAMES if name in data}
+        return cls(**{**known, **tuples, "frames": frames})
 
 
+_SECOND = re.compile(r"\d{14}(?!\d)")
+"""The start of a DT that says the second (PS3.5 6.2)."""
 _NAMES = tuple(field.name for field in fields(Header))
 _VALUES = attrgetter(*_NAMES)
 
@@ -146,6 +154,7 @@ _WANTED = wanted((
     "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "FrameAnatomySequence",
     "CTAcquisitionDetailsSequence", "CTXRayDetailsSequence", "CTReconstructionSequence", *_CONVERTED, "CodeMeaning",
     "StationName", "CodeValue", "CodingSchemeDesignator", "AccessionNumber",
+    "AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime",
 ))  # fmt: skip
 
 
@@ -237,6 +246,7 @@ def _header(parsed: Parsed) -> Header:
         accession_number=elements.text("AccessionNumber"),
         patient_id=elements.text("PatientID"),
         issuer_of_patient_id=elements.text("IssuerOfPatientID"),
+        acquired=_acquired(elements),
         problems=tuple(elements.problems),
     )
 
@@ -244,6 +254,15 @@ def _header(parsed: Parsed) -> Header:
 def _patient(elements: Elements) -> str:
     keywords = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate")
     return hashlib.sha256("\0".join(map(elements.text, keywords)).encode()).hexdigest()
+
+
+def _acquired(elements: Elements) -> str:
+    """When the acquisition began, to the second (PS3.3 C.7.6.1, C.8.15.2), "" if that is not said."""
+    date_time, day = elements.text("AcquisitionDateTime"), elements.text("AcquisitionDate")
+    for said in (date_time, day + elements.text("AcquisitionTime") if len(day) == 8 else ""):
+        if found := _SECOND.match(said):
+            return found[0]
+    return ""
 
 
 def _number_of_frames(elements: Elements) -> int:

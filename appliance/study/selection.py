@@ -94,14 +94,23 @@ class _Candidate:
         """The acquisition numbers of its images, as far as they have one."""
         return {one.acquisition_number for one in self.series.headers if one.acquisition_number is not None}
 
-    def rank(self, longest: float, alerted: str) -> tuple[bool, bool, bool, bool, bool, bool, bool, float, int]:
+    @property
+    def acquired(self) -> int:
+        """When the last of its images was, as YYYYMMDDHHMMSS; 0 if one does not say."""
+        said = [one.acquired for one in self.series.headers]
+        return int(max(said)) if all(said) else 0
+
+    def rank(
+        self, longest: float, alerted: str, timed: bool
+    ) -> tuple[bool, bool, bool, bool, bool, bool, bool, float, int, int]:
         """Smaller is better: without contrast, of the head by its own word, a known soft kernel, the one that an alert
-        rests on, thick; then what covers the head, is whole, has its slices close together, and was made last, which is
-        the highest number.
+        rests on, thick; then what covers the head, is whole, has its slices close together, and was made last: by the
+        time of acquisition, and at the same time or without it by the series' number.
 
         Args:
             longest: what the longest series of its kind covers, in mm.
             alerted: the series that an alert rests on; "" if there is none.
+            timed: whether the time of acquisition is known of all of its kind.
         """
         contrast, region, kernel, thin = self.kind
         volume = self.volume
@@ -114,6 +123,7 @@ class _Candidate:
             self.cover < NEARLY * longest,
             bool(volume.gaps or volume.duplicates),
             round(self.cover / (len(volume.planes) - 1), 1) if len(volume.planes) > 1 and not thin else 0.0,
+            -self.acquired if timed else 0,
             -(self.series.first.series_number or 0),
         )
 
@@ -177,7 +187,11 @@ def select(series: Sequence[Series], alerted: str = "") -> Selection:
     longest: dict[tuple[bool, bool, bool, bool], float] = {}
     for candidate in candidates.values():
         longest[candidate.kind] = max(candidate.cover, longest.get(candidate.kind, 0.0))
-    ranks = {uid: candidate.rank(longest[candidate.kind], alerted) for uid, candidate in candidates.items()}
+    untimed = {candidate.kind for candidate in candidates.values() if not candidate.acquired}
+    ranks = {
+        uid: candidate.rank(longest[candidate.kind], alerted, candidate.kind not in untimed)
+        for uid, candidate in candidates.items()
+    }
     chosen = min(candidates, key=lambda uid: (ranks[uid], uid), default="")
     best = candidates.get(chosen)
     alike = {uid for uid, reason in reasons.items() if isinstance(reason, _Unreadable)}

@@ -82,6 +82,31 @@ def test_every_attribute_agrees_with_pydicom(ge_head: Path, philips_phantom: Pat
             assert header.frames == ()
 
 
+@pytest.mark.parametrize(
+    ("said", "acquired"),
+    [
+        ({"AcquisitionDateTime": "20260601101502.25+0200"}, "20260601101502"),
+        ({"AcquisitionDate": "20260601", "AcquisitionTime": "101502.250000"}, "20260601101502"),
+        (
+            {"AcquisitionDateTime": "202606", "AcquisitionDate": "20260601", "AcquisitionTime": "101502"},
+            "20260601101502",
+        ),
+        ({"AcquisitionDate": "20260601", "AcquisitionTime": "1015"}, ""),
+        ({"AcquisitionDate": "2026.06.01", "AcquisitionTime": "101502"}, ""),
+        ({"AcquisitionTime": "101502"}, ""),
+        ({"StudyDate": "20260601", "ContentDate": "20260601", "ContentTime": "101502"}, ""),
+        ({}, ""),
+    ],
+)
+def test_when_it_was_acquired_is_known_to_the_second_or_not_at_all(said: dict[str, str], acquired: str) -> None:
+    dataset = ct(PIXELS, 12)
+    for keyword in ("AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime"):
+        dataset.pop(keyword, None)
+    for keyword, value in said.items():
+        setattr(dataset, keyword, value)
+    assert read(dataset).acquired == acquired
+
+
 def test_a_path_bytes_and_a_stream_read_the_same(ge_head: Path) -> None:
     path = ge_head / "14.dcm"
     with path.open("rb") as stream:
@@ -113,6 +138,11 @@ def test_what_was_stored_before_an_attribute_was_read_lacks_it() -> None:
         del stored[name]
     old = Header.from_json(json.loads(json.dumps(stored)))
     assert (old.station_name, old.anatomic_region) == ("", "")
+
+
+def test_what_a_later_release_stored_besides_is_passed_over() -> None:
+    header = read(ct(PIXELS, 12))
+    assert Header.from_json({**header.to_json(), "of_tomorrow": 3}) == header
 
 
 def test_the_code_of_a_region_stands_beside_what_is_examined() -> None:

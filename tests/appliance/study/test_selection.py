@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_of_two_alike_the_later_unless_an_alert_rests_on_the_other() -> None:
     chosen, reasons = choose(first, again, alerted="1.2.3.2")
     assert (chosen, reasons["1.2.3.10"]) == ("1.2.3.2", "the alert rests on another series")
     assert choose(first, again, alerted="1.2.3.99")[0] == "1.2.3.10"
+
+
+def test_the_later_is_what_was_acquired_later_where_all_of_its_kind_say_when() -> None:
+    first = head_series(30, series="1.2.3.10", acquired="20260601100000")
+    again = head_series(30, series="1.2.3.2", acquired="20260601101500")
+    thin = head_series(150, step=1.0, thickness=1.0, series="1.2.3.3")
+    chosen, reasons = choose(first, again, thin)
+    assert (chosen, reasons["1.2.3.10"]) == ("1.2.3.2", "a later series of the same kind came too")
+    one_silent = [replace(again[0], acquired=""), *again[1:]]
+    assert choose(first, one_silent)[0] == "1.2.3.10"
+    as_late = [replace(one, acquired="20260601101500") for one in first]
+    assert choose(as_late, again)[0] == "1.2.3.10"
 
 
 def test_what_may_be_of_another_region_is_no_later_scan_of_the_head() -> None:
