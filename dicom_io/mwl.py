@@ -75,9 +75,8 @@ class Query:
                 if code not in PENDING:
                     # 0xFE00: it heeded our cancel.
                     if code and not (cancelled and code == 0xFE00):
-                        said = str(status.get("ErrorComment") or "")
-                        what = f"it answered C-FIND with status 0x{code:04X}{f' ({said})' if said else ''}"
-                        raise PeerError(what, str(self._peer), "see its log")
+                        # Its ErrorComment may name a patient and stays out of our log.
+                        raise PeerError(f"it answered C-FIND with status 0x{code:04X}", str(self._peer), "see its log")
                     break
                 if number >= 10 * MOST_ITEMS or time.monotonic() > deadline:
                     self._association.abort()
@@ -138,5 +137,5 @@ def _readable(answer: Dataset | None) -> Step | None:
     try:
         return None if answer is None else from_dataset(answer)
     except Exception as error:  # pydicom stumbles in its own ways over what strangers send
-        log.debug("an item of a worklist cannot be read: %s", error)
+        log.debug("an item of a worklist cannot be read: %s", type(error).__name__)
         return None

@@ -33,7 +33,7 @@ from tests.appliance.test_services import states, wait_until
 from tests.hl7_support import orm
 from tests.scheduled import scheduled
 
-Answers = Callable[[Dataset], Iterator[tuple[int, Dataset | None]]]
+Answers = Callable[[Dataset], Iterator[tuple[int | Dataset, Dataset | None]]]
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def provider(answers: Answers) -> Iterator[Peer]:
     ae = AE(ae_title="RIS")
     ae.add_supported_context(ModalityWorklistInformationFind)
 
-    def find(event: Any) -> Iterator[tuple[int, Dataset | None]]:
+    def find(event: Any) -> Iterator[tuple[int | Dataset, Dataset | None]]:
         for status, item in answers(event.identifier):
             if event.is_cancelled:
                 yield 0xFE00, None
@@ -128,12 +128,15 @@ def test_a_provider_that_ignores_the_key_is_cut_short() -> None:
     assert len(found) == MOST_ITEMS and not whole
 
 
-def test_a_failure_is_told() -> None:
-    def failing(_: Dataset) -> Iterator[tuple[int, Dataset | None]]:
-        yield 0xA700, None
+def test_a_failure_is_told_without_words_that_may_name_a_patient() -> None:
+    def failing(_: Dataset) -> Iterator[tuple[Dataset, Dataset | None]]:
+        status = Dataset()
+        status.Status, status.ErrorComment = 0xA700, "no room for Doe^Jane"
+        yield status, None
 
-    with provider(failing) as peer, asking(peer, "SCANSIDE") as query, pytest.raises(PeerError, match="0xA700"):
+    with provider(failing) as peer, asking(peer, "SCANSIDE") as query, pytest.raises(PeerError, match="0xA700") as told:
         query.find("AccessionNumber", "A1")
+    assert "Doe" not in str(told.value)
 
 
 def test_it_is_asked_again_until_it_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
