@@ -38,7 +38,7 @@ from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.routing import needs_2d, report_form, routed
 from appliance.services.selftest import selftest_settings
-from appliance.services.telling import Message, marks, message, messages
+from appliance.services.telling import Issued, Message, marks, message, messages
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.identity import identifying_header
@@ -141,8 +141,9 @@ class Issuer:
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
         findings = []
-        if not stands:
-            findings = self._alerts(settings, row["id"], row["study_id"], verdict, revision, issued_at, source)
+        if not (stands or shadow):
+            issued = Issued(row["study_id"], verdict, revision, issued_at, self._identity(source))
+            findings = self._alerts(settings, row["id"], issued)
         archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
         routes = {one.name: routed(one, verdict) for one in archives}
         spare_2d = any(map(needs_2d, archives))
@@ -200,13 +201,14 @@ class Issuer:
             log.error("study %d: all of it is gone: what was said of it could not be withdrawn, and stands", study_id)
             return
         settings = self._told(study_id)
-        findings = self._alerts(settings, standing["analysis_id"], study_id, withdrawn, revision, issued_at, source)
         package = self._packages.get(verdict.package)
         archives = [one for one in settings.destination if isinstance(one, ImageDestination) and REPORT in one.objects]
-        shadow = verdict.mode == SHADOW and settings is self._settings
-        if package and archives and not shadow and REPORT in objects_for(verdict):
-            header, before = self._identity(source), (standing["revision"], verdict)
-            findings += self._not_analysed(study_id, package, withdrawn, issued_at, header, archives, revision, before)
+        findings = []
+        if verdict.mode != SHADOW or settings is not self._settings:
+            issued = Issued(study_id, withdrawn, revision, issued_at, self._identity(source))
+            findings = self._alerts(settings, standing["analysis_id"], issued)
+            if package and archives and REPORT in objects_for(verdict):
+                findings += self._not_analysed(package, issued, archives, (standing["revision"], verdict))
         if not (verdict.positive or findings):
             return  # nobody was told of it
         self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
@@ -214,52 +216,30 @@ class Issuer:
         said = "the provisional alert is withdrawn" if verdict.positive else "the negative report is taken back"
         log.warning("study %d: %s: %s", study_id, said, reason)
 
-    def _alerts(
-        self,
-        settings: Settings,
-        analysis_id: int,
-        study_id: int,
-        verdict: Verdict,
-        revision: int,
-        issued_at: str,
-        source: StoredInstance,
-    ) -> list[NewFinding]:
-        """Write the message to each destination that this verdict tells something new; what to deliver."""
-        if verdict.mode == SHADOW and settings is self._settings:
-            return []
-        told = self._ledger.told(analysis_id)
-        header = self._identity(source)
-        made = messages(settings, told, study_id, verdict, revision, issued_at, header)
-        findings = [self._kept(study_id, verdict, revision, one) for one in made]
+    def _alerts(self, settings: Settings, analysis_id: int, issued: Issued) -> list[NewFinding]:
+        """Write the message to each destination that a verdict tells something new; what to deliver."""
+        made = messages(settings, self._ledger.told(analysis_id), issued)
+        findings = [self._kept(issued, one) for one in made]
         try:
-            return [*findings, *self._marks(settings, analysis_id, study_id, verdict, revision, issued_at, header)]
+            return [*findings, *self._marks(settings, analysis_id, issued)]
         except Exception:
             # Whatever an image's header holds against a work item: no alert waits for it.
-            log.exception("study %d: the worklist is not told of its verdict", study_id)
+            log.exception("study %d: the worklist is not told of its verdict", issued.study_id)
             return findings
 
-    def _marks(
-        self,
-        settings: Settings,
-        analysis_id: int,
-        study_id: int,
-        verdict: Verdict,
-        revision: int,
-        issued_at: str,
-        header: pydicom.Dataset,
-    ) -> list[NewFinding]:
-        """Write the change of each worklist that this verdict tells something new; what to deliver."""
+    def _marks(self, settings: Settings, analysis_id: int, issued: Issued) -> list[NewFinding]:
+        """Write the change of each worklist that a verdict tells something new; what to deliver."""
         told = self._ledger.told(analysis_id, "worklist.")
-        since = seconds_between(self._ledger.last_instance_at(study_id), issued_at)
+        since = seconds_between(self._ledger.last_instance_at(issued.study_id), issued.at)
         late = since if since > settings.budget.seconds else None
-        accession = str(header.get("AccessionNumber") or "").strip()
-        orders, _ = self._ledger.orders_for([accession] if accession else [], verdict.study_instance_uid)
+        accession = str(issued.header.get("AccessionNumber") or "").strip()
+        orders, _ = self._ledger.orders_for([accession] if accession else [], issued.verdict.study_instance_uid)
         findings = []
-        for one in marks(settings, told, study_id, verdict, revision, issued_at, header, late, orders):
-            path = _folder(study_id, verdict.package, revision) / one.file
+        for one in marks(settings, told, issued, late, orders):
+            path = _folder(issued.study_id, issued.verdict.package, issued.revision) / one.file
             _write_durably(self._settings.findings_directory / path, one.content)
             if one.fault:
-                log.error("study %d: %s is never told: %s", study_id, one.destination.name, one.fault)
+                log.error("study %d: %s is never told: %s", issued.study_id, one.destination.name, one.fault)
             name, failed = f"worklist.{one.destination.name}", one.fault and f"it is never sent: {one.fault}"
             findings.append(
                 NewFinding(name, one.id, str(path), (one.destination.name,), WORKLIST_URGENCY, failed=failed)
@@ -290,22 +270,17 @@ class Issuer:
             slabs=(), key_slabs=(), codecs=(), limitations=(), withdrawn=admission.said, mode=mode,
             udi=package.udi,
         )  # fmt: skip
-        issued_at = now()
-        header = self._identity(source)
-        made = [message(self._settings, one, study_id, verdict, 1, issued_at, header, "refusal") for one in wanted]
-        findings = [self._kept(study_id, verdict, 1, one) for one in made]
-        findings += self._not_analysed(study_id, package, verdict, issued_at, header, archives)
-        return Notice(verdict, issued_at, findings)
+        issued = Issued(study_id, verdict, 1, now(), self._identity(source))
+        made = [message(self._settings, one, issued, "refusal") for one in wanted]
+        findings = [self._kept(issued, one) for one in made]
+        findings += self._not_analysed(package, issued, archives)
+        return Notice(verdict, issued.at, findings)
 
     def _not_analysed(
         self,
-        study_id: int,
         package: Package,
-        verdict: Verdict,
-        issued_at: str,
-        header: pydicom.Dataset,
+        issued: Issued,
         archives: Sequence[ImageDestination],
-        revision: int = 1,
         before: tuple[int, Verdict] | None = None,
     ) -> list[NewFinding]:
         """Write the report that each of the archives can take; what to deliver."""
@@ -313,73 +288,63 @@ class Issuer:
         for name in (REPORT, REPORT_2D):
             takers = tuple(one.name for one in archives if report_form(one) == name)
             if takers or (name == REPORT_2D and any(map(needs_2d, archives))):
-                findings.append(
-                    self._refused(name, study_id, package, verdict, issued_at, header, takers, revision, before)
-                )
+                findings.append(self._refused(name, package, issued, takers, before))
         return findings
 
     def _refused(
         self,
         name: str,
-        study_id: int,
         package: Package,
-        verdict: Verdict,
-        issued_at: str,
-        header: pydicom.Dataset,
+        issued: Issued,
         archives: tuple[str, ...],
-        revision: int,
         before: tuple[int, Verdict] | None,
     ) -> NewFinding:
         """Write the report of a study that was not analysed; what to deliver, or why it never will be."""
-        box = self._settings.box
+        box, verdict = self._settings.box, issued.verdict
         key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-        uid = object_uid(box.uid_root, *key, revision, name)
+        uid = object_uid(box.uid_root, *key, issued.revision, name)
         try:
-            device = package_device(verdict, uid_root=box.uid_root, station=box.name, manufacturer=package.manufacturer)
-            at = datetime.fromisoformat(issued_at)
             made = render_refusal(
                 name,
                 verdict,
-                header,
-                issued_at=at,
+                issued.header,
+                issued_at=datetime.fromisoformat(issued.at),
                 uid_root=box.uid_root,
-                device=device,
-                revision=revision,
+                device=package_device(
+                    verdict, uid_root=box.uid_root, station=box.name, manufacturer=package.manufacturer
+                ),
+                revision=issued.revision,
                 before=before,
             )
-            path = _folder(study_id, verdict.package, revision) / f"{name}.dcm"
+            path = _folder(issued.study_id, issued.verdict.package, issued.revision) / f"{name}.dcm"
             _write_durably(self._settings.findings_directory / path, part10(made))
         except OSError:
             raise
         except Exception as error:  # a header that no report can be made of must not keep others from being told
-            log.exception("study %d: the report that it was not analysed could not be made", study_id)
+            log.exception("study %d: the report that it was not analysed could not be made", issued.study_id)
             return NewFinding(name, uid, None, archives, OTHER_URGENCY, failed=f"{type(error).__name__}: {error}")
         return NewFinding(name, uid, str(path), archives, OTHER_URGENCY)
 
-    def _kept(self, study_id: int, verdict: Verdict, revision: int, told: Message) -> NewFinding:
+    def _kept(self, issued: Issued, told: Message) -> NewFinding:
         """Write one message's file; what to deliver, or why it never will be."""
-        path = _folder(study_id, verdict.package, revision) / told.file
+        path = _folder(issued.study_id, issued.verdict.package, issued.revision) / told.file
         _write_durably(self._settings.findings_directory / path, told.content)
         # One object a destination: what a receiver is told differs between them.
-        refusal = told.kind == "refusal"
-        name = f"{'refusal' if refusal else 'alert'}.{told.destination.name}"
+        refusal, study_id, where = told.kind == "refusal", issued.study_id, told.destination.name
+        name = f"{'refusal' if refusal else 'alert'}.{where}"
         if told.fault:
-            log.error(
-                "study %d: the message to %s is invalid and never sent: %s", study_id, told.destination.name, told.fault
-            )
+            log.error("study %d: the message to %s is invalid and never sent: %s", study_id, where, told.fault)
         if told.reduced:
-            where = told.destination.name
             log.error("study %d: %s gets a reduced message, the whole one failed: %s", study_id, where, told.reduced)
             self._ledger.log(Event.ALERT_REDUCED, study=study_id, destination=where, reason=told.reduced)
         if told.unmapped:
-            where = told.destination.name
             log.error("study %d: %s gets the standard message, its template failed: %s", study_id, where, told.unmapped)
             self._ledger.log(Event.MAPPING_FAILED, study=study_id, destination=where, reason=told.unmapped)
         return NewFinding(
             name,
             told.id,
             str(path),
-            (told.destination.name,),
+            (where,),
             OTHER_URGENCY if refusal else URGENCY["alert"],
             told.held_seconds,
             told.fault and f"the message is invalid and never sent: {told.fault}",

@@ -44,6 +44,22 @@ from dicom_io.objects.uids import derived_uid
 
 
 @dataclass(frozen=True, slots=True)
+class Issued:
+    """A verdict that was issued, and whose it is.
+
+    Attributes:
+        at: when, ISO 8601.
+        header: of one of its images, without pixels.
+    """
+
+    study_id: int
+    verdict: Verdict
+    revision: int
+    at: str
+    header: pydicom.Dataset
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """What one destination is told.
 
@@ -88,15 +104,7 @@ def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = Fa
     return "provisional" if provisional else "alert"
 
 
-def messages(
-    settings: Settings,
-    told: Mapping[str, Sequence[Told]],
-    study_id: int,
-    verdict: Verdict,
-    revision: int,
-    issued_at: str,
-    header: pydicom.Dataset,
-) -> list[Message]:
+def messages(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Issued) -> list[Message]:
     """The message to each destination that this verdict tells something new.
 
     A step of the escalation that was never told of the study waits for those that are told now; where these know it
@@ -104,6 +112,7 @@ def messages(
     one of which nobody knows whether the alert arrived is told it again as if it had not been told.
     """
     made: list[Message] = []
+    verdict = issued.verdict
     for destination in settings.alert_destinations:
         before = told.get(destination.name, [])
         kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
@@ -112,18 +121,14 @@ def messages(
         if kind is None or (held and not any(not one.destination.after_seconds for one in made)):
             continue
         first = before[0].uid if before else ""
-        made.append(message(settings, destination, study_id, verdict, revision, issued_at, header, kind, held, first))
+        made.append(message(settings, destination, issued, kind, held, first))
     return made
 
 
 def message(
     settings: Settings,
     destination: AlertDestination,
-    study_id: int,
-    verdict: Verdict,
-    revision: int,
-    issued_at: str,
-    header: pydicom.Dataset,
+    issued: Issued,
     kind: Kind,
     held_seconds: float = 0.0,
     first: str = "",
@@ -138,12 +143,10 @@ def message(
     """
     made: list[Message] = []
     why: list[str] = []
-    bare = _bare(verdict)
-    for said, source in ((verdict, header), (bare, header), (bare, _plain(verdict, header))):
+    bare = replace(issued, verdict=_bare(issued.verdict))
+    for said in (issued, bare, replace(bare, header=_plain(issued))):
         try:
-            one = _message(
-                settings, destination, study_id, said, revision, issued_at, source, kind, held_seconds, first
-            )
+            one = _message(settings, destination, said, kind, held_seconds, first)
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             # Its words may be a patient's.
@@ -155,7 +158,7 @@ def message(
         why.append(one.fault)
     if made:
         return made[0]
-    identity = _identity(destination, verdict, revision, kind)
+    identity = _identity(destination, issued, kind)
     return Message(destination, kind, identity, held_seconds, f"{identity}.none", b"", f"it cannot be made: {why[0]}")
 
 
@@ -184,13 +187,13 @@ def _bare(verdict: Verdict) -> Verdict:
     )
 
 
-def _plain(verdict: Verdict, header: pydicom.Dataset) -> pydicom.Dataset:
+def _plain(issued: Issued) -> pydicom.Dataset:
     """What a header says of patient and order in usual characters: whole values, the others are left out."""
     plain = pydicom.Dataset()
-    plain.StudyInstanceUID = verdict.study_instance_uid
+    plain.StudyInstanceUID = issued.verdict.study_instance_uid
     for keyword in _NEEDED:
         try:
-            text = str(header.get(keyword) or "")
+            text = str(issued.header.get(keyword) or "")
         except Exception:  # a damaged header may hold anything
             continue
         if text and len(text) <= 64 and _usual(text.replace("^", "")) == text.replace("^", ""):
@@ -198,31 +201,24 @@ def _plain(verdict: Verdict, header: pydicom.Dataset) -> pydicom.Dataset:
     return plain
 
 
-def _identity(destination: AlertDestination, verdict: Verdict, revision: int, kind: Kind) -> str:
-    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind)
+def _identity(destination: AlertDestination | WorklistTarget, issued: Issued, kind: Kind) -> str:
+    verdict = issued.verdict
+    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(issued.revision), kind)
     return message_control_id(*key, destination.name)
 
 
 def _message(
-    settings: Settings,
-    destination: AlertDestination,
-    study_id: int,
-    verdict: Verdict,
-    revision: int,
-    issued_at: str,
-    header: pydicom.Dataset,
-    kind: Kind,
-    held_seconds: float,
-    first: str,
+    settings: Settings, destination: AlertDestination, issued: Issued, kind: Kind, held_seconds: float, first: str
 ) -> Message:
-    identity, at = _identity(destination, verdict, revision, kind), datetime.fromisoformat(issued_at)
+    verdict, header = issued.verdict, issued.header
+    identity, at = _identity(destination, issued, kind), datetime.fromisoformat(issued.at)
     if isinstance(destination, Hl7Destination):
         text = render_alert(
             verdict,
             header,
             control_id=identity,
             kind=kind,
-            revision=revision,
+            revision=issued.revision,
             issued_at=at,
             # What is only evaluated must not look like the real thing to an interface engine.
             processing_id=destination.processing_id if verdict.mode == "clinical" else "T",
@@ -234,11 +230,11 @@ def _message(
             first=first,
             link=study_link(destination.study_link, header),
         )
-        text, unmapped = in_form(destination, text, facts(verdict, header, kind, revision, issued_at))
+        text, unmapped = in_form(destination, text, facts(issued, kind))
         file = f"{identity}.hl7"
         return Message(destination, kind, identity, held_seconds, file, text.encode("utf-8"), fault(text), unmapped)
     named_values = named(header, destination.include)
-    notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, named_values)
+    notice = Notice(identity, kind, settings.box.name, issued.study_id, verdict, issued.revision, at, named_values)
     if isinstance(destination, MailDestination):
         mail = render_mail(notice, destination.sender, destination.recipients)
         return Message(destination, kind, identity, held_seconds, f"{identity}.eml", mail, "")
@@ -265,11 +261,7 @@ class Change:
 def marks(
     settings: Settings,
     told: Mapping[str, Sequence[Told]],
-    study_id: int,
-    verdict: Verdict,
-    revision: int,
-    issued_at: str,
-    header: pydicom.Dataset,
+    issued: Issued,
     late_seconds: float | None,
     orders: Sequence[Order],
 ) -> list[Change]:
@@ -280,14 +272,13 @@ def marks(
         orders: those of the study that the box has heard of.
     """
     made = []
+    verdict, header = issued.verdict, issued.header
     for destination in settings.worklist_destinations:
         kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
         if kind is None:
             continue
-        key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(revision), kind)
-        identity = message_control_id(*key, destination.name)
-        at = datetime.fromisoformat(issued_at)
-        notice = Notice(identity, kind, settings.box.name, study_id, verdict, revision, at, ())
+        identity, at = _identity(destination, issued, kind), datetime.fromisoformat(issued.at)
+        notice = Notice(identity, kind, settings.box.name, issued.study_id, verdict, issued.revision, at, ())
         match destination:
             case WorklistDestination() | UpsDestination():
                 item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
@@ -362,19 +353,19 @@ def _rest_request(
     return [Change(destination, notice.id, f"{notice.id}.json", content, lacking)]
 
 
-def facts(verdict: Verdict, header: pydicom.Dataset, kind: Kind, revision: int, issued_at: str) -> dict[str, object]:
+def facts(issued: Issued, kind: Kind) -> dict[str, object]:
     """What a template may print beside the standard segments."""
 
     def dicom(keyword: str) -> str:
-        value = header.get(keyword)
+        value = issued.header.get(keyword)
         return "" if value is None else str(value)
 
     return {
-        **{name: getattr(verdict, name) for name in _PRINTABLE},
+        **{name: getattr(issued.verdict, name) for name in _PRINTABLE},
         "kind": kind,
-        "revision": revision,
-        "issued_at": issued_at,
-        "impression": impression(verdict),
+        "revision": issued.revision,
+        "issued_at": issued.at,
+        "impression": impression(issued.verdict),
         "dicom": dicom,
     }
 
@@ -417,7 +408,8 @@ def try_template(settings: Settings, destination: Hl7Destination) -> dict[str, s
         one = verdict
         if kind in ("withdrawal", "refusal"):
             one = replace(verdict, positive=False, withdrawn="a test" if kind == "refusal" else "")
-        made = message(settings, destination, 1, one, 2, "2026-01-02T03:04:05+00:00", header, kind, first="M1")
+        issued = Issued(1, one, 2, "2026-01-02T03:04:05+00:00", header)
+        made = message(settings, destination, issued, kind, first="M1")
         if made.unmapped:
             wrong[kind] = made.unmapped
     return wrong
@@ -452,11 +444,7 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
         rows = [one for one in report["verdicts"] if one["analysis_id"] == analysis["id"]]
         if not rows:
             continue
-        verdict, revision, issued_at = (
-            Verdict.from_json(rows[-1]["result"]),
-            rows[-1]["revision"],
-            rows[-1]["issued_at"],
-        )
+        verdict, revision = Verdict.from_json(rows[-1]["result"]), rows[-1]["revision"]
         before = [Told(one["positive"], bool(one["result"].get("provisional"))) for one in rows[:-1]]
         kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
         wanted = list(settings.alert_destinations)
@@ -470,13 +458,8 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
         if kind:
             firsts = {name: one[0].uid for name, one in ledger.told(analysis["id"]).items()}
             header = _source(settings, ledger, study_id, rows[-1]["inputs"] or analysis["inputs"])
-            made = [
-                message(
-                    settings, one, study_id, verdict, revision, issued_at, header, kind, one.after_seconds,
-                    firsts.get(one.name, ""),
-                )
-                for one in wanted
-            ]  # fmt: skip
+            issued = Issued(study_id, verdict, revision, rows[-1]["issued_at"], header)
+            made = [message(settings, one, issued, kind, one.after_seconds, firsts.get(one.name, "")) for one in wanted]
             said = "" if made else "no destination wants to hear of it"
         found.append(Preview(analysis["package"], revision, verdict.positive, said, made))
     if not found:
