@@ -11,8 +11,8 @@ from appliance.governance.indication import Admission, BoardException, admit, ad
 from appliance.governance.package import Package
 from appliance.inference.brain import brain_area_mm2
 from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
-from appliance.study.grouping import group
-from appliance.study.selection import select, unselected
+from appliance.study.grouping import Series, group
+from appliance.study.selection import Selection, first_admitted, select, unselected
 from dicom_io.errors import DecodeError, HeaderError, ScansideError
 from dicom_io.header import Header, read_header
 from dicom_io.pixels import decode
@@ -67,17 +67,14 @@ def judge(
         on_decoded: called after each slice.
     """
     series = group(header for _, header in study.values())
-    selection = select(series)
     found = []
     for package in packages:
-        if selection.series is None or selection.volume is None:
-            found.append((package, unselected(package, series, selection)))
+        selection, admission = _selected(package, series, exceptions(package))
+        if selection.volume is None:
+            found.append((package, admission))
             continue
-        plans = plan_slabs(selection.volume, package.preprocessing.slab_mm)
-        headers = selection.series.headers
-        everything = [header for _, header in study.values()]
-        admission = admit(package, headers, selection.volume, len(plans), exceptions(package), study=everything)
         if admission.admitted:
+            plans = plan_slabs(selection.volume, package.preprocessing.slab_mm)
             try:
                 brain_ml = _brain_ml(selection.volume, plans, study, on_decoded)
             except ScansideError as error:
@@ -88,6 +85,21 @@ def judge(
             admission = pixels_unknown(package, admission, "not judged: it is refused without")
         found.append((package, admission))
     return found
+
+
+def _selected(
+    package: Package, series: Sequence[Series], exceptions: Sequence[BoardException]
+) -> tuple[Selection, Admission]:
+    """The series that would be read, and what is decided on it before its pixels are looked at."""
+    study = [header for one in series for header in one.headers]
+
+    def judged(selection: Selection) -> Admission:
+        if selection.series is None or selection.volume is None:
+            return unselected(package, series, selection)
+        slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
+        return admit(package, selection.series.headers, selection.volume, slabs, exceptions, study=study)
+
+    return first_admitted(lambda refused: select(series, refused=refused), judged)
 
 
 def _brain_ml(

@@ -49,7 +49,7 @@ from appliance.services.issuing import Issuer
 from appliance.settings import Settings
 from appliance.study.arrival import Arrival, Arrivals
 from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
-from appliance.study.selection import Selection, not_analysed, unselected
+from appliance.study.selection import Selection, first_admitted, not_analysed, unselected
 from dicom_io.errors import ScansideError
 from dicom_io.pixels import NATIVE_SYNTAXES
 from dicom_io.plausible import ImplausibleImage
@@ -342,6 +342,27 @@ class Engine:
         admission = admit(package, series.headers, volume, slabs, ordered=arrival.ordered, study=study)
         return self._cleared(package, admission)[0]
 
+    def _judge(self, study_id: int, package: Package, arrival: Arrival, selection: Selection, gone: int) -> Admission:
+        """What gate and board say of a complete study, of which retention removed so many instances."""
+        chosen = selection.series.series_instance_uid if selection.series else None
+        if gone and (chosen is None or self._ledger.removed_instances(study_id, chosen)):
+            # A series of which all is here is judged, whatever is gone of others: the patient was scanned again.
+            said = f"{gone} instances were removed by retention"
+            log.error("study %d: it cannot be judged, %s; it must be sent again as a whole", study_id, said)
+            return Admission(
+                (Criterion("files", "instances of the study", said, "all of them, sent again", "violated"),)
+            )
+        if selection.series is None or selection.volume is None:
+            return unselected(package, arrival.series, selection)
+        try:
+            slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
+            return self._admission(package, arrival, selection, slabs)
+        except Exception as error:
+            # What nobody can judge is refused, where everybody sees it, and not tried for ever.
+            log.exception("study %d: the gate failed in a way nobody foresaw", study_id)
+            said = f"it failed: {type(error).__name__}: {error}"
+            return Admission((Criterion("gate", "the gate itself", said, "a decision", "unknown"),))
+
     def _board_now(self) -> Board:
         """The board with its newest decision."""
         # That there are fewer than before is no decision: the guard says what is gone, and what was known holds.
@@ -411,33 +432,21 @@ class Engine:
         self._heeded.decide(study_id, arrival)
         newest = self._ledger.newest_verdict(study_id, package.name)
         alerted = newest["result"]["series_instance_uid"] if newest is not None and newest["positive"] else ""
-        selection = self._arrivals.selection(study_id, alerted)
-        inputs: list[list[str]] = []
         gone = self._ledger.removed_instances(study_id)
         standing = self._ledger.standing_verdict(study_id, package.name)
+        selection = self._arrivals.selection(study_id, alerted, {})
         if gone and standing is not None and not _unread(arrival, selection, standing["inputs"]):
             # Something of an old study came again, a dose report or one of our own captures; its images did not.
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.warning("study %d: retention removed %d of its images, the verdict stands", study_id, gone)
             return
-        chosen = selection.series.series_instance_uid if selection.series else None
-        if gone and (chosen is None or self._ledger.removed_instances(study_id, chosen)):
-            # A series of which all is here is judged, whatever is gone of others: the patient was scanned again.
-            said = f"{gone} instances were removed by retention"
-            log.error("study %d: it cannot be judged, %s; it must be sent again as a whole", study_id, said)
-            criterion = Criterion("files", "instances of the study", said, "all of them, sent again", "violated")
-            admission = Admission((criterion,))
-        elif selection.series is None or selection.volume is None:
-            admission = unselected(package, arrival.series, selection)
-        else:
-            try:
-                slabs = len(plan_slabs(selection.volume, package.preprocessing.slab_mm))
-                admission = self._admission(package, arrival, selection, slabs)
-            except Exception as error:
-                # What nobody can judge is refused, where everybody sees it, and not tried for ever.
-                log.exception("study %d: the gate failed in a way nobody foresaw", study_id)
-                said = f"it failed: {type(error).__name__}: {error}"
-                admission = Admission((Criterion("gate", "the gate itself", said, "a decision", "unknown"),))
+        selection, admission = first_admitted(
+            lambda refused: self._arrivals.selection(study_id, alerted, refused),
+            lambda selection: self._judge(study_id, package, arrival, selection, gone),
+            alerted,
+        )
+        inputs: list[list[str]] = []
+        if selection.volume is not None:
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
             inputs = [[uid, arrival.instances[uid].digest] for uid in uids]
         admission, mode, _ = self._cleared(package, admission)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from appliance.governance.ordered import NOTHING_ORDERED, Ordered, accessions, match_orders
@@ -74,22 +75,29 @@ class Arrivals:
         arrival.ordered = match_orders(headers, candidates, self._ledger.names, authority, first)
         arrival.heard = heard
 
-    def selection(self, study_id: int, alerted: str) -> Selection:
-        """What is selected of a study where the hospital was alerted of that series, as of the last look."""
+    def selection(self, study_id: int, alerted: str, refused: Mapping[str, str]) -> Selection:
+        """What is selected of a study as of the last look.
+
+        Args:
+            alerted: the series that the hospital was alerted of.
+            refused: the series that may not be read, and why.
+        """
         arrival = self._studies[study_id]
         chosen = arrival.selection.series
-        if not alerted or chosen is None or chosen.series_instance_uid == alerted:
+        if not refused and (not alerted or chosen is None or chosen.series_instance_uid == alerted):
             return arrival.selection
-        return _select(study_id, arrival.series, alerted)
+        return _select(study_id, arrival.series, alerted, refused)
 
     def forget(self, study_id: int) -> None:
         """Nothing more of it is expected for now."""
         self._studies.pop(study_id, None)
 
 
-def _select(study_id: int, series: tuple[Series, ...], alerted: str = "") -> Selection:
+def _select(
+    study_id: int, series: tuple[Series, ...], alerted: str = "", refused: Mapping[str, str] | None = None
+) -> Selection:
     try:
-        return select(series, alerted)
+        return select(series, alerted, refused)
     except Exception as error:
         # A geometry that nobody foresaw: the study is refused with the reason, and stuck nowhere.
         log.exception("study %d: the selection failed in a way nobody foresaw", study_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -60,11 +60,16 @@ class Considered:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The decision: the chosen series with its geometry, or None; and every series with its reason."""
+    """The decision: the chosen series with its geometry, or None; and every series with its reason.
+
+    Attributes:
+        others: whether another one could take the chosen one's place: of the same contrast, region and kernel.
+    """
 
     series: Series | None
     volume: Volume | None
     considered: tuple[Considered, ...]
+    others: bool = False
 
     def to_json(self) -> list[dict[str, Any]]:
         """What was considered, JSON-ready."""
@@ -167,7 +172,7 @@ def kernel_class(header: Header) -> Literal["soft", "sharp", "unknown"]:
     return "unknown"
 
 
-def select(series: Sequence[Series], alerted: str = "") -> Selection:
+def select(series: Sequence[Series], alerted: str = "", refused: Mapping[str, str] | None = None) -> Selection:
     """Choose the axial, original head series with a soft-tissue kernel; thick before thin where both came.
 
     Of two alike the later is chosen: the head was scanned again because the first scan was bad, or because the patient
@@ -175,11 +180,13 @@ def select(series: Sequence[Series], alerted: str = "") -> Selection:
 
     Args:
         alerted: the series that the hospital was alerted of.
+        refused: the series that may not be read, and why.
     """
     candidates: dict[str, _Candidate] = {}
     reasons: dict[str, str] = {}
     for one in series:
-        outcome = _candidate(one)
+        why = (refused or {}).get(one.series_instance_uid)
+        outcome = _Unreadable(why) if why else _candidate(one)
         if isinstance(outcome, str):
             reasons[one.series_instance_uid] = outcome
         else:
@@ -213,7 +220,35 @@ def select(series: Sequence[Series], alerted: str = "") -> Selection:
             )
             for one in series
         ),
+        best is not None and any(one is not best and one.kind[:3] == best.kind[:3] for one in candidates.values()),
     )
+
+
+def first_admitted(
+    choose: Callable[[Mapping[str, str]], Selection], judge: Callable[[Selection], Admission], alerted: str = ""
+) -> tuple[Selection, Admission]:
+    """The series to read and what is decided on it: the first that is admitted; if none is, the first.
+
+    A head that was scanned twice is not left unread because the scan that would be read may not be. The series that an
+    alert rests on is not passed over for another, which could not disprove it.
+
+    Args:
+        choose: what is selected where these series may not be read, for these reasons.
+        judge: the decision on what was selected.
+        alerted: the series that the hospital was alerted of.
+    """
+    refused: dict[str, str] = {}
+    found: list[tuple[Selection, Admission]] = []
+    while True:
+        selection = choose(refused)
+        admission = judge(selection)
+        found.append((selection, admission))
+        series = selection.series
+        if admission.admitted:
+            return selection, admission
+        if series is None or not selection.others or series.series_instance_uid == alerted:
+            return found[0]
+        refused[series.series_instance_uid] = f"it may not be read: {admission.reason}"
 
 
 def unselected(package: Package, series: Sequence[Series], selection: Selection) -> Admission:

@@ -119,6 +119,38 @@ def test_a_repeated_scan_that_cannot_be_read_leaves_no_negative_answer_that_is_s
     assert len(site.box.ledger.verdicts(1)) == 2
 
 
+def test_a_repeated_scan_outside_the_label_takes_no_answer_from_the_first(site: Site) -> None:
+    bring(site, 2)
+    read(site, 0.01, 1)
+    bring(site, 5, kvp=60.0)
+    result = read(site, 0.01, 2)
+    assert (result["positive"], result["series_instance_uid"]) == (False, "1.1.2")
+    (said,) = [one for one in result["limitations"] if one.startswith("Series 5 ")]
+    assert said.startswith("Series 5 was not analysed: it may not be read: ") and "60" in said
+    come_back_with_a_dose_report(site, 1)
+    assert len(site.box.ledger.verdicts(1)) == 2
+
+
+def test_a_bleed_in_the_scan_that_may_be_read_is_found_beside_one_that_may_not(site: Site) -> None:
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")  # it holds both together
+    held = site.box.association
+    bring(site, 2)
+    bring(site, 5, kvp=60.0)
+    site.box.ledger.close_association(held, "released")
+    result = read(site, 0.9, 1)
+    assert (result["positive"], result["series_instance_uid"]) == (True, "1.1.2")
+    assert len(messages(site)) == 1
+
+
+def test_where_no_scan_may_be_read_the_reason_is_that_of_the_one_to_be_read(site: Site) -> None:
+    bring(site, 2, kvp=50.0)
+    bring(site, 5, kvp=60.0)
+    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
+    (analysis,) = site.report(1)["analyses"]
+    assert analysis["state"] == "refused"
+    assert "60" in analysis["reason"] and "50" not in analysis["reason"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from appliance.governance.indication import Admission, Criterion, Outcome
 from appliance.study.grouping import group
-from appliance.study.selection import Selection, kernel_class, not_analysed, select
+from appliance.study.selection import Selection, first_admitted, kernel_class, not_analysed, select
 from dicom_io.errors import HeaderError
 from dicom_io.header import FramePlane, Header, read_header
 from tests.builders import SECONDARY_CAPTURE, head_series, header, plane
@@ -75,6 +76,41 @@ def test_the_later_is_what_was_acquired_later_where_all_of_its_kind_say_when() -
     assert choose(first, one_silent)[0] == "1.2.3.10"
     as_late = [replace(one, acquired="20260601101500") for one in first]
     assert choose(as_late, again)[0] == "1.2.3.10"
+
+
+@pytest.mark.parametrize(
+    ("alerted", "admitted", "chosen", "asked"),
+    [
+        ("", {"1.2.3.5"}, "1.2.3.5", ["1.2.3.5"]),
+        ("", {"1.2.3.1"}, "1.2.3.1", ["1.2.3.5", "1.2.3.2", "1.2.3.1"]),  # thin, of the same head
+        ("", {"1.2.3.3", "1.2.3.4"}, "1.2.3.5", ["1.2.3.5", "1.2.3.2", "1.2.3.1"]),  # a last resort is none for them
+        ("1.2.3.2", {"1.2.3.5"}, "1.2.3.2", ["1.2.3.2"]),
+    ],
+)
+def test_the_first_that_is_admitted_is_read(alerted: str, admitted: set[str], chosen: str, asked: list[str]) -> None:
+    series = group(
+        head_series(150, step=1.0, thickness=1.0, series="1.2.3.1")
+        + head_series(30, series="1.2.3.2")
+        + head_series(30, series="1.2.3.3", convolution_kernel="ZZZ")
+        + head_series(30, series="1.2.3.4", contrast_bolus_agent="IOHEXOL")
+        + head_series(30, series="1.2.3.5")
+    )
+    seen: list[str] = []
+
+    def judge(selection: Selection) -> Admission:
+        assert selection.series is not None
+        uid = selection.series.series_instance_uid
+        seen.append(uid)
+        outcome: Outcome = "met" if uid in admitted else "violated"
+        return Admission((Criterion("kvp", "KVP", f"of {uid}", "another", outcome),))
+
+    selection, admission = first_admitted(lambda refused: select(series, alerted, refused), judge, alerted)
+    assert selection.series is not None
+    assert (selection.series.series_instance_uid, seen) == (chosen, asked)
+    assert admission.criteria[0].value == f"of {chosen}"
+    said = {one.series_instance_uid: one.reason for one in selection.considered}
+    for uid in asked[: asked.index(chosen)]:
+        assert said[uid].startswith("it may not be read: ") and uid in said[uid]
 
 
 def test_what_may_be_of_another_region_is_no_later_scan_of_the_head() -> None:
