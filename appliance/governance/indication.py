@@ -96,6 +96,14 @@ _AGES_DIFFER = 13
 """Months by which a stated age and the dates may differ: one is rounded, the other entered a birthday late."""
 
 
+PICTURE = frozenset((
+    "kvp", "slice_thickness", "spacing", "kernel", "tilt", "geometry", "coverage", "slabs", "gaps", "duplicates",
+    "order",
+))  # fmt: skip
+"""Criteria of how one series was made. The others are of patient, order, examination or box: where one of those is not
+met no other series of the study is any better."""
+
+
 @dataclass(frozen=True, slots=True)
 class Criterion:
     """One line of a label, applied to one study.

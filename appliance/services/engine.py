@@ -440,11 +440,17 @@ class Engine:
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.warning("study %d: retention removed %d of its images, the verdict stands", study_id, gone)
             return
-        selection, admission = first_admitted(
-            lambda refused: self._arrivals.selection(study_id, alerted, refused),
-            lambda selection: self._judge(study_id, package, arrival, selection, gone),
-            alerted,
-        )
+
+        def choose(alerted: str) -> tuple[Selection, Admission]:
+            return first_admitted(
+                lambda refused: self._arrivals.selection(study_id, alerted, refused),
+                lambda selection: self._judge(study_id, package, arrival, selection, gone),
+                alerted,
+            )
+
+        selection, admission = choose("")
+        if alerted and (selection.series is None or selection.series.series_instance_uid != alerted):
+            selection, admission = choose(alerted)
         inputs: list[list[str]] = []
         if selection.volume is not None:
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)

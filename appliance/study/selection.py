@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from appliance.governance.indication import BOX, Admission, Criterion, body_region, has_contrast, scanner
+from appliance.governance.indication import BOX, PICTURE, Admission, Criterion, body_region, has_contrast, scanner
 from appliance.governance.package import Package
 from appliance.study.grouping import Series
 from dicom_io.errors import GeometryError
@@ -229,8 +229,9 @@ def first_admitted(
 ) -> tuple[Selection, Admission]:
     """The series to read and what is decided on it: the first that is admitted; if none is, the first.
 
-    A head that was scanned twice is not left unread because the scan that would be read may not be. The series that an
-    alert rests on is not passed over for another, which could not disprove it.
+    A head that was scanned twice is not left unread because the scan that would be read was made as the label does
+    not allow. For any other reason, whose head it is above all, the whole study is refused. The series that an alert
+    rests on is not passed over for another, which could not disprove it.
 
     Args:
         choose: what is selected where these series may not be read, for these reasons.
@@ -246,7 +247,8 @@ def first_admitted(
         series = selection.series
         if admission.admitted:
             return selection, admission
-        if series is None or not selection.others or series.series_instance_uid == alerted:
+        other = any(not one.met and one.criterion not in PICTURE for one in admission.criteria)
+        if other or series is None or not selection.others or series.series_instance_uid == alerted:
             return found[0]
         refused[series.series_instance_uid] = f"it may not be read: {admission.reason}"
 

@@ -140,6 +140,26 @@ def test_a_bleed_in_the_scan_that_may_be_read_is_found_beside_one_that_may_not(s
     result = read(site, 0.9, 1)
     assert (result["positive"], result["series_instance_uid"]) == (True, "1.1.2")
     assert len(messages(site)) == 1
+    come_back_with_a_dose_report(site, 1)
+    assert (len(site.box.ledger.verdicts(1)), len(messages(site))) == (1, 1)
+
+
+@pytest.mark.parametrize("changes", [{"patient_age": "009Y"}, {"patient_age": "", "patient_birth_date": ""}])
+def test_what_a_later_scan_says_of_the_patient_holds_for_the_whole_study(site: Site, changes: dict[str, str]) -> None:
+    bring(site, 2)
+    bring(site, 5, kvp=60.0, **changes)
+    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
+    (analysis,) = site.report(1)["analyses"]
+    assert analysis["state"] == "refused" and "age" in analysis["reason"]
+
+
+def test_a_slice_of_another_patient_in_a_later_scan_refuses_the_whole_study(site: Site) -> None:
+    bring(site, 2)
+    site.box.store(header(31, study="1.1", series="1.1.5", z=155.0, patient="another"), b"of another patient")
+    bring(site, 5)
+    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
+    (analysis,) = site.report(1)["analyses"]
+    assert analysis["state"] == "refused" and "2 different" in analysis["reason"]
 
 
 def test_where_no_scan_may_be_read_the_reason_is_that_of_the_one_to_be_read(site: Site) -> None:
