@@ -1,12 +1,12 @@
 """Training that begins with the weights of an earlier package.
 
 A package's file holds no batch normalisation any more: its convolutions have taken it in. It is put back here so that
-the network answers as the file does and can be trained on.
+the network answers as the file does and can be trained on. Residual blocks that the file lacks begin as the identity:
+a network may be deeper than the one that it takes over.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import onnx
@@ -15,14 +15,14 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from .network import Network
+from .network import Network, Residual
 
 CLOSE = 0.3
 """Largest difference of a slab logit between the file and the network that it was put into; 0.15 was seen."""
 
 
 def inherit(network: Network, model: Path, slabs: Tensor) -> None:
-    """Give a network the weights of an exported one of the same shape.
+    """Give a network the weights of an exported one of the same widths, with as many residual blocks or fewer.
 
     Args:
         network: changed in place.
@@ -37,24 +37,31 @@ def inherit(network: Network, model: Path, slabs: Tensor) -> None:
     except (OSError, DecodeError) as error:
         raise ValueError(f"{model} cannot be read as an ONNX model: {error}") from error
     values = {one.name: torch.from_numpy(numpy_helper.to_array(one).copy()) for one in graph.initializer}
-    convolutions = [[values[name] for name in node.input[1:]] for node in graph.node if node.op_type == "Conv"]
-    named = network.state_dict()
+    folded = {
+        _module(node.name): (values[node.input[1]], values[node.input[2]])
+        for node in graph.node
+        if node.op_type == "Conv" and not node.input[1].startswith("network.")
+    }
     kept = {name.removeprefix("network."): value for name, value in values.items() if name.startswith("network.")}
-    folded = [pair for pair, node in zip(convolutions, _convolutions(graph), strict=True) if node not in values]
-    modules = list(network.modules())
-    pairs = [(a, b) for a, b in pairwise(modules) if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d)]
-    if len(pairs) != len(folded) or not set(kept) <= set(named):
+    modules, named = dict(network.named_modules()), network.state_dict()
+    # A convolution, its normalisation: NAME.0, NAME.1.
+    pairs = {f"{name[:-2]}.0": module for name, module in modules.items() if isinstance(module, nn.BatchNorm2d)}
+    new = {name for name, module in modules.items() if isinstance(module, Residual) and f"{name}.first.0" not in folded}
+    missing = {name for name in pairs if name not in folded and name.rpartition(".")[0].rpartition(".")[0] not in new}
+    if missing or not set(folded) <= set(pairs) or not set(kept) <= set(named):
         raise ValueError(f"{model} is of another network")
-    for name, value in kept.items():
+    for name, value in {**kept, **{f"{name}.weight": weight for name, (weight, _) in folded.items()}}.items():
         if named[name].shape != value.shape:
             raise ValueError(f"{model}: {name} has shape {tuple(value.shape)}, not {tuple(named[name].shape)}")
         named[name].copy_(value)
+    for name in new:
+        nn.init.zeros_(modules[name].second[1].weight)
     hooks = []
-    for (convolution, normalisation), (weight, bias) in zip(pairs, folded, strict=True):
+    for name, (weight, bias) in folded.items():
         # Of the size that training starts with, so that a step changes them as much as it changes new ones.
         scale = (2 / weight[0].numel()) ** 0.5 / weight.flatten(1).std(dim=1).clamp(min=1e-4)
-        convolution.weight.data.copy_(weight * scale[:, None, None, None])
-        hooks.append(normalisation.register_forward_pre_hook(_taking_over(scale, bias)))
+        named[f"{name}.weight"].mul_(scale[:, None, None, None])
+        hooks.append(pairs[name].register_forward_pre_hook(_taking_over(scale, bias)))
     network.train()
     with torch.no_grad():
         network(slabs)
@@ -73,10 +80,16 @@ def inherit(network: Network, model: Path, slabs: Tensor) -> None:
         raise ValueError(f"{model}: the network answers otherwise than the file, by {off:.2g}")
 
 
-def _convolutions(graph: onnx.GraphProto) -> list[str]:
-    """Of each convolution the name under which its weights would lie, had it no normalisation."""
-    paths = [node.name.split("/") for node in graph.node if node.op_type == "Conv"]
-    return [f"network.{path[2]}.weight" if len(path) > 2 else "" for path in paths]
+def _module(node: str) -> str:
+    """The module that a node of an exported graph comes from: ``/network/stage1/stage1.1/first/first.0/Conv`` from
+    ``stage1.1.first.0``, as each part repeats what it lies in where that is a sequence.
+    """
+    name: list[str] = []
+    for part in node.split("/")[2:-1]:
+        if name and part.startswith(f"{name[-1]}."):
+            name.pop()
+        name.append(part)
+    return ".".join(name)
 
 
 def _taking_over(scale: Tensor, bias: Tensor):  # type: ignore[no-untyped-def]

@@ -37,6 +37,10 @@ class Residual(nn.Module):  # type: ignore[misc]
         return functional.relu(x + self.second(self.first(x)))
 
 
+def _stage(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(_convolution(inputs, outputs, 2), Residual(outputs), Residual(outputs))
+
+
 class Network(nn.Module):  # type: ignore[misc]
     """Slabs to map logits and slab logits.
 
@@ -49,12 +53,13 @@ class Network(nn.Module):  # type: ignore[misc]
         super().__init__()
         w = WIDTHS
         self.stem = nn.Sequential(_convolution(INPUTS, w[0], 2), _convolution(w[0], w[0]))
-        self.stage1 = nn.Sequential(_convolution(w[0], w[1], 2), Residual(w[1]))
-        self.stage2 = nn.Sequential(_convolution(w[1], w[2], 2), Residual(w[2]))
-        self.stage3 = nn.Sequential(_convolution(w[2], w[3], 2), Residual(w[3]))
-        self.stage4 = nn.Sequential(_convolution(w[3], w[4], 2), Residual(w[4]))
+        self.stage1 = _stage(w[0], w[1])
+        self.stage2 = _stage(w[1], w[2])
+        self.stage3 = _stage(w[2], w[3])
+        self.stage4 = _stage(w[3], w[4])
         self.lateral = nn.ModuleList([nn.Conv2d(width, MAP_WIDTH, 1) for width in w[1:]])
         self.fuse = _convolution(MAP_WIDTH, MAP_WIDTH)
+        self.refine = Residual(MAP_WIDTH)
         self.head = nn.Conv2d(MAP_WIDTH, len(LABELS), 1)
         nn.init.constant_(self.head.bias, -4.0)  # lesions are rare: start there
         self.scale = nn.Parameter(torch.zeros(2, len(LABELS)))
@@ -72,7 +77,7 @@ class Network(nn.Module):  # type: ignore[misc]
         top = self.lateral[3](features[3])
         for level in (2, 1, 0):
             top = functional.interpolate(top, scale_factor=2.0, mode="nearest") + self.lateral[level](features[level])
-        maps = self.head(self.fuse(functional.relu(top)))
+        maps = self.head(self.refine(self.fuse(functional.relu(top))))
         pixel = maps.amax(dim=(2, 3))
         mean = functional.avg_pool2d(maps, 3, 1, 1).amax(dim=(2, 3))
         scale = functional.softplus(self.scale)
