@@ -1,5 +1,5 @@
 {
   "algorithm": "Ed25519",
-  "key": "49807d3b1e5d2611",
-  "signature": "lOKyWEwxvpSxhKoqIJIumHTzI6DjMePraTnq3vD5myNaX/nHylL/rkK//dQDbS4277i9nP4yZx2ZDz+YibYTBg=="
+  "key": "e8949ff377b39979",
+  "signature": "zORDeTQjdGvri/esY6RQagWA0E7esfP9317qfW2RtrCJB+hwzgF/QKorQJBq4Oki1Ne+XlUhuylfmLSOlEt2Bw=="
 }

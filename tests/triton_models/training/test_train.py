@@ -21,7 +21,7 @@ from triton_models.training.samples import CALIBRATION, MAP_PIXEL_MM2, MAP_SIZE,
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = ROOT / ".venv-training" / "bin" / "python"
-SHIPPED = ROOT / "triton_models" / "ich_reference" / "model.onnx"
+SHIPPED = ROOT / "triton_models" / "ich_reference" / "model_fp32.onnx"
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,6 +104,47 @@ def test_a_training_that_starts_from_a_package_says_what_that_package_says(made:
     assert np.abs(there - published).max() < 1  # one step moves the statistics of the normalisations a little
     assert np.corrcoef(there.ravel(), published.ravel())[0, 1] > 0.99
     assert made.metrics["started_from"] == hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+
+
+_DEEPER = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from triton_models.training.export import to_onnx
+from triton_models.training.inherit import inherit
+from triton_models.training.network import Network
+
+torch.manual_seed(5)
+shallow, deep, slabs = Network(), Network(), torch.rand(24, 9, 256, 256)
+for stage in (shallow.stage1, shallow.stage2, shallow.stage3, shallow.stage4):
+    del stage[2]
+shallow.refine = nn.Identity()
+shallow.scale.data.fill_(1.0)
+shallow(slabs)  # statistics of its own
+to_onnx(shallow.eval(), Path(sys.argv[1]))
+before = {name: value.clone() for name, value in deep.state_dict().items()}
+inherit(deep, Path(sys.argv[1]), slabs)
+with torch.no_grad():
+    off = (deep.eval()(slabs)[1] - shallow(slabs)[1]).abs().max()
+assert off < 0.3, off
+new = "stage1.2.first.0.weight"
+assert torch.equal(deep.state_dict()[new], before[new])  # it can learn: not zero, and no one else's
+try:
+    inherit(shallow, Path(sys.argv[2]), slabs)
+except ValueError as error:
+    assert "another network" in str(error)
+else:
+    raise AssertionError("a deeper file was taken")
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_deeper_network_begins_as_the_one_that_it_takes_over(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
+    command = [str(PYTHON), "-c", _DEEPER, str(tmp_path / "shallow.onnx"), str(SHIPPED)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 @pytest.mark.timeout(600)
