@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ def bring(site: Site, series: int, slices: int = 30, *, apart: float = 5.0, **ch
         image.save_as(file, enforce_file_format=True)
         assert site.box.store(one, file.getvalue() + one.sop_instance_uid.encode()) in ("stored", "conflict")
     site.box.ledger.close_association(site.box.association, "released")
+
+
+@contextmanager
+def together(site: Site) -> Iterator[None]:
+    """All that is brought belongs together: an association stays open until the last of it is there."""
+    held = site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+    yield
+    site.box.ledger.close_association(held, "released")
+
+
+def refused(site: Site) -> str:
+    """Why the study is refused."""
+    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
+    (analysis,) = site.report(1)["analyses"]
+    assert analysis["state"] == "refused"
+    return str(analysis["reason"])
 
 
 def read(site: Site, probability: float, revision: int) -> dict[str, Any]:
@@ -132,11 +149,9 @@ def test_a_repeated_scan_outside_the_label_takes_no_answer_from_the_first(site: 
 
 
 def test_a_bleed_in_the_scan_that_may_be_read_is_found_beside_one_that_may_not(site: Site) -> None:
-    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")  # it holds both together
-    held = site.box.association
-    bring(site, 2)
-    bring(site, 5, kvp=60.0)
-    site.box.ledger.close_association(held, "released")
+    with together(site):
+        bring(site, 2)
+        bring(site, 5, kvp=60.0)
     result = read(site, 0.9, 1)
     assert (result["positive"], result["series_instance_uid"]) == (True, "1.1.2")
     assert len(messages(site)) == 1
@@ -148,27 +163,21 @@ def test_a_bleed_in_the_scan_that_may_be_read_is_found_beside_one_that_may_not(s
 def test_what_a_later_scan_says_of_the_patient_holds_for_the_whole_study(site: Site, changes: dict[str, str]) -> None:
     bring(site, 2)
     bring(site, 5, kvp=60.0, **changes)
-    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
-    (analysis,) = site.report(1)["analyses"]
-    assert analysis["state"] == "refused" and "age" in analysis["reason"]
+    assert "age" in refused(site)
 
 
 def test_a_slice_of_another_patient_in_a_later_scan_refuses_the_whole_study(site: Site) -> None:
     bring(site, 2)
     site.box.store(header(31, study="1.1", series="1.1.5", z=155.0, patient="another"), b"of another patient")
     bring(site, 5)
-    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
-    (analysis,) = site.report(1)["analyses"]
-    assert analysis["state"] == "refused" and "2 different" in analysis["reason"]
+    assert "2 different" in refused(site)
 
 
 def test_where_no_scan_may_be_read_the_reason_is_that_of_the_one_to_be_read(site: Site) -> None:
     bring(site, 2, kvp=50.0)
     bring(site, 5, kvp=60.0)
-    wait_until(site.engine, lambda: bool(site.report(1)["analyses"]))
-    (analysis,) = site.report(1)["analyses"]
-    assert analysis["state"] == "refused"
-    assert "60" in analysis["reason"] and "50" not in analysis["reason"]
+    reason = refused(site)
+    assert "60" in reason and "50" not in reason
 
 
 @pytest.mark.parametrize(
@@ -203,11 +212,9 @@ def test_a_repeated_scan_does_not_overturn_an_alert(site: Site) -> None:
 
 
 def test_of_two_scans_that_come_at_once_the_later_is_read_and_the_other_named(site: Site) -> None:
-    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")  # it holds both together
-    held = site.box.association
-    bring(site, 5)
-    bring(site, 2, 31)
-    site.box.ledger.close_association(held, "released")
+    with together(site):
+        bring(site, 5)
+        bring(site, 2, 31)
     result = read(site, 0.01, 1)
     assert result["series_instance_uid"] == "1.1.5"
     assert "Series 2 was not analysed: a later series of the same kind came too." in result["limitations"]
