@@ -179,6 +179,20 @@ def test_a_negative_report_is_followed_by_one_that_the_study_was_not_analysed(is
     assert len(issued.box.ledger.verdicts(1)) == 2
 
 
+@pytest.mark.parametrize("positive", [False, True])
+def test_what_was_found_in_shadow_is_taken_back_without_a_word(tmp_path: Path, positive: bool) -> None:
+    issued = Issued(tmp_path, er=True, all=EVERYTHING)
+    shadow = replace(verdict_on(issued.series, positive=positive), mode="shadow", provisional=positive)
+    issued.issue(shadow if positive else replace(shadow, slabs=()))
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, "a patient of two names")
+    assert study_report(issued.box.ledger, 1)["deliveries"] == []
+    assert list(issued.box.settings.findings_directory.glob("*-2/*")) == []
+    # A negative answer that nobody got needs no second one.
+    assert len(issued.box.ledger.verdicts(1)) == 1 + positive
+    issued.box.ledger.close()
+
+
 def test_of_all_pictures_that_wait_those_of_a_positive_study_come_first_and_none_waits_for_one_that_fails(
     issued: Issued, monkeypatch: pytest.MonkeyPatch
 ) -> None:

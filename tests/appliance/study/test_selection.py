@@ -74,6 +74,7 @@ def test_the_later_is_what_was_acquired_later_where_all_of_its_kind_say_when() -
     assert (chosen, reasons["1.2.3.10"]) == ("1.2.3.2", "a later series of the same kind came too")
     one_silent = [replace(again[0], acquired=""), *again[1:]]
     assert choose(first, one_silent)[0] == "1.2.3.10"
+    assert choose([replace(first[0], acquired=""), *first[1:]], again)[0] == "1.2.3.10"
     as_late = [replace(one, acquired="20260601101500") for one in first]
     assert choose(as_late, again)[0] == "1.2.3.10"
 
