@@ -134,16 +134,23 @@ class Kind:
         stories: what each scan of a head shows: "clean", a bleed as studies have it ("bleeds"), or one lesion or two
             of any subtype and mostly small ("lesion"), which would be rare otherwise.
         misleading: whether there are more look-alikes than a hospital sees.
+        read: whether only what the appliance would read is drawn: no contrast, and no series of a sharp kernel.
     """
 
     name: str
     first_seed: int
     stories: tuple[str, ...]
     misleading: bool
+    read: bool
 
 
-TRAIN = Kind("train", 10_000_000, ("clean", "bleeds", "bleeds", "lesion"), True)
-CALIBRATION = Kind("calibration", 20_000_000, ("clean", "bleeds"), False)
+TRAIN = Kind("train", 10_000_000, ("clean", "bleeds", "bleeds", "lesion"), misleading=True, read=False)
+CALIBRATION = Kind("calibration", 20_000_000, ("clean", "bleeds"), misleading=False, read=True)
+KINDS = {kind.name: kind for kind in (TRAIN, CALIBRATION)}
+KERNELS_READ = ("soft", "standard", "iterative")
+"""A series of another kernel is none that the appliance chooses."""
+REFUSED_KINDS = ("contrast",)
+"""The gate refuses a study that says so."""
 _RARE = ("tumour", "tumour", "dense sinus", "dense artery", "basal ganglia", "calcified falx", "fresh infarct",
          "old infarct", "drain", "clip", "coil", "craniotomy")  # fmt: skip
 """What misleads and is rare: one of them is added to most clean heads that are trained on."""
@@ -157,16 +164,18 @@ def _draw(kind: Kind, seed: int) -> Iterator[Study]:
     rng = np.random.default_rng([seed, 0])
     plain = anatomy.draw(rng, int(rng.integers(20, 95)), str(rng.choice(("F", "M"))))
     for number, story in enumerate(kind.stories):
-        yield _story(np.random.default_rng([seed, 1, number]), deepcopy(plain), story, misleading=kind.misleading)
+        yield _story(np.random.default_rng([seed, 1, number]), deepcopy(plain), story, kind)
 
 
-def _story(rng: np.random.Generator, head: Head, story: str, *, misleading: bool) -> Study:
+def _story(rng: np.random.Generator, head: Head, story: str, use: Kind) -> Study:
     """What happens to a head, in place, and what a scanner sees of it."""
     wanted = set(lookalikes.draw_kinds(rng, head.age))
-    if misleading and story == "clean":
+    if use.misleading and story == "clean":
         wanted.update(lookalikes.draw_kinds(rng, head.age))
-    if misleading and rng.random() < (0.8 if story == "clean" else 0.3):
+    if use.misleading and rng.random() < (0.8 if story == "clean" else 0.3):
         wanted.add(_RARE[int(rng.integers(len(_RARE)))])
+    if use.read:
+        wanted -= set(REFUSED_KINDS)
     kinds = []
     for kind in sorted(wanted, key=lookalikes.KINDS.index):
         try:
@@ -185,7 +194,7 @@ def _story(rng: np.random.Generator, head: Head, story: str, *, misleading: bool
     habits = vendors.VENDORS[vendor]
     protocol = scanner.draw(
         rng,
-        kernels=tuple(habits.kernels),
+        kernels=tuple(name for name in habits.kernels if not use.read or name in KERNELS_READ),
         vendor=vendor,
         thickness_mm=float(rng.choice(_THICKNESSES_MM, p=_HOW_OFTEN)),
         size=SIZE,
@@ -235,8 +244,40 @@ def _save(path: Path, array: NDArray[Any]) -> None:
     staged.replace(path)
 
 
-def make(work: Path, kind: Kind, seed: int, count: int, *, processes: int = 2) -> None:
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The first heads of one folder.
+
+    Attributes:
+        kind: what they were drawn for.
+        seed: of the folder.
+        count: how many.
+    """
+
+    kind: Kind
+    seed: int
+    count: int
+
+    @staticmethod
+    def parse(text: str) -> Heads:
+        """From ``calibration-3:240``.
+
+        Raises:
+            ValueError: it is not of that form, or no such kind.
+        """
+        name, _, rest = text.partition("-")
+        seed, _, count = rest.partition(":")
+        if name not in KINDS or not (seed.isdecimal() and count.isdecimal()):
+            raise ValueError(f"{text!r} is not KIND-SEED:COUNT with one of {', '.join(KINDS)}")
+        return Heads(KINDS[name], int(seed), int(count))
+
+    def __str__(self) -> str:
+        return f"{self.kind.name}-{self.seed}:{self.count}"
+
+
+def make(work: Path, heads: Heads, *, processes: int = 2) -> None:
     """Simulate the heads that are not in the work folder yet, on so many processes; each follows from its seed."""
+    kind, seed, count = heads.kind, heads.seed, heads.count
     folder = work / f"{kind.name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [n for n in range(count) if not (folder / f"head-{n:05d}.json").exists()]
@@ -250,27 +291,29 @@ def make(work: Path, kind: Kind, seed: int, count: int, *, processes: int = 2) -
 
 
 class Store:
-    """The slabs of the first heads of a folder, mapped into memory; slabs are counted through.
+    """The slabs of simulated heads, mapped into memory; slabs are counted through.
 
     Attributes:
         areas_mm2: (slabs, 5) float32 of blood, by subtype.
         scans: (first slab, one past the last, what the head's file says of the scan).
     """
 
-    def __init__(self, work: Path, kind: Kind, seed: int, count: int) -> None:
-        folder = work / f"{kind.name}-{seed}"
+    def __init__(self, work: Path, groups: Sequence[Heads]) -> None:
         self._fields: list[NDArray[np.int16]] = []
         self._covered: list[NDArray[np.uint8]] = []
         self.scans: list[tuple[int, int, dict[str, Any]]] = []
         areas, place = [], []
         total = 0
-        for number in range(count):
+        files = [
+            (work / f"{heads.kind.name}-{heads.seed}", number) for heads in groups for number in range(heads.count)
+        ]
+        for head, (folder, number) in enumerate(files):
             told = json.loads((folder / f"head-{number:05d}.json").read_text(encoding="utf-8"))
             self._fields.append(np.load(folder / f"fields-{number:05d}.npy", mmap_mode="r"))
             self._covered.append(np.load(folder / f"covered-{number:05d}.npy", mmap_mode="r"))
             areas.append(np.asarray(told["areas_mm2"], dtype=np.float32).reshape(-1, len(SUBTYPES)))
             for scan in told["scans"]:
-                place += [(number, scan["first"], scan["count"], n) for n in range(scan["count"])]
+                place += [(head, scan["first"], scan["count"], n) for n in range(scan["count"])]
                 self.scans.append((total, total + scan["count"], scan))
                 total += scan["count"]
         self._place = np.asarray(place)

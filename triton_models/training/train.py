@@ -40,9 +40,9 @@ from .export import export, to_onnx
 from .inherit import inherit
 from .network import INPUTS, Network
 from .progress import Bar, say
-from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Store, Variety, make
+from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Heads, Store, Variety, make
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 PRESENT_MM2 = 12.0
 """A slab with so much blood is one that bleeds; what is below teaches its map only."""
 SURE_MM2 = 48.0
@@ -301,6 +301,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--heads", type=int, default=400, help="to train on, four scans each")
     parser.add_argument(
+        "--also",
+        type=_heads,
+        action="append",
+        default=[],
+        metavar="KIND-SEED:COUNT",
+        help="heads of an earlier training or calibration to train on as well, in the work folder; may come again",
+    )
+    parser.add_argument(
         "--calibration", type=int, default=120, help="heads whose two studies calibrate and set the thresholds"
     )
     parser.add_argument("--minutes", type=float, default=60, help="to train; becomes a number of steps")
@@ -318,13 +326,19 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(1)
     work: Path = arguments.work
-    make(work, TRAIN, arguments.seed, arguments.heads, processes=arguments.threads)
+    training = [Heads(TRAIN, arguments.seed, arguments.heads), *arguments.also]
+    calibration_heads = Heads(CALIBRATION, arguments.seed, arguments.calibration)
+    if calibration_heads.seed in {heads.seed for heads in arguments.also if heads.kind is CALIBRATION}:
+        parser.error(f"--also: heads of {calibration_heads} are to calibrate, and may not be trained on")
+    for heads in training:
+        make(work, heads, processes=arguments.threads)
     if arguments.only == "simulate":
-        make(work, CALIBRATION, arguments.seed, arguments.calibration, processes=arguments.threads)
+        make(work, calibration_heads, processes=arguments.threads)
         return
     clock["simulated"] = time.monotonic()
 
-    store = Store(work, TRAIN, arguments.seed, arguments.heads)
+    store = Store(work, training)
+    head_count = sum(heads.count for heads in training)
     plan = work / f"steps-{arguments.seed}-{arguments.minutes:g}-{arguments.batch}"
     if not arguments.steps and not plan.exists():
         plan.write_text(str(measured_steps(arguments.minutes, arguments.batch, arguments.half)), encoding="ascii")
@@ -339,14 +353,14 @@ def main() -> None:
         rate=arguments.rate,
         half=arguments.half,
         start=arguments.start,
-        heads=arguments.heads,
+        heads=head_count,
     )
-    make(work, CALIBRATION, arguments.seed, arguments.calibration, processes=arguments.threads)
+    make(work, calibration_heads, processes=arguments.threads)
     clock["trained"] = time.monotonic()
 
     say("calibrating")
     difference = to_onnx(network, work / "uncalibrated.onnx")
-    studies = Store(work, CALIBRATION, arguments.seed, arguments.calibration)
+    studies = Store(work, [calibration_heads])
     answers = calibrate.ask(calibrate.predictor(work / "uncalibrated.onnx"), studies)
     calibration = calibrate.calibrate(answers, arguments.least_threshold)
     to_onnx(network, work / "fp32.onnx", slope=calibration.slope, shift=calibration.shift)
@@ -357,7 +371,7 @@ def main() -> None:
     commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only", "start")}
     figures: dict[str, Any] = {
         "command": "python -m triton_models.training.train --out triton_models/ich_reference "
-        + " ".join(_option(name, value) for name, value in commands.items()),
+        + " ".join(filter(None, (_option(name, value) for name, value in commands.items()))),
         "started_from": hashlib.sha256(arguments.start.read_bytes()).hexdigest() if arguments.start else None,
         "seed": arguments.seed,
         "steps": steps,
@@ -373,7 +387,7 @@ def main() -> None:
         "processor": _processor(),
         "threads": arguments.threads,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "heads_simulated": arguments.heads,
+        "heads_simulated": head_count,
         "heads_from_step": joined,
         "scans_simulated": len(store.scans),
         "slabs_simulated": len(store),
@@ -399,8 +413,17 @@ def main() -> None:
     say(f"wrote {arguments.out}: {choice.name}, AUC on the calibration studies {calibration.figures['auc']}")
 
 
+def _heads(text: str) -> Heads:
+    try:
+        return Heads.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _option(name: str, value: object) -> str:
     name = name.replace("_", "-")
+    if isinstance(value, list):
+        return " ".join(_option(name, one) for one in value)
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name} {value}"

@@ -39,7 +39,7 @@ class Made:
 
 
 def draw(folder: Path, kind: Kind, seed: int) -> None:
-    """One head of that kind as the simulator leaves it: a grey ball in bone, and in every other scan a bright one."""
+    """One head of a kind and seed as the simulator leaves it: a grey ball in bone, with blood in every other scan."""
     rng = np.random.default_rng(seed)
     row, column = np.indices((SIZE, SIZE), dtype=np.float32) - (SIZE - 1) / 2
     far = np.hypot(row, column)
@@ -63,7 +63,7 @@ def draw(folder: Path, kind: Kind, seed: int) -> None:
             }
         )
     areas = np.array(covered).sum(axis=(2, 3), dtype=np.int64) * (MAP_PIXEL_MM2 / 255)
-    here = folder / f"{kind.name}-1"
+    here = folder / f"{kind.name}-{seed}"
     here.mkdir(parents=True)
     np.save(here / "fields-00000.npy", np.array(fields))
     np.save(here / "covered-00000.npy", np.array(covered))
@@ -73,9 +73,9 @@ def draw(folder: Path, kind: Kind, seed: int) -> None:
 def train(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The command on those heads, one step at a rate that changes nothing."""
     work = folder / "work"
-    for kind in (TRAIN, CALIBRATION):
-        if not (work / f"{kind.name}-1").exists():
-            draw(work, kind, 7)
+    for kind, seed in ((TRAIN, 1), (CALIBRATION, 1), (CALIBRATION, 2)):
+        if not (work / f"{kind.name}-{seed}").exists():
+            draw(work, kind, seed)
     command = [str(PYTHON), "-m", "triton_models.training.train", "--out", str(folder / "package"), "--work", str(work)]
     few = ["--heads", "1", "--calibration", "1", "--steps", "1", "--batch", "2", "--rate", "1e-9", "--threads", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
@@ -85,9 +85,10 @@ def train(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A run that began with the shipped model and was told a least threshold."""
+    """A run that began with the shipped model, on another run's heads too, and was told a least threshold."""
     folder = tmp_path_factory.mktemp("train")
-    ran = train(folder, "--start", str(SHIPPED), "--least-threshold", "0.97", "--no-half")
+    options = ("--start", str(SHIPPED), "--also", "calibration-2:1", "--least-threshold", "0.97", "--no-half")
+    ran = train(folder, *options)
     assert ran.returncode == 0, ran.stderr[-2000:]
     package = tomllib.loads((folder / "package" / "package.toml").read_text("utf-8"))
     return Made(package, json.loads((folder / "package" / "metrics.json").read_text("utf-8")), folder / "work")
@@ -163,3 +164,23 @@ def test_a_start_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     ran = train(tmp_path, "--start", str(other))
     assert ran.returncode != 0
     assert "other.onnx cannot be read as an ONNX model" in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.timeout(600)
+def test_heads_of_another_run_are_trained_on_and_said(made: Made) -> None:
+    metrics = made.metrics
+    assert metrics["heads_simulated"] == 2 and metrics["scans_simulated"] == len(TRAIN.stories) + len(
+        CALIBRATION.stories
+    )
+    assert " --also calibration-2:1 " in metrics["command"]
+    assert metrics["calibration"]["studies"] == len(CALIBRATION.stories)
+
+
+@pytest.mark.parametrize(
+    ("also", "why"),
+    [("calibration-1:1", "are to calibrate, and may not be trained on"), ("test-1:1", "is not KIND-SEED:COUNT")],
+)
+def test_heads_that_may_not_be_trained_on_are_refused(tmp_path: Path, also: str, why: str) -> None:
+    ran = train(tmp_path, "--also", also)
+    assert ran.returncode == 2
+    assert also in ran.stderr and why in ran.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,8 +17,12 @@ from appliance.inference.preprocess import model_input
 from triton_models.training import samples
 from triton_models.training.haemorrhage import SUBTYPES
 from triton_models.training.samples import (
+    CALIBRATION,
     CROP,
+    KERNELS_READ,
+    REFUSED_KINDS,
     TRAIN,
+    Heads,
     Store,
     Study,
     Variety,
@@ -26,7 +31,7 @@ from triton_models.training.samples import (
     run_input,
     slabs_of,
 )
-from triton_models.training.scanner import Scan
+from triton_models.training.scanner import Protocol, Scan
 
 
 def study(count: int, thickness_mm: float, size: int = 64, *, tilt_deg: float = 0.0) -> Study:
@@ -81,10 +86,10 @@ def test_a_slab_stands_between_its_neighbours_foot_to_head() -> None:
 def test_a_head_is_kept_as_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scans = [study(9, 5.0), study(40, 1.25)]
     monkeypatch.setattr(samples, "_draw", lambda kind, seed: scans)
-    (tmp_path / "train-1").mkdir()
-    for number in range(2):
-        make_head((tmp_path / "train-1", TRAIN, 1, number))
-    store = Store(tmp_path, TRAIN, 1, 2)
+    for folder in ("train-1", "train-2"):
+        (tmp_path / folder).mkdir()
+        make_head((tmp_path / folder, TRAIN, 1, 0))
+    store = Store(tmp_path, [Heads(TRAIN, 1, 1), Heads(TRAIN, 2, 1)])
     assert len(store) == 2 * 19
     assert [(first, end) for first, end, _ in store.scans] == [(0, 9), (9, 19), (19, 28), (28, 38)]
     cut = [slabs_of(scan) for scan in scans]
@@ -97,6 +102,40 @@ def test_a_head_is_kept_as_it_was_cut(tmp_path: Path, monkeypatch: pytest.Monkey
     assert store.areas_mm2[:9] == pytest.approx(cut[0].covered.sum(axis=(2, 3)) * 16 / 255, abs=0.01)
     told = json.loads((tmp_path / "train-1" / "head-00000.json").read_text(encoding="utf-8"))
     assert told["scans"][0]["look_alikes"] == ["pineal"]
+
+
+def test_calibration_draws_what_would_be_read_and_training_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: set[str] = set()
+
+    def scan(rng: object, head: object, truth: object, protocol: Protocol) -> Scan:
+        kernels.add(protocol.kernel)
+        return study(2, 5.0).scan
+
+    monkeypatch.setattr(samples.anatomy, "draw", lambda *_: SimpleNamespace(age=80, hu=np.zeros((2, 2, 2))))
+    monkeypatch.setattr(samples.lookalikes, "add", lambda *_: None)
+    monkeypatch.setattr(samples.haemorrhage, "draw_study", lambda *_: None)
+    monkeypatch.setattr(samples.haemorrhage, "bleed", lambda *_: None)
+    monkeypatch.setattr(samples.scanner, "scan", scan)
+    kinds = {kind for seed in range(150) for drawn in samples._draw(TRAIN, seed) for kind in drawn.look_alikes}
+    assert kernels - set(KERNELS_READ) and kinds > set(REFUSED_KINDS)
+    kernels.clear()
+    kinds = {kind for seed in range(150) for drawn in samples._draw(CALIBRATION, seed) for kind in drawn.look_alikes}
+    assert kernels and kernels <= set(KERNELS_READ)
+    assert kinds and not kinds & set(REFUSED_KINDS)
+
+
+@given(kind=st.sampled_from([TRAIN, CALIBRATION]), seed=st.integers(0, 99), count=st.integers(0, 999))
+def test_heads_are_written_as_they_are_read(kind: samples.Kind, seed: int, count: int) -> None:
+    heads = Heads(kind, seed, count)
+    assert Heads.parse(str(heads)) == heads
+
+
+@pytest.mark.parametrize(
+    "text", ["", "train", "train-3", "train-:4", "train-3:", "test-3:4", "train-3:-4", "train-3:4:5"]
+)
+def test_heads_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="KIND-SEED:COUNT"):
+        Heads.parse(text)
 
 
 @pytest.fixture(scope="module")
