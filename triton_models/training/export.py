@@ -16,11 +16,10 @@ from appliance.inference.preprocess import PIXEL_MM, SIZE, WINDOWS
 
 from .calibrate import Calibration, predictor
 from .network import INPUTS, LABELS, Network, Shipped
-from .samples import NEIGHBOURS, SLAB_MM, run_input
+from .samples import MAP_SIZE, NEIGHBOURS, SLAB_MM, run_input
 
 NAME = "ich_reference"
 OPSET = 17
-MAP_SIZE = 64
 SINGLE = "model_fp32.onnx"
 PARITY = 1e-4
 """Largest difference between PyTorch's and ONNX Runtime's outputs that is accepted."""

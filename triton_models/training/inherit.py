@@ -56,6 +56,8 @@ def inherit(network: Network, model: Path, slabs: Tensor) -> None:
         named[name].copy_(value)
     for name in new:
         nn.init.zeros_(modules[name].second[1].weight)
+    count = len(slabs)
+    slabs = torch.cat([slabs, slabs.flip(3)])
     hooks = []
     for name, (weight, bias) in folded.items():
         # Of the size that training starts with, so that a step changes them as much as it changes new ones.
@@ -71,11 +73,16 @@ def inherit(network: Network, model: Path, slabs: Tensor) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    said = torch.from_numpy(session.run(["probabilities"], {"slabs": slabs.numpy()})[0])
-    # The file's probabilities are calibrated: its own slope and shift come last.
-    expected = logits * values["slope"] + values["shift"]
+    said = torch.from_numpy(session.run(["probabilities"], {"slabs": slabs[:count].numpy()})[0])
     clear = (said > 1e-3) & (said < 1 - 1e-3)
-    off = float((torch.logit(said) - expected)[clear].abs().max()) if clear.any() else 0.0
+
+    def off_by(logits: Tensor) -> float:
+        # The file's probabilities are calibrated: its own slope and shift come last.
+        expected = logits * values["slope"] + values["shift"]
+        return float((torch.logit(said) - expected)[clear].abs().max()) if clear.any() else 0.0
+
+    # Files of versions before 0.6.0 looked at a slab as it is and not mirrored too.
+    off = min(off_by((logits[:count] + logits[count:]) / 2), off_by(logits[:count]))
     if off > CLOSE:
         raise ValueError(f"{model}: the network answers otherwise than the file, by {off:.2g}")
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .samples import MAP_SIZE
+
 INPUTS = 9
 """Three windows of three slabs."""
 LABELS = ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
@@ -87,6 +89,8 @@ class Network(nn.Module):  # type: ignore[misc]
 class Shipped(nn.Module):  # type: ignore[misc]
     """The network as the appliance sees it: probabilities (n, 6) and the map of "any" (n, 1, 64, 64), both 0..1.
 
+    It looks at each slab twice, as it is and mirrored left to right, and answers with the mean of both logits.
+
     Args:
         network: the trained one.
         slope, shift: of each label's logit (6,), so that a study's highest probability is a calibrated one.
@@ -100,5 +104,9 @@ class Shipped(nn.Module):  # type: ignore[misc]
 
     def forward(self, slabs: Tensor) -> tuple[Tensor, Tensor]:
         """(n, 9, 256, 256) in 0..1 to (probabilities, lesion map)."""
-        maps, logits = self.network(slabs)
-        return torch.sigmoid(logits * self.slope + self.shift), torch.sigmoid(maps[:, :1])
+        maps, logits = self.network(torch.cat([slabs, slabs.flip(3)]))
+        # Fixed shapes: what is told from the input's would be more nodes than the network has.
+        both = maps[:, :1].reshape(2, -1, 1, MAP_SIZE, MAP_SIZE)
+        lesion_map = torch.sigmoid((both[0] + both[1].flip(3)) / 2)
+        logits = logits.reshape(2, -1, len(LABELS)).mean(dim=0)
+        return torch.sigmoid(logits * self.slope + self.shift), lesion_map
