@@ -23,6 +23,15 @@ SPACING_TOLERANCE = 1e-3
 GAP_FRACTION = 0.5
 """A gap is missing cover of more than this part of a slice."""
 
+SHIFT_MM = 1.0
+"""How far a plane may lie off the line on which its neighbours lead: no patient is scanned as a staircase."""
+
+OVERLAP_MM = 10.0
+"""Two acquisitions of one series may cover so much of the same: more is the same piece of the patient scanned twice."""
+
+ROUNDING_MM = 0.001
+"""Positions are decimal strings: what lies at a limit must not be a gap in one pose and none in another."""
+
 UNIFORM_FRACTION = 0.01
 UNIFORM_MM = 0.02
 """A volume is uniform if no distance differs from the median by more than 1 % or 0.02 mm."""
@@ -30,12 +39,13 @@ UNIFORM_MM = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One frame and where it lies; ``frame`` counts from 0."""
+    """One frame and where it lies; ``frame`` counts from 0, ``acquisition`` is its AcquisitionNumber."""
 
     sop_instance_uid: str
     frame: int
     geometry: FramePlane
     instance_number: int | None
+    acquisition: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +83,7 @@ class Volume:
 def planes_of(header: Header) -> tuple[Plane, ...]:
     """One plane for each frame; () where the header has no geometry."""
     return tuple(
-        Plane(header.sop_instance_uid, index, frame, header.instance_number)
+        Plane(header.sop_instance_uid, index, frame, header.instance_number, header.acquisition_number)
         for index, frame in enumerate(header.frames)
     )
 
@@ -89,8 +99,9 @@ def assemble(planes: Sequence[Plane]) -> Volume:
     larger of that mean and the median distance.
 
     Raises:
-        GeometryError: no planes, planes of different orientation or pixel spacing, or two in one plane that are
-            shifted against each other.
+        GeometryError: no planes, planes of different orientation or pixel spacing, two in one plane that are
+            shifted against each other, planes that do not lie one above the other, or two acquisitions that cover the
+            same: sorted together they would be one picture of two positions of the head.
     """
     if not planes:
         raise GeometryError("there are no slices with a position", "series", "see why their headers have no geometry")
@@ -112,6 +123,8 @@ def assemble(planes: Sequence[Plane]) -> Volume:
         else:
             kept.append(plane)
     offsets = tuple(_dot(plane.geometry.position, normal) for plane in kept)
+    _check_in_line(kept, offsets, normal)
+    _check_scanned_once(kept, offsets)
     distances = [b - a for a, b in pairwise(offsets)]
     return Volume(
         planes=tuple(kept),
@@ -176,6 +189,54 @@ def _check_not_shifted(first: Plane, second: Plane) -> None:
         )
 
 
+def _check_in_line(planes: Sequence[Plane], offsets: Sequence[float], normal: Sequence[float]) -> None:
+    """That the planes lie one above the other, upright or, as a tilted gantry has it, along one slope."""
+    steps = []
+    for (below, above), rise in zip(pairwise(planes), (b - a for a, b in pairwise(offsets)), strict=True):
+        way = [b - a for a, b in zip(below.geometry.position, above.geometry.position, strict=True)]
+        steps.append((rise, [part - rise * along for part, along in zip(way, normal, strict=True)]))
+    slope = [median(aside[axis] / rise for rise, aside in steps) for axis in range(3)] if steps else []
+    for (below, above), (rise, aside) in zip(pairwise(planes), steps, strict=True):
+        shift = math.dist(aside, [rise * part for part in slope])
+        if shift > SHIFT_MM:
+            raise GeometryError(
+                f"a slice lies {shift:.1f} mm beside the line of the others",
+                f"{_name(below)} and {_name(above)}",
+                "analyse the acquisitions as separate series",
+            )
+
+
+def _check_scanned_once(planes: Sequence[Plane], offsets: Sequence[float]) -> None:
+    """That no two acquisitions (General Acquisition Module, PS3.3 C.7.10.1) cover the same."""
+    extents: dict[int, tuple[float, float]] = {}
+    for plane, offset in zip(planes, offsets, strict=True):
+        if plane.acquisition is not None:
+            low, high = extents.get(plane.acquisition, (offset, offset))
+            extents[plane.acquisition] = min(low, offset), max(high, offset)
+    reached: tuple[float, int] | None = None
+    for number, (low, high) in sorted(extents.items(), key=lambda each: each[1]):
+        if reached and min(reached[0], high) - low > OVERLAP_MM:
+            raise GeometryError(
+                f"acquisitions {reached[1]} and {number} cover the same {min(reached[0], high) - low:.0f} mm",
+                "series",
+                "analyse the acquisitions as separate series",
+            )
+        reached = max(reached or (high, number), (high, number))
+
+
+def uncovered(volume: Volume) -> float:
+    """How much of the way from the first plane to the last no slice covers, 0..1.
+
+    A slice whose thickness is not given covers as far as its neighbours.
+    """
+    extent = volume.offsets[-1] - volume.offsets[0]
+    missing = 0.0
+    for (below, above), (low, high) in zip(pairwise(volume.planes), pairwise(volume.offsets), strict=True):
+        pair = (below.geometry.thickness, above.geometry.thickness)
+        missing += max(0.0, (high - low) - math.fsum(high - low if one is None else one for one in pair) / 2)
+    return missing / extent if extent else 0.0
+
+
 def _shown(values: Sequence[float]) -> str:
     return "\\".join(f"{value:g}" for value in values)
 
@@ -189,7 +250,7 @@ def _gaps(planes: Sequence[Plane], distances: Sequence[float]) -> tuple[Gap, ...
         pair = (planes[after].geometry.thickness, planes[after + 1].geometry.thickness)
         cover = math.fsum(typical if thickness is None else thickness for thickness in pair) / 2
         missing = distance - cover
-        if missing > GAP_FRACTION * max(cover, typical):
+        if missing > GAP_FRACTION * max(cover, typical) + ROUNDING_MM:
             gaps.append(Gap(after, missing))
     return tuple(gaps)
 

@@ -16,7 +16,7 @@ from appliance.governance.label import Age, Indication, kernel_matches, scanner_
 from appliance.governance.ordered import NOTHING_ORDERED, Ordered, onset_said
 from appliance.governance.package import Package
 from dicom_io.header import Header
-from dicom_io.volume import UNIFORM_MM, Volume
+from dicom_io.volume import UNIFORM_MM, Volume, uncovered
 
 Outcome = Literal["met", "violated", "unknown", "excepted"]
 
@@ -95,6 +95,13 @@ _OLDEST = Age(120, "years")
 _AGES_DIFFER = 13
 """Months by which a stated age and the dates may differ: one is rounded, the other entered a birthday late."""
 
+
+UNSEEN_ML = 2.0
+"""So much of what is enclosed in bone may lie outside the model's field."""
+
+MOST_UNCOVERED = 0.25
+"""So much of the way between the first and the last slice may lie in none: every second slice may be missing, evenly,
+and no single distance is longer than the others."""
 
 PICTURE = frozenset((
     "kvp", "slice_thickness", "spacing", "kernel", "tilt", "geometry", "coverage", "slabs", "gaps", "duplicates",
@@ -216,7 +223,7 @@ def rules(package: Package) -> dict[str, tuple[str, str]]:
         "duplicates": "no slice sent twice",
         "order": "numbers that rise or fall along the head",
         "onset": f"{label.maximum_hours_since_onset or 0:g} hours or less since onset",
-        "brain": f"{label.minimum_brain_ml:g} mL or more",
+        "brain": f"{label.minimum_brain_ml:g} mL or more, none of it outside the model's field",
     }
     clauses: dict[str, str] = dict.fromkeys(("scanner", "patient", "geometry", "gaps"), BOX)
     clauses.update(label.clauses)
@@ -472,8 +479,11 @@ def admit(
     judge("coverage", "ImagePositionPatient", f"{coverage:.0f} mm", coverage >= label.minimum_coverage_mm)
     judge("slabs", "slabs", str(slabs), slabs >= label.minimum_slabs)
     missing = sum(gap.mm for gap in volume.gaps)
-    judge("gaps", "ImagePositionPatient",
-          "none" if not volume.gaps else f"{len(volume.gaps)}, {missing:.1f} mm in all", not volume.gaps)  # fmt: skip
+    holes = "none" if not volume.gaps else f"{len(volume.gaps)}, {missing:.1f} mm in all"
+    bare = uncovered(volume)
+    if bare > MOST_UNCOVERED:
+        holes = f"{bare:.0%} of the head lies between the slices"
+    judge("gaps", "ImagePositionPatient, SliceThickness", holes, not volume.gaps and bare <= MOST_UNCOVERED)
     twice = len(volume.duplicates)
     judge("duplicates", "ImagePositionPatient", f"{twice} slices sent twice" if twice else "none", not twice)
     judge("order", "InstanceNumber, ImagePositionPatient", *_order(volume))
@@ -482,10 +492,18 @@ def admit(
     return Admission(tuple(_except(package, c, exceptions, today or date.today()) for c in criteria))
 
 
-def admit_pixels(package: Package, admission: Admission, brain_volume_ml: float) -> Admission:
-    """The same admission with what only the pixels show: that there is a brain in the picture."""
-    return _with_brain(package, admission, f"{brain_volume_ml:.0f} mL",
-                       brain_volume_ml >= package.indication.minimum_brain_ml)  # fmt: skip
+def admit_pixels(package: Package, admission: Admission, seen_ml: float, unseen_ml: float) -> Admission:
+    """The same admission with what only the pixels show: that there is a brain in the picture, and the model sees it.
+
+    Args:
+        seen_ml: soft tissue within the skull, in the field that the model sees.
+        unseen_ml: of the same, beyond that field: a head far from the centre of a large image. Up to `UNSEEN_ML`
+            nobody minds, as what is enclosed in bone at the border of a large image may be no brain.
+    """
+    value, met = f"{seen_ml:.0f} mL", seen_ml >= package.indication.minimum_brain_ml
+    if unseen_ml > UNSEEN_ML:
+        value, met = f"{value}, and {unseen_ml:.0f} mL outside the model's field", False
+    return _with_brain(package, admission, value, met)
 
 
 def pixels_unknown(package: Package, admission: Admission, why: str) -> Admission:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -15,21 +17,37 @@ SOFT_TISSUE_HU = (0.0, 80.0)
 """Between cerebrospinal fluid and clotted blood."""
 
 _PIXEL_MM = 2.0
-_FIELD = 128
 
 
-def brain_area_mm2(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> float:
+@dataclass(frozen=True, slots=True)
+class Brain:
+    """Soft tissue within the skull, in mm² of a slab or in mL of a volume.
+
+    Attributes:
+        seen: within the field that the model sees.
+        unseen: in the images, and beyond that field.
+    """
+
+    seen: float
+    unseen: float
+
+
+def brain_area_mm2(hu: NDArray[Any], spacing_mm: tuple[float, float], field_mm: float) -> Brain:
     """Soft tissue within the skull on one axial slab.
 
-    It is what cannot be reached from the border of a 256 mm field without crossing bone, whose breaches up to 12 mm
-    are closed first; of that, what lies in `SOFT_TISSUE_HU` and is wider than the rim in which bone blurs into air.
-    A slab whose skull is open further than that counts as empty: after a large craniectomy the estimate is low.
+    It is what cannot be reached from the border of the image, or of the model's field where that is larger, without
+    crossing bone, whose breaches up to 12 mm are closed first; of that, what lies in `SOFT_TISSUE_HU` and is wider than
+    the rim in which bone blurs into air. A slab whose skull is open further than that counts as empty: after a large
+    craniectomy the estimate is low.
 
     Args:
         hu: (rows, columns) HU.
         spacing_mm: (between rows, between columns).
+        field_mm: edge of the square about the image's centre that the model sees.
     """
-    field = to_field(hu, spacing_mm, size=_FIELD, pixel_mm=_PIXEL_MM)
+    extent = max(field_mm, hu.shape[0] * spacing_mm[0], hu.shape[1] * spacing_mm[1])
+    size, seen = (2 * math.ceil(edge / (2 * _PIXEL_MM)) for edge in (extent, field_mm))  # even: they share a centre
+    field = to_field(hu, spacing_mm, size=size, pixel_mm=_PIXEL_MM)
     bone = (field > BONE_HU).astype(np.uint8)
     closed = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7)))
     passable = cv2.copyMakeBorder(1 - closed, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
@@ -37,4 +55,6 @@ def brain_area_mm2(hu: NDArray[Any], spacing_mm: tuple[float, float]) -> float:
     low, high = SOFT_TISSUE_HU
     soft = (passable[1:-1, 1:-1] == 1) & (field > low) & (field < high)
     kept = cv2.morphologyEx(soft.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    return float(kept.sum()) * _PIXEL_MM**2
+    middle = slice((size - seen) // 2, (size + seen) // 2)
+    inside = int(kept[middle, middle].sum())
+    return Brain(inside * _PIXEL_MM**2, (int(kept.sum()) - inside) * _PIXEL_MM**2)

@@ -31,7 +31,7 @@ from dicom_io.pixels import Decoded
 from dicom_io.plausible import Look, check_plausible, look_at
 from dicom_io.volume import Volume
 
-from .brain import brain_area_mm2
+from .brain import Brain, brain_area_mm2
 from .decode import decode_each
 from .preprocess import model_input
 from .slabs import Context, SlabPlan, in_context, plan_slabs, slab_hu
@@ -87,7 +87,7 @@ class SlabAnswer:
     Attributes:
         probabilities: (labels,) in 0..1.
         lesion_map: (map, map) in 0..1.
-        brain_mm2: soft tissue within the skull.
+        brain_mm2: soft tissue within the skull, mm².
         shape: (rows, columns) of its images.
         codecs: the decoders that produced its pixels.
         looks: what is kept of each of its planes, to judge whether the volume can be a CT.
@@ -95,7 +95,7 @@ class SlabAnswer:
 
     probabilities: NDArray[np.float32]
     lesion_map: NDArray[np.float32]
-    brain_mm2: float
+    brain_mm2: Brain
     shape: tuple[int, int]
     codecs: tuple[str, ...]
     looks: tuple[Look, ...]
@@ -109,9 +109,10 @@ class Reading:
     answers: tuple[SlabAnswer, ...]
 
     @property
-    def brain_ml(self) -> float:
+    def brain_ml(self) -> Brain:
         """Soft tissue within the skull; an adult head gives about 1000 to 1600."""
-        return sum(a.brain_mm2 * p.thickness_mm / 1000 for a, p in zip(self.answers, self.plans, strict=True))
+        parts = [(a.brain_mm2, p.thickness_mm / 1000) for a, p in zip(self.answers, self.plans, strict=True)]
+        return Brain(sum(area.seen * ml for area, ml in parts), sum(area.unseen * ml for area, ml in parts))
 
 
 _SlabKey = tuple[tuple[tuple[str, int], ...], tuple[float, float]]
@@ -126,7 +127,7 @@ class _Seen:
     """
 
     channels: Any
-    brain_mm2: float
+    brain_mm2: Brain
     shape: tuple[int, int]
     codecs: tuple[str, ...]
     looks: tuple[Look, ...]
@@ -388,7 +389,7 @@ class Pipeline:
         )
         return _Seen(
             channels,
-            brain_area_mm2(hu, slab.spacing_mm),
+            brain_area_mm2(hu, slab.spacing_mm, preprocessing.size * preprocessing.spacing_mm),
             (hu.shape[0], hu.shape[1]),
             tuple(sorted({one.codec for one in decoded})),
             tuple(look_at(plane, slab.spacing_mm) for plane in planes),

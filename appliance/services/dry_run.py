@@ -9,7 +9,7 @@ from pathlib import Path
 
 from appliance.governance.indication import Admission, BoardException, admit, admit_pixels, pixels_unknown
 from appliance.governance.package import Package
-from appliance.inference.brain import brain_area_mm2
+from appliance.inference.brain import Brain, brain_area_mm2
 from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
 from appliance.study.grouping import Series, group
 from appliance.study.selection import Selection, first_admitted, select, unselected
@@ -76,11 +76,11 @@ def judge(
         if admission.admitted:
             plans = plan_slabs(selection.volume, package.preprocessing.slab_mm)
             try:
-                brain_ml = _brain_ml(selection.volume, plans, study, on_decoded)
+                brain = _brain_ml(package, selection.volume, plans, study, on_decoded)
             except ScansideError as error:
                 admission = pixels_unknown(package, admission, f"not decoded: {error.what}")
             else:
-                admission = admit_pixels(package, admission, brain_ml)
+                admission = admit_pixels(package, admission, brain.seen, brain.unseen)
         else:
             admission = pixels_unknown(package, admission, "not judged: it is refused without")
         found.append((package, admission))
@@ -103,10 +103,15 @@ def _selected(
 
 
 def _brain_ml(
-    volume: Volume, plans: Sequence[SlabPlan], study: dict[str, tuple[Path, Header]], on_decoded: Callable[[], object]
-) -> float:
+    package: Package,
+    volume: Volume,
+    plans: Sequence[SlabPlan],
+    study: dict[str, tuple[Path, Header]],
+    on_decoded: Callable[[], object],
+) -> Brain:
     """Soft tissue within the skull of a whole volume, as the engine measures it on its slabs."""
-    total = 0.0
+    field_mm = package.preprocessing.size * package.preprocessing.spacing_mm
+    seen = unseen = 0.0
     hu_of = lru_cache(maxsize=1)(lambda path: decode(path).hu)  # of many frames in one file, decoded once
     for plan in plans:
         planes = []
@@ -120,5 +125,7 @@ def _brain_ml(
             planes.append(frames[plane.frame])
             on_decoded()
         middle = volume.planes[plan.members[len(plan.members) // 2]].geometry
-        total += brain_area_mm2(slab_hu(planes, "slab"), middle.spacing) * plan.thickness_mm / 1000
-    return total
+        area = brain_area_mm2(slab_hu(planes, "slab"), middle.spacing, field_mm)
+        seen += area.seen * plan.thickness_mm / 1000
+        unseen += area.unseen * plan.thickness_mm / 1000
+    return Brain(seen, unseen)

@@ -396,9 +396,9 @@ class Engine:
         if longest_run(certain, {gap.after for gap in volume.gaps}) < wanted.slabs:
             return
         read = [plan for plan in plans if plan.members in answers]
-        brain_ml = Reading(tuple(read), tuple(answers[plan.members] for plan in read)).brain_ml
+        brain = Reading(tuple(read), tuple(answers[plan.members] for plan in read)).brain_ml
         admission = self._admission(package, arrival, arrival.selection, len(plans))
-        if not admission.admitted or brain_ml < package.indication.minimum_brain_ml:
+        if not (admission.admitted and admit_pixels(package, admission, brain.seen, brain.unseen).admitted):
             return
         uids = dict.fromkeys(plane.sop_instance_uid for plane in volume.planes)
         row = self._ledger.begin_early(
@@ -660,7 +660,9 @@ class Engine:
             owner=study_id,
             urgency=STAT if stat else ARRIVING if study_id in self._tests else COMPLETE,
         )
-        admission, mode, board = self._cleared(package, admit_pixels(package, admission, reading.brain_ml))
+        brain = reading.brain_ml
+        judged = admit_pixels(package, admission, brain.seen, brain.unseen)
+        admission, mode, board = self._cleared(package, judged)
         if not admission.admitted:
             self._withhold(row, package, mode, instances, admission)
             return

@@ -29,6 +29,7 @@ from appliance.governance.board import BoardError, approve, make_exception, reti
 from appliance.governance.integrity import load_sound
 from appliance.governance.package import seal
 from appliance.governance.signature import read_private, write_keys
+from appliance.inference.brain import Brain
 from appliance.inference.server import render_config, write_repository
 from appliance.inference.stream import Closed, SlabAnswer
 from appliance.inference.triton import TritonError
@@ -192,7 +193,7 @@ class Site:
         lesion = np.zeros((64, 64), np.float32)
         look = Look(None, 20_000.0, id(future).to_bytes(8, "little"), ())
         if not future.done():
-            future.set_result(SlabAnswer(values, lesion, 20_000.0, (48, 64), ("raw",), (look,)))
+            future.set_result(SlabAnswer(values, lesion, Brain(20_000.0, 0.0), (48, 64), ("raw",), (look,)))
 
 
 @cache

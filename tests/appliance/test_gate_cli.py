@@ -11,6 +11,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
@@ -127,6 +128,22 @@ def test_what_the_pixels_show_refuses_too(philips_phantom: Path, tmp_path: Path)
     ((_, found),) = judge([PACKAGE], study)
     assert found.criteria[-1].outcome == "unknown"
     assert "not decoded" in found.criteria[-1].value
+
+
+def test_a_head_that_the_model_would_not_see_all_of_is_refused(vendors: dict[str, list[Path]], tmp_path: Path) -> None:
+    """The head in the corner of an image three quarters as large again."""
+    for path in vendors["ge"]:
+        dataset = dcmread(path)
+        pixels = dataset.pixel_array
+        wide = np.full([n + 3 * n // 4 for n in pixels.shape], pixels.min(), pixels.dtype)
+        wide[: pixels.shape[0], : pixels.shape[1]] = pixels
+        dataset.Rows, dataset.Columns = wide.shape
+        dataset.PixelData = wide.tobytes()
+        dataset.save_as(tmp_path / path.name)
+    (study,) = read_folder(sorted(tmp_path.iterdir())).studies.values()
+    ((_, found),) = judge([PACKAGE], study)
+    assert [one.criterion for one in found.criteria if not one.met] == ["brain"]
+    assert "outside the model's field" in found.reason
 
 
 def test_a_folder_is_judged_as_a_list_of_studies_and_packages(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dicom_io.errors import GeometryError
 from dicom_io.header import FramePlane, read_header
-from dicom_io.volume import Gap, Plane, assemble, planes_of
+from dicom_io.volume import Gap, Plane, assemble, planes_of, uncovered
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -182,3 +182,53 @@ def test_rounded_cosines_are_one_orientation() -> None:
         planes[1], geometry=replace(planes[1].geometry, orientation=tuple(round(c, 4) for c in cosines))
     )
     assert len(assemble(planes).planes) == 2
+
+
+def scanned(heights: Sequence[float], acquisition: int, first: int = 1) -> list[Plane]:
+    return [
+        replace(plane(z, n, uid=f"1.2.{n}", thickness=1.25), acquisition=acquisition)
+        for n, z in enumerate(heights, first)
+    ]
+
+
+@pytest.mark.parametrize(("aside", "alike"), [(0.5, True), (1.5, False), (20.0, False)])
+def test_slices_that_do_not_lie_one_above_the_other_are_no_volume(aside: float, alike: bool) -> None:
+    planes = [plane(5.0 * n, n, uid=f"1.2.{n}", xy=(0.0, aside * (n == 4))) for n in range(9)]
+    for rotation in (np.eye(3), about_x(18)):
+        moved = [turned(one, rotation) for one in planes]
+        if alike:
+            assert len(assemble(moved).planes) == 9
+        else:
+            with pytest.raises(GeometryError, match=f"{aside:.1f} mm beside the line"):
+                assemble(moved)
+
+
+def test_the_head_scanned_again_a_little_higher_is_not_sorted_in_between() -> None:
+    first = [plane(1.25 * n, n + 1, uid=f"1.2.{n}") for n in range(60)]
+    again = [plane(1.25 * n + 0.6, n + 201, uid=f"1.3.{n}", xy=(9.0, 14.0)) for n in range(60)]
+    with pytest.raises(GeometryError, match="beside the line"):
+        assemble(first + again)
+
+
+def test_two_acquisitions_may_adjoin_and_not_cover_the_same() -> None:
+    low = scanned([1.25 * n for n in range(40)], 1)
+    adjoining = scanned([1.25 * n + 45.6 for n in range(40)], 2, 41)
+    assert len(assemble(low + adjoining).planes) == 80
+    again = scanned([1.25 * n + 0.6 for n in range(40)], 2, 41)
+    with pytest.raises(GeometryError, match="acquisitions 1 and 2 cover the same 48 mm"):
+        assemble(low + again)
+    within = scanned([1.25 * n + 10.6 for n in range(12)], 3, 41)
+    with pytest.raises(GeometryError, match="acquisitions 1 and 3 cover the same 14 mm"):
+        assemble(low + within)
+    # Every slice an acquisition of its own, or none that says so, as scanners have it that go step by step.
+    assert len(assemble([replace(one, acquisition=n) for n, one in enumerate(low)]).planes) == 40
+    assert len(assemble([*low, *(replace(one, acquisition=None) for one in again)]).planes) == 80
+
+
+def test_what_no_slice_covers() -> None:
+    assert uncovered(assemble(row([0, 5, 10, 15]))) == 0
+    assert uncovered(assemble(row([0, 10, 20, 30]))) == pytest.approx(0.5)
+    assert uncovered(assemble(row([0, 7, 14, 21]))) == pytest.approx(2 / 7)
+    assert uncovered(assemble(row([0, 3, 6, 9]))) == 0
+    assert uncovered(assemble(row([0, 10, 20], thickness=None))) == 0
+    assert uncovered(assemble(row([4]))) == 0

@@ -138,7 +138,8 @@ class Reader:
             reading = read_volume(self._pipeline, package, admission, volume, files, owner=self._count)
         except ImplausibleImage as error:
             return Read(f"pixels: {error.what}")
-        admission = admit_pixels(package, admission, reading.brain_ml)
+        brain = reading.brain_ml
+        admission = admit_pixels(package, admission, brain.seen, brain.unseen)
         if not admission.admitted:
             return Read(admission.reason)
         uids = (selection.series.first.study_instance_uid, selection.series.series_instance_uid)

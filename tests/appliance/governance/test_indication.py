@@ -19,6 +19,7 @@ from appliance.governance.indication import (
     BOX,
     CRITERIA,
     HEAD_CODES,
+    UNSEEN_ML,
     Admission,
     BoardException,
     admit,
@@ -192,6 +193,7 @@ def test_each_criterion_of_the_label(criterion: str, changes: dict[str, object],
         ("coverage", head_series(60, step=1.0, thickness=1.0), "violated"),
         ("slabs", head_series(9, step=10.0, thickness=10.0), "violated"),
         ("gaps", [one for one in head_series(30) if one.instance_number != 15], "violated"),
+        ("gaps", [one for one in head_series(60) if (one.instance_number or 0) % 2], "violated"),
     ],
 )
 def test_the_geometry_of_the_label(criterion: str, series: list[Header], outcome: str) -> None:
@@ -306,12 +308,20 @@ def test_what_is_wrong_in_one_slice_and_unknown_in_another_cannot_be_excepted() 
 
 def test_a_head_without_a_brain_is_refused_late() -> None:
     found = admission(head_series())
-    assert admit_pixels(PACKAGE, found, 1200.0).admitted
-    assert admit_pixels(PACKAGE, found, PACKAGE.indication.minimum_brain_ml).admitted
-    assert not admit_pixels(PACKAGE, found, PACKAGE.indication.minimum_brain_ml - 0.1).admitted
-    hollow = admit_pixels(PACKAGE, found, 20.0)
+    assert admit_pixels(PACKAGE, found, 1200.0, 0.0).admitted
+    assert admit_pixels(PACKAGE, found, PACKAGE.indication.minimum_brain_ml, 0.0).admitted
+    assert not admit_pixels(PACKAGE, found, PACKAGE.indication.minimum_brain_ml - 0.1, 0.0).admitted
+    hollow = admit_pixels(PACKAGE, found, 20.0, 0.0)
     assert "soft tissue" in hollow.reason
     assert hollow.criteria[-1].clause == PACKAGE.indication.clauses["brain"]
+
+
+def test_a_head_of_which_the_model_does_not_see_all_is_refused() -> None:
+    found = admission(head_series())
+    assert admit_pixels(PACKAGE, found, 1200.0, UNSEEN_ML).admitted
+    cut = admit_pixels(PACKAGE, found, 1200.0, UNSEEN_ML + 2)
+    assert not cut.admitted and cut.criteria[-1].outcome == "violated"
+    assert "1200 mL, and 4 mL outside the model's field" in cut.reason
 
 
 def test_a_series_that_still_arrives_is_promising_only_if_further_slices_can_mend_it() -> None:
