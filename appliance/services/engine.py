@@ -167,9 +167,10 @@ class Engine:
         versions = {package.name: package.version for package in self._packages.values()}
         versions |= dict.fromkeys(self._broken, "")
         busy = {study_id for study_id, _ in self._working.values()}
-        asked, self._asked = self._ledger.asked_since(self._asked)
-        again = self._heeded.late() | asked
-        self._undecided = None if self._undecided is None else self._undecided | again
+        asked, newest = self._ledger.asked_since(self._asked)
+        self._look_again(asked)
+        self._asked = newest
+        self._look_again(self._heeded.late())
         # Only these, and what this engine completes, can come to be undecided after its first look at all of them.
         undecided = self._ledger.undecided_studies(versions, self._undecided)
         self._undecided = {study_id for study_id, _ in undecided}
@@ -180,6 +181,10 @@ class Engine:
                         self._decide(study_id, package)
                     else:
                         self._refuse(study_id, name, self._broken[name])
+
+    def _look_again(self, studies: set[int]) -> None:
+        if self._undecided is not None:
+            self._undecided |= studies
 
     @contextmanager
     def _isolated(self, study_id: int) -> Iterator[None]:
@@ -243,7 +248,7 @@ class Engine:
             return min(decision.wait_seconds, POLL_SECONDS if early else decision.wait_seconds)
         if self._ledger.complete_study(arriving.id, arriving.last_instance_at, decision.evidence):
             log.info("study %d: complete, %s", arriving.id, decision.evidence["by"])
-            self._undecided = None if self._undecided is None else self._undecided | {arriving.id}
+            self._look_again({arriving.id})
             self._work_ahead(arriving, arrival, whole=True)
             self._ahead.pop(arriving.id, None)
             self._begun.pop(arriving.id, None)

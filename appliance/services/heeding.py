@@ -24,6 +24,7 @@ class Heeded:
         self._ledger = ledger
         self._hears = hears
         self._heard = 0
+        self._late: set[int] = set()  # asked about again, and nobody was told yet
         self.urgent: set[int] = set()
 
     def note(self, study_id: int, arrival: Arrival) -> None:
@@ -45,8 +46,12 @@ class Heeded:
         """Have the gate asked again about complete studies of which an order now says something else."""
         if not self._hears:
             return set()
-        found, self._heard = self._ledger.late_orders(self._heard)
+        found, newest = self._ledger.late_orders(self._heard)
         for study_id, order in found:
             self._ledger.reconsider(study_id, order=order)
+            self._late.add(study_id)
             log.info("study %d: order %d says something new; the gate is asked again", study_id, order)
-        return {study_id for study_id, _ in found}
+        # Not before: of what a ledger that fails half way kept back, the next call must find all.
+        self._heard = newest
+        late, self._late = self._late, set()
+        return late

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from appliance.intake.hl7_message import Rules, read_message
 from appliance.ledger.database import later
 from appliance.ledger.orders import Identifier, NewMessage, Order
 from appliance.ledger.store import Ledger, NewInstance
 from appliance.ledger.views import event_counts, verify_events
+from appliance.services.heeding import Heeded
 from tests.builders import header
 from tests.hl7_support import a08, a40, omi, orm, oru
 
@@ -158,6 +161,28 @@ def test_a_merge_or_a_new_birth_date_is_heard_late_too(ledger: Ledger) -> None:
     _, newest = ledger.late_orders(0)
     hear(ledger, a08(patient=P2, born="19700101"))
     assert late(ledger, newest) == [], "it says what is known"
+
+
+def test_what_a_ledger_that_fails_half_way_kept_back_is_asked_again(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = {complete(ledger, f"1.{n}", f"A{n}") for n in range(1, 4)}
+    heeded = Heeded(ledger, hears=True)
+    assert heeded.late() == set()
+    for n in range(1, 4):
+        hear(ledger, orm(accession=f"A{n}"))
+    calls, reconsider = iter(range(99)), ledger.reconsider
+
+    def failing(study_id: int, *, order: int) -> None:
+        if next(calls) == 1:
+            raise OperationalError("UPDATE study", {}, sqlite3.OperationalError("database is locked"))
+        reconsider(study_id, order=order)
+
+    monkeypatch.setattr(ledger, "reconsider", failing)
+    with pytest.raises(OperationalError):
+        heeded.late()
+    assert heeded.late() == studies
+    assert heeded.late() == set()
 
 
 def test_a_study_that_is_asked_about_again_waits_for_its_answer(ledger: Ledger) -> None:
