@@ -155,9 +155,15 @@ class Listener:
                 continue
             with self._lock:
                 self._open[connection] = peer
-            threading.Thread(
-                target=self._serve, args=(connection, peer, port), name=f"hl7 from {peer}", daemon=True
-            ).start()
+            try:
+                threading.Thread(
+                    target=self._serve, args=(connection, peer, port), name=f"hl7 from {peer}", daemon=True
+                ).start()
+            except RuntimeError as error:  # no more threads: this one is turned away, and the next may do better
+                log.error("hl7: a connection from %s cannot be served (%s)", peer, error)
+                with self._lock:
+                    self._open.pop(connection, None)
+                connection.close()
 
     def _refused(self, peer: str) -> str:
         address = ip_address(peer.partition("%")[0])

@@ -223,9 +223,7 @@ class Spool:
         except FileExistsError:  # the same bytes came before
             if not is_intact(name, incoming.digest):
                 log.error("%s was damaged; it is replaced by the same instance, which came again", name)
-                whole = Path(f"{incoming.path}.whole")
-                whole.hardlink_to(incoming.path)
-                whole.replace(name)
+                _put_in_place_of(name, incoming.path)
         incoming.published = True
         self._named.append((incoming.path, name))
         if len(self._named) >= SETTLE_AFTER:
@@ -285,6 +283,9 @@ class Spool:
                 if not name.exists():
                     os.link(path, name)
                     named += 1
+                elif not is_intact(name, digest):  # what replaced a damaged file was not yet durable
+                    _put_in_place_of(name, path)
+                    named += 1
         for folder in folders:
             sync_folder(folder)
         return named
@@ -327,6 +328,14 @@ class Spool:
 def path_of(directory: Path, digest: str) -> Path:
     """Where the file with that digest lies in a spool."""
     return directory / f"{digest[:2]}/{digest}.dcm"
+
+
+def _put_in_place_of(name: Path, path: Path | str) -> None:
+    """Give a damaged file's name to a whole one, which keeps its own."""
+    whole = Path(f"{path}.whole")
+    whole.unlink(missing_ok=True)
+    whole.hardlink_to(path)
+    whole.replace(name)
 
 
 def is_intact(path: Path | str, digest: str) -> bool:

@@ -343,6 +343,26 @@ def test_no_peer_can_shut_out_the_others(tmp_path: Path) -> None:
             assert three.ask(orm("M3")) == "AA M3"
 
 
+def test_a_box_without_threads_turns_a_peer_away_and_takes_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path) as box:
+        start = threading.Thread.start
+
+        def no_more(thread: threading.Thread) -> None:
+            if thread.name.startswith("hl7 from"):
+                monkeypatch.setattr(threading.Thread, "start", start)
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", no_more)
+        with engine(box) as peer:
+            assert peer.ended()
+        with engine(box) as peer:
+            assert peer.ask(orm("M1")) == "AA M1"
+        until(lambda: not box.listener._open)
+
+
 def test_only_accepted_addresses_are_let_in(tmp_path: Path) -> None:
     with running(tmp_path, Limits(addresses=(ip_network("10.0.0.0/8"),))) as box, engine(box) as peer:
         assert peer.ended()

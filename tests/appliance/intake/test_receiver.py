@@ -256,6 +256,20 @@ def test_a_name_that_a_power_cut_took_back_is_given_again(bench: Bench, slice_: 
     assert named.read_bytes() == slice_
 
 
+def test_a_damaged_file_whose_replacement_a_power_cut_took_back_is_replaced_again(bench: Bench, slice_: bytes) -> None:
+    bench.store(slice_)
+    bench.spool.settle()
+    (path,) = bench.files()
+    path.write_bytes(slice_[:-1] + b"?")
+    bench.store(slice_)
+    path.unlink()  # the name leads to the damaged file again
+    path.write_bytes(slice_[:-1] + b"?")
+    assert bench.spool.recover(bench.ledger.digests()) == 1
+    assert path.read_bytes() == slice_
+    assert bench.spool.sweep(bench.ledger.digests()) >= 1
+    assert path.read_bytes() == slice_ and bench.files() == [path]
+
+
 def test_a_name_in_the_lane_goes_once_the_other_is_durable(
     bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
