@@ -87,21 +87,26 @@ def _model(settings: Settings, board: Board, name: str) -> dict[str, Any]:
 
 
 def _certificates(settings: Settings) -> Iterator[tuple[str, Path]]:
-    tls = settings.intake.tls
-    if tls is not None:
-        yield "intake", tls.certificate
-        if tls.client_authorities is not None:
-            yield "intake, authorities", tls.client_authorities
-    if settings.worklist is not None and settings.worklist.tls is not None:
-        yield "worklist", settings.worklist.tls.certificate
-        if settings.worklist.tls.client_authorities is not None:
-            yield "worklist, authorities", settings.worklist.tls.client_authorities
-    for one in settings.destination:
-        section = getattr(one, "tls", None)
-        if section is not None and section.certificate is not None:
-            yield f"destination {one.name}", section.certificate
-        if section is not None and section.authorities is not None:
-            yield f"destination {one.name}, authorities", section.authorities
+    """What this box shows to others, and whom it trusts."""
+    intake, worklist, performer = settings.intake, settings.worklist, settings.performer
+    for what, served in (
+        ("intake", intake.tls),
+        ("HL7 intake", intake.hl7.tls if intake.hl7 is not None else None),
+        ("worklist", worklist.tls if worklist is not None else None),
+    ):
+        if served is not None:
+            yield what, served.certificate
+            if served.client_authorities is not None:
+                yield f"{what}, authorities", served.client_authorities
+    for what, called in (
+        ("modality worklist", intake.modality_worklist.tls if intake.modality_worklist is not None else None),
+        ("performer", performer.tls if performer is not None else None),
+        *((f"destination {one.name}", getattr(one, "tls", None)) for one in settings.destination),
+    ):
+        if called is not None and called.certificate is not None:
+            yield what, called.certificate
+        if called is not None and called.authorities is not None:
+            yield f"{what}, authorities", called.authorities
 
 
 def _certificate(what: str, path: Path, now: datetime) -> dict[str, Any]:

@@ -156,6 +156,27 @@ def test_the_certificate_that_ends_first_is_told(tmp_path: Path) -> None:
     assert one["until"] is None and one["problem"]
 
 
+def test_every_certificate_of_the_settings_is_told(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("box")
+    ours = {"certificate": str(pair.certificate), "key": str(pair.key)}
+    shown = ours | {"client_authorities": str(authority.certificate)}
+    called = ours | {"authorities": str(authority.certificate)}
+    peer = {"ae_title": "RIS", "host": "127.0.0.1", "port": 1, "tls": called}
+    site = Site(
+        tmp_path,
+        intake={"tls": shown, "hl7": {"tls": shown}, "modality_worklist": peer},
+        worklist={"web_port": 8080, "tls": shown},
+        performer=peer | {"workitem_codes": ["1^L"]},
+    )
+    values = [f"{key} = {json.dumps(value)}" for key, value in called.items()]
+    er = ["", "[[destination]]", 'kind = "hl7"', 'name = "er"', 'host = "127.0.0.1"', "port = 1", "[destination.tls]"]
+    site.config.write_text(site.config.read_text() + "\n".join([*er, *values]))
+    names = ("intake", "HL7 intake", "worklist", "modality worklist", "performer", "destination er")
+    told = {one["what"]: one["problem"] for one in status(load_settings(site.config))["certificates"]}
+    assert told == dict.fromkeys([*names, *(f"{name}, authorities" for name in names)])
+
+
 def test_without_a_ledger_it_says_so(tmp_path: Path) -> None:
     config = init.write(tmp_path / "box", {})
     done = CliRunner().invoke(app, ["--config", str(config), "status"])
