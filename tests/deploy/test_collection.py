@@ -81,6 +81,30 @@ def test_what_the_template_makes_of_an_inventory_is_a_configuration(installed: P
     assert settings.limit[0].keys == {"minimum_age": "18Y"}
 
 
+SETTINGS = {"intake": {"port": 104, "tls": {"port": 2763}, "metrics_port": 9200}}
+
+
+@pytest.mark.deploy
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("values", "dicom", "metrics"),
+    [
+        ({}, "11112, 2762", None),
+        ({"scanside_settings": {"intake": {"ae_title": "BOX1"}}}, "11112, 2762", None),
+        ({"scanside_settings": SETTINGS, "scanside_other_ports": [2575, 104]}, "104, 2763, 2575", "9200"),
+        ({"scanside_settings": SETTINGS, "scanside_dicom_port": 105, "scanside_metrics_port": 0}, "105, 2763", None),
+    ],
+)
+def test_the_firewall_opens_the_ports_of_the_settings_or_those_that_are_named(
+    tmp_path: Path, values: dict[str, object], dicom: str, metrics: str | None
+) -> None:
+    role, target = COLLECTION / "roles/host", tmp_path / "nftables.conf"
+    defaults = yaml.safe_load((role / "defaults/main.yml").read_text(encoding="utf-8"))
+    render(role / "templates/nftables.conf.j2", target, defaults | values, tmp_path)
+    ports = re.findall(r"tcp dport (?:\{ )?([\d, ]*\d)(?: \})? accept", target.read_text())
+    assert ports == ["22", dicom, *([metrics] if metrics else [])]
+
+
 def test_what_is_no_program_of_scanside_gets_none_of_its_hardening() -> None:
     """systemd lays scanside-.service.d over every unit whose name begins so."""
     switch = yaml.safe_load((COLLECTION / "roles/appliance/vars/main.yml").read_text())["scanside_in_a_unit"]
