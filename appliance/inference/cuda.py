@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import secrets
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -39,6 +40,20 @@ class GpuError(ScansideError):
     """There is no GPU, or it does not calculate as the definition of preprocessing does."""
 
 
+def import_cupy() -> Any:
+    """CuPy, with its compiled kernels in memory.
+
+    By itself it makes a folder for them in the user's home when it is imported, and no service has a home.
+
+    Raises:
+        ImportError: it is not there.
+    """
+    if "CUPY_CACHE_DIR" not in os.environ:
+        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
+        os.environ["CUPY_CACHE_DIR"] = tempfile.gettempdir()  # a folder that is there; nothing is put into it
+    return importlib.import_module("cupy")
+
+
 def find_cupy() -> Any:
     """CuPy, where there is a GPU that it can use.
 
@@ -46,7 +61,7 @@ def find_cupy() -> Any:
         GpuError: there is none.
     """
     try:
-        cupy: Any = importlib.import_module("cupy")
+        cupy = import_cupy()
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy's own kind of error cannot be named without it
         raise GpuError(f"CuPy cannot use a GPU: {error}", 'box.device = "gpu"', "see nvidia-smi, or set cpu") from error

@@ -96,8 +96,10 @@ def this_gpu() -> Gpu:
     Raises:
         PlanError: there is none, or CuPy or TensorRT is not installed.
     """
+    from .cuda import import_cupy  # no CPU box needs what it imports
+
     try:
-        cupy = importlib.import_module("cupy")
+        cupy = import_cupy()
     except ImportError as error:
         raise PlanError(f"CuPy is not there: {error}", _WHERE, "install scanside's extra gpu") from error
     try:

@@ -371,6 +371,8 @@ def test_a_gpu_box_has_plans_before_its_release_runs_and_a_server_that_reads_the
     rooms.gpu_bundle = True
     configured(rooms, **gpu)
     assert (rooms.boxes["a"] / "etc/scanside/no-triton").exists()
+    reaches_gpu = rooms.boxes["a"] / "etc/systemd/system/scanside-engine.service.d/50-gpu.conf"
+    assert "PrivateDevices=no" in reaches_gpu.read_text()
     rooms.play("update", scanside_selftest=False, **gpu)
     order = rooms.noted("a", "order")
     (built,) = [n for n, one in enumerate(order) if one.startswith(NEW) and one.endswith("models build --json")]
@@ -379,6 +381,7 @@ def test_a_gpu_box_has_plans_before_its_release_runs_and_a_server_that_reads_the
     assert built < activated < served < order.index(f"restart {unit}", served)
     configured(rooms, bundle=NEW)
     assert not (rooms.boxes["a"] / "etc/scanside/no-triton").exists()
+    assert not reaches_gpu.exists()
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

@@ -14,7 +14,7 @@ from appliance.cli import app
 from appliance.services.process import STOP_SECONDS
 from appliance.settings import Hl7Intake, Hl7Tls, Settings
 from dicom_io.tls import DEFAULT_PORT
-from tests.deploy.machine import UNITS, install
+from tests.deploy.machine import ROOT, UNITS, install
 from tests.peers import program
 
 FILES = sorted(one for one in UNITS.rglob("*.*") if one.is_file())
@@ -84,6 +84,23 @@ def test_systemd_would_find_it(root: Path, tmp_path: Path, wrong: tuple[str, str
     unit.write_text(before.replace(*wrong))
     assert unit.read_text() != before
     assert analyze(copy, "verify", "--recursive-errors=yes", unit.name).returncode != 0
+
+
+def test_on_a_gpu_box_the_engine_sees_the_gpu_and_no_other_device(root: Path, tmp_path: Path) -> None:
+    """The drop-in that the fleet's role writes; no engine has run with it."""
+    copy, name = tmp_path / "root", "scanside-engine.service"
+    shutil.copytree(root, copy, symlinks=True)
+    drop_in = copy / f"etc/systemd/system/{name}.d/50-gpu.conf"
+    drop_in.parent.mkdir()
+    shutil.copy(ROOT / "ansible/roles/appliance/templates/gpu.conf.j2", drop_in)
+    done = analyze(copy, "verify", "--recursive-errors=yes", name)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert drop_in.name > "10-hardening.conf"  # what is read last counts, whichever folder it lies in
+    assert read(drop_in)["Service"] == {
+        "PrivateDevices": ["no"], "DevicePolicy": ["closed"], "DeviceAllow": ["char-nvidia* rw"],
+    }  # fmt: skip
+    done = analyze(copy, "security", "--offline=yes", f"--threshold={EXPOSURE * 10 + 4:.0f}", name)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", SERVICES)

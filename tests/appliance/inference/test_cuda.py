@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import inspect
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +149,17 @@ def test_a_gpu_that_calculates_otherwise_is_not_used(cupy: FakeCupy, monkeypatch
     monkeypatch.setattr(cuda, "prepare", lambda *a, **o: lambda hu: right(*a, **o)(hu) * np.float32(np.nan))
     with pytest.raises(GpuError, match="differs"):
         GpuInput(cupy).prove((128, 128))
+
+
+def test_cupy_needs_no_home(tmp_path: Path) -> None:
+    """No service has one, and CuPy by itself makes a folder in it."""
+    pytest.importorskip("cupy", exc_type=ImportError)
+    home = tmp_path / "nonexistent"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(home)}
+    home.touch()  # nobody can make a folder of it, root neither
+    for code, fails in (("import cupy", 1), ("from appliance.inference.cuda import import_cupy as go; go()", 0)):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == fails, done.stderr
 
 
 def test_where_there_is_no_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, cupy: FakeCupy) -> None:
