@@ -14,7 +14,7 @@ from dicom_io.errors import ScansideError
 
 @guard
 def worklist() -> None:
-    """Run the worklist of [worklist]: work items over UPS-RS and DIMSE."""
+    """Run the worklist that the settings speak of: work items over UPS-RS and DIMSE."""
     from appliance.services.process import log_as
     from appliance.services.worklist import run_worklist
 
