@@ -12,6 +12,7 @@ from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION
 from appliance.ledger.database import LedgerError, Row, later, now, seconds_between
 from appliance.ledger.escalation import Escalation
+from appliance.ledger.records import ALERT_STANDS
 from appliance.ledger.states import DELIVERY, step
 
 
@@ -342,6 +343,28 @@ class Outbox(Escalation):
                 connection.execute(t.application_answer.delete().where(a.control_id == control_id))
         return found
 
+    @staticmethod
+    def _refuse_contradicted(connection: sa.Connection, row: Any, where: str) -> None:
+        """Refuse to say once more what a newer verdict contradicts.
+
+        That one may have told the destination nothing, as to who rejected an alert there is nothing to take back; so
+        nothing would follow that puts it right.
+
+        Raises:
+            LedgerError: there is such a verdict.
+        """
+        v = t.verdict.c
+        query = sa.select(v.revision, v.result["limitations"].label("limitations")).where(
+            v.analysis_id == row.analysis_id, v.revision > row.revision, v.positive != row.positive
+        )
+        for newer in connection.execute(query.order_by(v.revision.desc())):
+            if row.positive and ALERT_STANDS in (newer.limitations or ()):
+                continue
+            said, remedy = "positive", "leave it: what it would take back holds, or has been told anew"
+            if row.positive:
+                said, remedy = "negative", "leave it: it would alert of what no longer holds, and nothing would follow"
+            raise LedgerError(f"revision {newer.revision} is {said}, which contradicts it", where, remedy)
+
     def requeue_delivery(self, delivery_id: int, destinations: Collection[str]) -> None:
         """Send a dead, rejected, replaced or withdrawn delivery once more, because somebody asked for it.
 
@@ -350,10 +373,14 @@ class Outbox(Escalation):
 
         Raises:
             LedgerError: there is no such delivery, it is under way or acknowledged, its destination is not configured,
-                retention removed its object, or a newer revision of it went there since, which it would overtake.
+                retention removed its object, a newer revision of it went there since, which it would overtake, or a
+                newer verdict says the contrary of what it says.
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
-        columns = (d.state, d.destination, d.finding_id, f.object, f.removed_at, v.revision, v.analysis_id, a.study_id)
+        columns = (
+            *(d.state, d.destination, d.finding_id, f.object, f.removed_at),
+            *(v.revision, v.positive, v.analysis_id, a.study_id),
+        )
         joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis)
         with self._write() as connection:
             row = connection.execute(sa.select(*columns).select_from(joined).where(d.id == delivery_id)).first()
@@ -380,6 +407,8 @@ class Outbox(Escalation):
                 raise LedgerError(
                     f"a newer {row.object} went to {row.destination} since", where, "send that one again instead"
                 )
+            if row.object.startswith(("alert.", "worklist.")):
+                self._refuse_contradicted(connection, row, where)
             self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())
             connection.execute(t.finding.update().where(t.finding.c.id == row.finding_id).values(attempts=0))
             # If it fails again somebody has to see it again.

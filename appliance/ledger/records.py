@@ -7,6 +7,8 @@ from typing import Any
 
 Outline = tuple[tuple[float, float], ...]
 """A closed polygon in the pixel coordinates of its source image: (column, row), pixel centres at integers."""
+ALERT_STANDS = "An earlier alert on this study STANDS: it rests on images that were removed since and not read again."
+"""The limitation of a negative verdict that disproves no alert that was given before it."""
 
 
 @dataclass(frozen=True, slots=True)

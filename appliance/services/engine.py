@@ -39,6 +39,7 @@ from appliance.inference.verdict import left_out
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
+from appliance.ledger.records import ALERT_STANDS
 from appliance.ledger.selftest import SELFTEST_AE
 from appliance.ledger.store import LONGEST_PAUSE, Arriving, Inputs, Ledger, Notice, StoredInstance
 from appliance.ledger.views import unconfirmed
@@ -81,8 +82,6 @@ HURRY_LOOK_SECONDS = 0.5
 
 _DAMAGED = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 """What a disk says of a file that it cannot read any more. All else passes: it is full, or there are too many files."""
-
-ALERT_STANDS = "An earlier alert on this study STANDS: it rests on images that were removed since and not read again."
 
 LOOK_SECONDS = 0.1
 """While images come, the engine looks for more, and at a study, no more often; that costs some milliseconds for each

@@ -12,8 +12,8 @@ import pytest
 
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
+from appliance.ledger.records import ALERT_STANDS
 from appliance.ledger.views import event_counts
-from appliance.services.engine import ALERT_STANDS
 from tests.appliance.test_clearance import Site, messages
 from tests.appliance.test_services import wait_until
 from tests.builders import header

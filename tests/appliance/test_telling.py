@@ -24,7 +24,8 @@ from appliance.findings.notice import TEST
 from appliance.findings.validate import fault
 from appliance.governance.indication import Admission
 from appliance.governance.package import load_configured
-from appliance.ledger.records import Verdict
+from appliance.ledger.database import LedgerError
+from appliance.ledger.records import ALERT_STANDS, Verdict
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts, study_report
 from appliance.services.issuing import Issuer
@@ -75,7 +76,7 @@ class Issued:
     def ledger(self) -> Ledger:
         return self.box.ledger
 
-    def issue(self, positive: bool = True, **changes: Any) -> Verdict:
+    def issue(self, positive: bool = True, *, stands: bool = False, **changes: Any) -> Verdict:
         if not self.study:
             (arriving,) = self.ledger.arriving_studies()
             self.study = arriving.id
@@ -88,7 +89,7 @@ class Issued:
         )  # fmt: skip
         row = self.ledger.take_analysis([verdict.package])
         assert row is not None
-        self.issuer.issue(row, verdict, Admission(()), stored[0])
+        self.issuer.issue(row, verdict, Admission(()), stored[0], stands=stands)
         return verdict
 
     def alerts(self) -> dict[str, tuple[str, int]]:
@@ -274,6 +275,46 @@ def test_a_step_that_may_have_been_told_waits_again_and_only_with_the_others(iss
     assert issued.alerts() == {"er": ("acknowledged", 2), "mail": ("spared", 2), "hook": ("held", 1)}
     issued.issue(False)
     assert issued.alerts()["mail"] == ("pending", 4), "it may have the first"
+
+
+def again(issued: Issued, name: str, place: int = -1) -> None:
+    """Somebody asks for the delivery at that place, in order of time, to be sent once more."""
+    rows = [one for one in study_report(issued.ledger, issued.study)["deliveries"] if one["destination"] == name]
+    key = sorted(one["id"] for one in rows)[place]
+    issued.ledger.requeue_delivery(key, [one.name for one in issued.settings.destination])
+
+
+def test_a_rejected_withdrawal_is_not_sent_again_once_the_study_is_positive_anew(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="clinical")
+    issued.settle("er", "reject")
+    issued.issue(mode="clinical")
+    assert issued.alerts()["er"] == ("rejected", 2), "who rejected the withdrawal has the alert"
+    with pytest.raises(LedgerError, match="revision 3 is positive"):
+        again(issued, "er")
+    assert issued.ledger.take_delivery("er") is None
+
+
+def test_a_rejected_alert_is_not_sent_again_once_the_study_is_negative(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "reject")
+    issued.issue(mode="clinical", provisional=True)
+    issued.settle("er", "reject")
+    again(issued, "er")
+    issued.settle("er", "reject")
+    issued.issue(False, mode="clinical")
+    with pytest.raises(LedgerError, match="revision 3 is negative"):
+        again(issued, "er")
+    assert issued.ledger.take_delivery("er") is None
+
+
+def test_a_rejected_alert_is_sent_again_where_a_negative_verdict_leaves_it_standing(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "reject")
+    issued.issue(False, stands=True, mode="clinical", limitations=(ALERT_STANDS,))
+    again(issued, "er")
+    issued.settle("er", "acknowledge")
 
 
 @pytest.mark.parametrize(

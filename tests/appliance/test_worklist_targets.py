@@ -10,6 +10,7 @@ from typing import Any
 import hl7
 import pytest
 
+from appliance.ledger.database import LedgerError
 from appliance.ledger.views import study_report
 from appliance.services.delivery import _deliverer
 from appliance.settings import Settings, SettingsError, load_settings
@@ -83,6 +84,21 @@ def test_a_withdrawal_puts_nothing_back_that_nobody_knows(tmp_path: Path, ris: P
     told.issue(positive=False)
     told.outcomes()
     assert len(received(ris)) == 1
+    told.stack.close()
+    told.ledger.close()
+
+
+def test_a_ris_that_rejected_the_new_priority_is_not_asked_again_once_the_study_is_negative(
+    tmp_path: Path, ris: Peer
+) -> None:
+    told = Told(tmp_path, order(ris, usual_priority="R"))
+    told.issue()
+    row = told.ledger.take_delivery("list")
+    assert row is not None
+    told.ledger.settle_delivery(row, "reject")
+    told.issue(positive=False)
+    with pytest.raises(LedgerError, match="revision 2 is negative"):
+        told.ledger.requeue_delivery(row["id"], ["list"])
     told.stack.close()
     told.ledger.close()
 
