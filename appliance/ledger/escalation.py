@@ -218,7 +218,10 @@ class Escalation(BoardRecords):
 
 
 def reached(connection: sa.Connection, verdict: Row) -> bool:
-    """Whether somebody has acknowledged that a study is positive since it last was not, by this verdict or another."""
+    """Whether somebody has acknowledged that a study is positive since it last was not, by this verdict or another.
+
+    Of a clinical verdict only by a clinical one: who had a test message was not alerted.
+    """
     d, f, v = t.delivery.c, t.finding.c, t.verdict.c
     earlier = t.verdict.alias("negative").c
     negative = sa.select(sa.func.coalesce(sa.func.max(earlier.revision), 0)).where(
@@ -230,6 +233,9 @@ def reached(connection: sa.Connection, verdict: Row) -> bool:
         .where(v.analysis_id == verdict["analysis_id"], v.positive, v.revision > negative.scalar_subquery())
         .where(f.object.startswith("alert."), d.state == "acknowledged")
     )
+    this = t.verdict.alias("this").c
+    if connection.scalar(sa.select(this.result["mode"].as_string()).where(this.id == verdict["id"])) == "clinical":
+        query = query.where(v.result["mode"].as_string() == "clinical")
     return connection.execute(query.limit(1)).first() is not None
 
 

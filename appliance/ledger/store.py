@@ -113,12 +113,14 @@ class Told:
     Attributes:
         uid: under which MSH-10.
         certain: False where nobody knows whether it arrived, and it is not sent any more.
+        mode: in which the package ran whose verdict it told.
     """
 
     positive: bool
     provisional: bool = False
     uid: str = field(default="", compare=False)
     certain: bool = True
+    mode: str = field(default="", compare=False)
 
 
 # What the engine asks the ledger at every step, or at every look at a study that arrives, is put together once: that
@@ -649,6 +651,7 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
                 sa.func.coalesce(t.verdict.c.result["provisional"].as_boolean(), sa.false()),
                 t.finding.c.uid,
                 d.state.not_in(_ENDED),
+                sa.func.coalesce(t.verdict.c.result["mode"].as_string(), ""),
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith(what))
@@ -658,8 +661,9 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         )
         answers: dict[str, list[Told]] = {}
         with self.read() as connection:
-            for destination, positive, provisional, uid, certain in connection.execute(query):
-                answers.setdefault(destination, []).append(Told(positive, bool(provisional), uid, bool(certain)))
+            for destination, positive, provisional, uid, certain, mode in connection.execute(query):
+                one = Told(positive, bool(provisional), uid, bool(certain), mode)
+                answers.setdefault(destination, []).append(one)
         return answers
 
     def last_instance_at(self, study_id: int) -> str:

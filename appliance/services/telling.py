@@ -20,6 +20,7 @@ from appliance.findings.notice import Notice, named, render_mail, render_webhook
 from appliance.findings.validate import fault, segments_fault
 from appliance.findings.wording import impression
 from appliance.findings.worklist import mark_text, render_mark
+from appliance.inference.verdict import EVALUATION
 from appliance.intake.spool import path_of
 from appliance.ledger.orders import Order
 from appliance.ledger.records import Verdict
@@ -104,6 +105,57 @@ def alert_kind(before: Sequence[Told], positive: bool, *, provisional: bool = Fa
     return "provisional" if provisional else "alert"
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a verdict tells one destination.
+
+    Attributes:
+        test: as a test.
+        after: the messages that it follows, oldest first.
+    """
+
+    kind: Kind
+    test: bool
+    after: Sequence[Told]
+
+
+def answer(before: Sequence[Told], verdict: Verdict) -> Answer | None:
+    """What a verdict tells who was told that before; None if it tells nothing new.
+
+    Who had nothing but tests is alerted as if there had been none: a receiver may drop them. What takes something back
+    is as real as that, whatever mode the package runs in by then: a test would leave an alert standing.
+
+    Args:
+        before: what it was told by the earlier revisions, oldest first.
+    """
+    real = _real(before)
+    test = verdict.mode != "clinical" if verdict.positive else alert_kind(real, positive=False) is None
+    after = before if test else real
+    kind = alert_kind(after, verdict.positive, provisional=verdict.provisional)
+    return Answer(kind, test, after) if kind else None
+
+
+def _real(before: Sequence[Told]) -> list[Told]:
+    """Those of the messages that were no tests. What took something back was one where that was one, see `answer`."""
+    real: list[Told] = []
+    for one in before:
+        standing = bool(real) and (real[-1].positive or not real[-1].certain)
+        if one.mode == "clinical" if one.positive else standing:
+            real.append(one)
+    return real
+
+
+def _worded(issued: Issued, answer: Answer) -> Issued:
+    """The verdict in the words of its answer: as a test, or not."""
+    verdict = issued.verdict
+    if answer.test == (verdict.mode != "clinical"):
+        return issued
+    notice = verdict.notice.removeprefix(EVALUATION).strip()
+    if answer.test:
+        notice = f"{EVALUATION} {notice}"
+    return replace(issued, verdict=replace(verdict, mode="evaluation" if answer.test else "clinical", notice=notice))
+
+
 def messages(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Issued) -> list[Message]:
     """The message to each destination that this verdict tells something new.
 
@@ -112,16 +164,17 @@ def messages(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Iss
     one of which nobody knows whether the alert arrived is told it again as if it had not been told.
     """
     made: list[Message] = []
-    verdict = issued.verdict
     for destination in settings.alert_destinations:
-        before = told.get(destination.name, [])
-        kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
+        told_now = answer(told.get(destination.name, []), issued.verdict)
+        if told_now is None:
+            continue
+        before = told_now.after
         doubtful = bool(before) and before[-1].positive and not before[-1].certain
-        held = destination.after_seconds if not before or (doubtful and verdict.positive) else 0.0
-        if kind is None or (held and not any(not one.destination.after_seconds for one in made)):
+        held = destination.after_seconds if not before or (doubtful and issued.verdict.positive) else 0.0
+        if held and not any(not one.destination.after_seconds for one in made):
             continue
         first = before[0].uid if before else ""
-        made.append(message(settings, destination, issued, kind, held, first))
+        made.append(message(settings, destination, _worded(issued, told_now), told_now.kind, held, first))
     return made
 
 
@@ -272,11 +325,12 @@ def marks(
         orders: those of the study that the box has heard of.
     """
     made = []
-    verdict, header = issued.verdict, issued.header
+    header = issued.header
     for destination in settings.worklist_destinations:
-        kind = alert_kind(told.get(destination.name, []), verdict.positive, provisional=verdict.provisional)
-        if kind is None:
+        told_now = answer(told.get(destination.name, []), issued.verdict)
+        if told_now is None:
             continue
+        kind, verdict = told_now.kind, _worded(issued, told_now).verdict
         identity, at = _identity(destination, issued, kind), datetime.fromisoformat(issued.at)
         notice = Notice(identity, kind, settings.box.name, issued.study_id, verdict, issued.revision, at, ())
         match destination:
@@ -445,8 +499,12 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
         if not rows:
             continue
         verdict, revision = Verdict.from_json(rows[-1]["result"]), rows[-1]["revision"]
-        before = [Told(one["positive"], bool(one["result"].get("provisional"))) for one in rows[:-1]]
-        kind = alert_kind(before, verdict.positive, provisional=verdict.provisional)
+        before = [
+            Told(one["positive"], bool(one["result"].get("provisional")), mode=one["result"].get("mode", ""))
+            for one in rows[:-1]
+        ]
+        told_now = answer(before, verdict)
+        kind = told_now.kind if told_now else None
         wanted = list(settings.alert_destinations)
         said = "" if kind else "it tells nobody anything new"
         if verdict.withdrawn and not verdict.series_instance_uid:
@@ -459,6 +517,7 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
             firsts = {name: one[0].uid for name, one in ledger.told(analysis["id"]).items()}
             header = _source(settings, ledger, study_id, rows[-1]["inputs"] or analysis["inputs"])
             issued = Issued(study_id, verdict, revision, rows[-1]["issued_at"], header)
+            issued = _worded(issued, told_now) if told_now else issued
             made = [message(settings, one, issued, kind, one.after_seconds, firsts.get(one.name, "")) for one in wanted]
             said = "" if made else "no destination wants to hear of it"
         found.append(Preview(analysis["package"], revision, verdict.positive, said, made))

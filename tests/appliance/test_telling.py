@@ -203,6 +203,75 @@ def test_what_is_only_evaluated_says_so_everywhere(issued: Issued, mode: str) ->
     assert issued.content("er").split(b"|")[10] == b"T"
 
 
+def said_to_er(issued: Issued) -> tuple[str, str]:
+    """Kind and processing id of the newest message."""
+    text = issued.content("er").decode()
+    (kind,) = re.findall(r"\|\|(provisional|alert|confirmation|correction|withdrawal)\|", text)
+    return kind, text.split("|")[10]
+
+
+def test_a_test_is_no_alert_to_who_is_alerted_once_the_package_is_clinical(issued: Issued) -> None:
+    issued.issue(mode="evaluation")
+    issued.settle("er", "acknowledge")
+    assert said_to_er(issued) == ("alert", "T")
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("held", 2), "hook": ("held", 2)}
+    assert said_to_er(issued) == ("alert", "P")
+    assert issued.ledger.escalate(["er", "mail", "hook"], 120.0, 0.0).unreached == [issued.study]
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="clinical")
+    issued.issue(mode="evaluation")
+    assert issued.alerts()["er"] == ("acknowledged", 2), "it knows"
+    issued.issue(False, mode="clinical")
+    assert said_to_er(issued) == ("withdrawal", "P")
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="clinical")
+    assert issued.alerts()["er"] == ("acknowledged", 5), "nor does the test stand any more"
+
+
+@pytest.mark.parametrize(("before", "after"), [("clinical", "evaluation"), ("evaluation", "clinical")])
+def test_a_withdrawal_is_as_real_as_what_it_takes_back(tmp_path: Path, before: str, after: str) -> None:
+    at_once = [{**one, "after_seconds": 0} for one in (MAIL, HOOK)]
+    issued = Issued(tmp_path, [*at_once, ER])
+    issued.issue(mode=before)
+    for name in ("er", "mail", "hook"):
+        issued.settle(name, "acknowledge")
+    first = issued.content("er").decode().split("|")[9]
+    notice = "A notice." if after == "clinical" else "Evaluation only, no basis for care. A notice."
+    issued.issue(False, mode=after, notice=notice)
+    test = before == "evaluation"
+    assert said_to_er(issued) == ("withdrawal", "T" if test else "P")
+    assert f"||{first}|" in issued.content("er").decode()
+    mail = message_from_bytes(issued.content("mail"), policy=policy.default)
+    hook = json.loads(issued.content("hook"))
+    assert (TEST in mail["Subject"]) is test and hook["test"] is test
+    for said in (issued.content("er").decode(), mail.get_content(), " ".join(hook["text"])):
+        assert ("Evaluation only, no basis for care." in said) is test
+    assert issued.ledger.verdicts(1)[-1]["result"]["mode"] == after, "the verdict itself stays what it is"
+    # And what was taken back is told anew as what it is then.
+    for name in ("er", "mail", "hook"):
+        issued.settle(name, "acknowledge")
+    issued.issue(mode="clinical")
+    assert said_to_er(issued) == ("alert" if test else "correction", "P")
+    issued.ledger.close()
+
+
+def test_what_a_test_says_after_an_alert_takes_nothing_from_it(issued: Issued) -> None:
+    issued.issue(mode="clinical", provisional=True)
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="evaluation")
+    assert said_to_er(issued) == ("confirmation", "T")
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="evaluation")
+    assert said_to_er(issued) == ("withdrawal", "P")
+    issued.settle("er", "acknowledge")
+    issued.issue(mode="evaluation")
+    assert said_to_er(issued) == ("correction", "T")
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="clinical")
+    assert said_to_er(issued) == ("withdrawal", "T")
+
+
 def test_an_invalid_message_is_never_sent_and_the_next_step_is_told(
     issued: Issued, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,26 @@ def test_what_is_only_evaluated_moves_nobody(tmp_path: Path, mode: str) -> None:
     shown.ledger.close()
 
 
+def test_what_was_only_evaluated_is_raised_once_the_package_is_clinical_and_taken_back(tmp_path: Path) -> None:
+    shown = Shown(tmp_path, "reprioritise")
+    shown.ledger.create_workitem("1.1", workitem(shown.series.study_uid, "LOW"), "RIS", READING)
+    shown.issue(mode="evaluation")
+    shown.carry_out()
+    shown.issue(mode="clinical")
+    shown.carry_out()
+    assert shown.items() == [("1.1", "HIGH")]
+    step = shown.ledger.workitem("1.1")["step"]
+    assert "EVALUATION ONLY" not in text(step, "CommentsOnTheScheduledProcedureStep")
+    shown.issue(mode="evaluation")
+    assert shown.carry_out() == []
+    shown.issue(positive=False, mode="evaluation")
+    shown.carry_out()
+    assert shown.items() == [("1.1", "LOW")]
+    step = shown.ledger.workitem("1.1")["step"]
+    assert "EVALUATION ONLY" not in text(step, "CommentsOnTheScheduledProcedureStep")
+    shown.ledger.close()
+
+
 def test_in_shadow_nothing_is_said(shown: Shown) -> None:
     shown.issue(mode="shadow")
     assert shown.carry_out() == []

@@ -78,6 +78,17 @@ def test_a_ris_is_told_of_the_new_priority_and_of_the_old_one(tmp_path: Path, ri
     told.ledger.close()
 
 
+def test_what_was_raised_is_lowered_also_once_the_package_is_only_evaluated(tmp_path: Path, ris: Peer) -> None:
+    told = Told(tmp_path, order(ris, usual_priority="R"))
+    told.issue()
+    told.issue(positive=False, mode="evaluation")
+    told.outcomes()
+    assert [str(one["ORC"][0][7])[5:] for one in received(ris)] == ["S", "R"]
+    assert {str(one["MSH"][0][11]) for one in received(ris)} == {"P"}
+    told.stack.close()
+    told.ledger.close()
+
+
 def test_a_withdrawal_puts_nothing_back_that_nobody_knows(tmp_path: Path, ris: Peer) -> None:
     told = Told(tmp_path, order(ris))
     told.issue()
