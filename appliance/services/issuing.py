@@ -34,6 +34,7 @@ from appliance.inference.verdict import EVALUATION
 from appliance.intake.spool import path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
+from appliance.ledger.orders import Order
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.routing import needs_2d, report_form, routed
@@ -220,22 +221,15 @@ class Issuer:
         """Write the message to each destination that a verdict tells something new; what to deliver."""
         made = messages(settings, self._ledger.told(analysis_id), issued)
         findings = [self._kept(issued, one) for one in made]
-        try:
-            return [*findings, *self._marks(settings, analysis_id, issued)]
-        except Exception:
-            # Whatever an image's header holds against a work item: no alert waits for it.
-            log.exception("study %d: the worklist is not told of its verdict", issued.study_id)
-            return findings
+        return [*findings, *self._marks(settings, analysis_id, issued)]
 
     def _marks(self, settings: Settings, analysis_id: int, issued: Issued) -> list[NewFinding]:
         """Write the change of each worklist that a verdict tells something new; what to deliver."""
         told = self._ledger.told(analysis_id, "worklist.")
         since = seconds_between(self._ledger.last_instance_at(issued.study_id), issued.at)
         late = since if since > settings.budget.seconds else None
-        accession = str(issued.header.get("AccessionNumber") or "").strip()
-        orders, _ = self._ledger.orders_for([accession] if accession else [], issued.verdict.study_instance_uid)
         findings = []
-        for one in marks(settings, told, issued, late, orders):
+        for one in marks(settings, told, issued, late, lambda: self._orders(issued)):
             path = _folder(issued.study_id, issued.verdict.package, issued.revision) / one.file
             _write_durably(self._settings.findings_directory / path, one.content)
             if one.fault:
@@ -245,6 +239,11 @@ class Issuer:
                 NewFinding(name, one.id, str(path), (one.destination.name,), WORKLIST_URGENCY, failed=failed)
             )
         return findings
+
+    def _orders(self, issued: Issued) -> list[Order]:
+        """The orders of the study that the box has heard of."""
+        accession = str(issued.header.get("AccessionNumber") or "").strip()
+        return self._ledger.orders_for([accession] if accession else [], issued.verdict.study_instance_uid)[0]
 
     def refusal(
         self, study_id: int, package: Package, mode: str, admission: Admission, source: StoredInstance

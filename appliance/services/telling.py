@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import get_args
@@ -13,6 +13,7 @@ import pydicom
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
+from sqlalchemy.exc import OperationalError
 
 from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link
 from appliance.findings.mapping import MappingError, mapped
@@ -201,9 +202,7 @@ def message(
         try:
             one = _message(settings, destination, said, kind, held_seconds, first)
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            # Its words may be a patient's.
-            why.append(f"{type(error).__name__} in {at.name}, line {at.lineno}")
+            why.append(_where(error))
             continue
         if not one.fault:
             return replace(one, reduced=why[0] if why else "")
@@ -213,6 +212,12 @@ def message(
         return made[0]
     identity = _identity(destination, issued, kind)
     return Message(destination, kind, identity, held_seconds, f"{identity}.none", b"", f"it cannot be made: {why[0]}")
+
+
+def _where(error: Exception) -> str:
+    """What went wrong, without its words: they may be a patient's."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {at.name}, line {at.lineno}"
 
 
 _NEEDED = (
@@ -316,33 +321,55 @@ def marks(
     told: Mapping[str, Sequence[Told]],
     issued: Issued,
     late_seconds: float | None,
-    orders: Sequence[Order],
+    orders: Callable[[], Sequence[Order]],
 ) -> list[Change]:
     """What this verdict changes on each worklist.
 
+    Whatever an image's header holds against one of them, neither an alert nor another worklist waits for it. Where the
+    disk or the ledger fails all of it has to be tried again.
+
     Args:
         late_seconds: see `mark_text`.
-        orders: those of the study that the box has heard of.
+        orders: reads those of the study that the box has heard of.
     """
-    made = []
-    header = issued.header
+    made: list[Change] = []
     for destination in settings.worklist_destinations:
         told_now = answer(told.get(destination.name, []), issued.verdict)
         if told_now is None:
             continue
-        kind, verdict = told_now.kind, _worded(issued, told_now).verdict
-        identity, at = _identity(destination, issued, kind), datetime.fromisoformat(issued.at)
-        notice = Notice(identity, kind, settings.box.name, issued.study_id, verdict, issued.revision, at, ())
-        match destination:
-            case WorklistDestination() | UpsDestination():
-                item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
-                content = render_mark(notice, header, destination.mode, item, late_seconds)
-                made.append(Change(destination, identity, f"{identity}.json", content))
-            case OrderDestination():
-                made += _order_update(settings, destination, notice, header, late_seconds, orders)
-            case RestDestination():
-                made += _rest_request(destination, notice, header, late_seconds)
+        identity = _identity(destination, issued, told_now.kind)
+        try:
+            said = _worded(issued, told_now)
+            made += _changes(settings, destination, said, told_now.kind, identity, late_seconds, orders)
+        except (OSError, OperationalError):
+            raise
+        except Exception as error:
+            fault = f"it cannot be made: {_where(error)}"
+            made.append(Change(destination, identity, f"{identity}.none", b"", fault))
     return made
+
+
+def _changes(
+    settings: Settings,
+    destination: WorklistTarget,
+    issued: Issued,
+    kind: Kind,
+    identity: str,
+    late_seconds: float | None,
+    orders: Callable[[], Sequence[Order]],
+) -> list[Change]:
+    """The change of one worklist; none where nothing is to be asked of it."""
+    verdict, header, at = issued.verdict, issued.header, datetime.fromisoformat(issued.at)
+    notice = Notice(identity, kind, settings.box.name, issued.study_id, verdict, issued.revision, at, ())
+    match destination:
+        case WorklistDestination() | UpsDestination():
+            item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
+            content = render_mark(notice, header, destination.mode, item, late_seconds)
+            return [Change(destination, identity, f"{identity}.json", content)]
+        case OrderDestination():
+            return _order_update(settings, destination, notice, header, late_seconds, orders)
+        case RestDestination():
+            return _rest_request(destination, notice, header, late_seconds)
 
 
 def _order_update(
@@ -351,12 +378,14 @@ def _order_update(
     notice: Notice,
     header: pydicom.Dataset,
     late_seconds: float | None,
-    orders: Sequence[Order],
+    orders: Callable[[], Sequence[Order]],
 ) -> list[Change]:
     """The message that raises an order or takes that back; none where the order is urgent already, or its priority
     before is not known, or the package is not in clinical mode."""
-    standing = [one for one in orders if not one.cancelled]
-    if notice.is_test or any(one.urgent for one in standing):
+    if notice.is_test:
+        return []
+    standing = [one for one in orders() if not one.cancelled]
+    if any(one.urgent for one in standing):
         return []
     known = next((one.priority for one in reversed(standing) if one.priority), destination.usual_priority)
     priority = destination.priority if notice.verdict.positive else known

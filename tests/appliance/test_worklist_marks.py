@@ -12,6 +12,7 @@ from typing import Any
 
 import pydicom
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from appliance.events import Event
 from appliance.governance.indication import Admission
@@ -19,7 +20,7 @@ from appliance.governance.package import load_configured
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import studies, study_report, timeline
-from appliance.services import issuing
+from appliance.services import issuing, telling
 from appliance.services.delivery import _deliverer
 from appliance.services.issuing import Issuer
 from appliance.services.lateness import mark_late
@@ -245,14 +246,53 @@ def test_whatever_a_header_holds_the_item_can_be_read(tmp_path: Path, header: di
     shown.ledger.close()
 
 
-def test_no_alert_waits_for_the_worklist(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_vendor(shown: Shown) -> None:
+    """There is a vendor's worklist, too."""
+    vendor = {"kind": "rest", "name": "vendor", "mode": "suggest", "url": "https://h/", "body": "{}"}
+    more = Settings(destination=[vendor]).destination  # type: ignore[list-item]
+    shown.issuer._settings = shown.settings.model_copy(update={"destination": [*shown.settings.destination, *more]})
+
+
+def test_no_alert_and_no_other_worklist_waits_for_one_that_cannot_be_told(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object) -> None:
         raise ValueError("a header that nobody foresaw")
 
-    monkeypatch.setattr(issuing, "marks", fails)
-    shown.issue()
+    with_vendor(shown)
+    with monkeypatch.context() as patch:
+        patch.setattr(telling, "render_mark", fails)
+        shown.issue()
+    shown.ledger.abandon_findings(3)
     report = study_report(shown.ledger, shown.study)
-    assert [one["object"] for one in report["deliveries"]] == ["alert.er"]
+    states = {one["object"]: one["state"] for one in report["deliveries"]}
+    assert states == {"alert.er": "pending", "worklist.list": "dead", "worklist.vendor": "pending"}
+    (failed,) = [one["detail"] for one in report["events"] if one["name"] == Event.FINDING_FAILED]
+    assert "ValueError" in failed["reason"] and "nobody foresaw" not in failed["reason"], "its words may be a patient's"
+    shown.issue()
+    assert len(shown.carry_out()) == 1, "the next verdict tells it"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OperationalError("", {}, Exception("locked"))]
+)
+def test_where_the_disk_or_the_ledger_fails_the_whole_verdict_is_tried_again(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(telling, "render_mark", fails)
+        with pytest.raises(type(error)):
+            shown.issue()
+    assert shown.ledger.verdicts(1) == []
+    shown.ledger.park_analysis(1, "the disk is full", 0.0)
+    row = shown.ledger.take_analysis([verdict_on(shown.series).package])
+    assert row is not None
+    verdict = replace(verdict_on(shown.series), slabs=(), key_slabs=(), mode="clinical")
+    shown.issuer.issue(row, verdict, Admission(()), shown.ledger.instances(shown.study)[0])
+    assert len(shown.carry_out()) == 1
 
 
 @pytest.mark.parametrize(
