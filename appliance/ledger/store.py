@@ -21,7 +21,7 @@ from appliance.ledger.keeping import Keeping
 from appliance.ledger.marks import Marks
 from appliance.ledger.performed import Performed
 from appliance.ledger.queries import Queries
-from appliance.ledger.records import Verdict
+from appliance.ledger.records import ALERT_STANDS, Verdict
 from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.selftest import Selftests
 from appliance.ledger.states import ANALYSIS, STUDY, step
@@ -626,6 +626,29 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         query = sa.select(t.verdict).where(t.verdict.c.analysis_id == analysis_id).order_by(t.verdict.c.revision)
         with self.read() as connection:
             return connection.execute(query).mappings().all()
+
+    def positive_elsewhere(self, analysis_id: int) -> bool:
+        """Whether a positive verdict of another package in clinical mode stands on the same study.
+
+        A later one in shadow, which nobody is told of, changes nothing in that; a negative one takes it back, also of a
+        package that is only evaluated by then.
+        """
+        a, v = t.analysis.c, t.verdict.c
+        study = sa.select(a.study_id).where(a.id == analysis_id).scalar_subquery()
+        query = (
+            sa.select(v.analysis_id, v.positive, v.result["mode"].as_string(), v.result["limitations"])
+            .select_from(t.verdict.join(t.analysis))
+            .where(a.study_id == study, a.id != analysis_id)
+            .order_by(v.revision)
+        )
+        standing: set[int] = set()
+        with self.read() as connection:
+            for key, positive, mode, limitations in connection.execute(query):
+                if positive and mode == "clinical":
+                    standing.add(key)
+                elif not positive and mode != "shadow" and ALERT_STANDS not in limitations:
+                    standing.discard(key)
+        return bool(standing)
 
     def study_of(self, analysis_id: int) -> int:
         """The study that an analysis is of."""

@@ -28,6 +28,7 @@ from appliance.findings.render import (
 )
 from appliance.governance.board import APPROVAL, INTEGRITY
 from appliance.governance.indication import Admission
+from appliance.governance.ordered import accessions, match_orders
 from appliance.governance.package import Package
 from appliance.inference.decode import decode_verified, verified
 from appliance.inference.verdict import EVALUATION
@@ -39,7 +40,7 @@ from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.routing import needs_2d, report_form, routed
 from appliance.services.selftest import selftest_settings
-from appliance.services.telling import Issued, Message, marks, message, messages
+from appliance.services.telling import Issued, Known, Message, marks, message, messages
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.identity import identifying_header
@@ -229,7 +230,8 @@ class Issuer:
         since = seconds_between(self._ledger.last_instance_at(issued.study_id), issued.at)
         late = since if since > settings.budget.seconds else None
         findings = []
-        for one in marks(settings, told, issued, late, lambda: self._orders(issued)):
+        known = Known(late, lambda: self._orders(issued.study_id), lambda: self._ledger.positive_elsewhere(analysis_id))
+        for one in marks(settings, told, issued, known):
             path = _folder(issued.study_id, issued.verdict.package, issued.revision) / one.file
             _write_durably(self._settings.findings_directory / path, one.content)
             if one.fault:
@@ -240,10 +242,12 @@ class Issuer:
             )
         return findings
 
-    def _orders(self, issued: Issued) -> list[Order]:
-        """The orders of the study that the box has heard of."""
-        accession = str(issued.header.get("AccessionNumber") or "").strip()
-        return self._ledger.orders_for([accession] if accession else [], issued.verdict.study_instance_uid)[0]
+    def _orders(self, study_id: int) -> Sequence[Order]:
+        """The orders of a study and its patient that the box has heard of."""
+        headers = [one.header for one in self._ledger.instances(study_id)]
+        uid, first = self._ledger.begun(study_id)
+        candidates, _ = self._ledger.orders_for(accessions(headers), uid)
+        return match_orders(headers, candidates, self._ledger.names, self._settings.intake.authority, first).orders
 
     def refusal(
         self, study_id: int, package: Package, mode: str, admission: Admission, source: StoredInstance

@@ -316,21 +316,26 @@ class Change:
     fault: str = ""
 
 
-def marks(
-    settings: Settings,
-    told: Mapping[str, Sequence[Told]],
-    issued: Issued,
-    late_seconds: float | None,
-    orders: Callable[[], Sequence[Order]],
-) -> list[Change]:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a study beside the verdict that a worklist is told of.
+
+    Attributes:
+        late_seconds: see `mark_text`.
+        orders: reads those of the study and its patient that were not cancelled.
+        positive_elsewhere: reads whether a positive verdict of another package in clinical mode stands.
+    """
+
+    late_seconds: float | None
+    orders: Callable[[], Sequence[Order]]
+    positive_elsewhere: Callable[[], bool]
+
+
+def marks(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Issued, known: Known) -> list[Change]:
     """What this verdict changes on each worklist.
 
     Whatever an image's header holds against one of them, neither an alert nor another worklist waits for it. Where the
     disk or the ledger fails all of it has to be tried again.
-
-    Args:
-        late_seconds: see `mark_text`.
-        orders: reads those of the study that the box has heard of.
     """
     made: list[Change] = []
     for destination in settings.worklist_destinations:
@@ -340,7 +345,7 @@ def marks(
         identity = _identity(destination, issued, told_now.kind)
         try:
             said = _worded(issued, told_now)
-            made += _changes(settings, destination, said, told_now.kind, identity, late_seconds, orders)
+            made += _changes(settings, destination, said, told_now.kind, identity, known)
         except (OSError, OperationalError):
             raise
         except Exception as error:
@@ -355,8 +360,7 @@ def _changes(
     issued: Issued,
     kind: Kind,
     identity: str,
-    late_seconds: float | None,
-    orders: Callable[[], Sequence[Order]],
+    known: Known,
 ) -> list[Change]:
     """The change of one worklist; none where nothing is to be asked of it."""
     verdict, header, at = issued.verdict, issued.header, datetime.fromisoformat(issued.at)
@@ -364,12 +368,12 @@ def _changes(
     match destination:
         case WorklistDestination() | UpsDestination():
             item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
-            content = render_mark(notice, header, destination.mode, item, late_seconds)
+            content = render_mark(notice, header, destination.mode, item, known.late_seconds)
             return [Change(destination, identity, f"{identity}.json", content)]
         case OrderDestination():
-            return _order_update(settings, destination, notice, header, late_seconds, orders)
+            return _order_update(settings, destination, notice, header, known)
         case RestDestination():
-            return _rest_request(destination, notice, header, late_seconds)
+            return _rest_request(destination, notice, header, known)
 
 
 def _order_update(
@@ -377,25 +381,24 @@ def _order_update(
     destination: OrderDestination,
     notice: Notice,
     header: pydicom.Dataset,
-    late_seconds: float | None,
-    orders: Callable[[], Sequence[Order]],
+    known: Known,
 ) -> list[Change]:
     """The message that raises an order or takes that back; none where the order is urgent already, or its priority
-    before is not known, or the package is not in clinical mode."""
-    if notice.is_test:
+    before is not known, or the package is not in clinical mode, or another one's positive verdict keeps it raised."""
+    if notice.is_test or (not notice.verdict.positive and known.positive_elsewhere()):
         return []
-    standing = [one for one in orders() if not one.cancelled]
-    if any(one.urgent for one in standing):
+    orders = known.orders()
+    if any(one.urgent for one in orders):
         return []
-    known = next((one.priority for one in reversed(standing) if one.priority), destination.usual_priority)
-    priority = destination.priority if notice.verdict.positive else known
+    usual = next((one.priority for one in reversed(orders) if one.priority), destination.usual_priority)
+    priority = destination.priority if notice.verdict.positive else usual
     if not priority:
         return []
     text = render_order_update(
         header,
         control_id=notice.id,
         priority=priority,
-        said=mark_text(notice, late_seconds),
+        said=mark_text(notice, known.late_seconds),
         issued_at=notice.issued_at,
         processing_id=destination.processing_id,
         sending_application=settings.box.name,
@@ -406,12 +409,15 @@ def _order_update(
     return [Change(destination, notice.id, f"{notice.id}.hl7", text.encode("utf-8"), segments_fault(text))]
 
 
-def _rest_request(
-    destination: RestDestination, notice: Notice, header: pydicom.Dataset, late_seconds: float | None
-) -> list[Change]:
-    """The request by the site's templates; none where a package that is not in clinical mode would move somebody."""
+def _rest_request(destination: RestDestination, notice: Notice, header: pydicom.Dataset, known: Known) -> list[Change]:
+    """The request by the site's templates; none where a package that is not in clinical mode would move somebody, nor
+    where one would take back what another's positive verdict says, too."""
     template = destination.body if notice.verdict.positive else destination.withdraw_body
     if not template or (notice.is_test and destination.mode == "reprioritise"):
+        return []
+    # Only what moves nobody, and is told apart by its package, can be taken back alone.
+    alone = destination.mode == "suggest" and "${package}" in destination.url + template
+    if not (notice.verdict.positive or alone) and known.positive_elsewhere():
         return []
     values = {
         **dict.fromkeys(REST_NAMES, ""),
@@ -424,7 +430,7 @@ def _rest_request(
         "package_version": notice.verdict.package_version,
         "revision": str(notice.revision),
         "issued_at": notice.issued_at.isoformat(timespec="microseconds"),
-        "text": mark_text(notice, late_seconds),
+        "text": mark_text(notice, known.late_seconds),
     }
     request = {
         "method": destination.method,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import hl7
 import pytest
 
 from appliance.ledger.database import LedgerError
+from appliance.ledger.orders import Identifier, NewMessage, NewOrder
 from appliance.ledger.views import study_report
 from appliance.services.delivery import _deliverer
 from appliance.settings import Settings, SettingsError, load_settings
 from tests.appliance.delivery.test_hl7 import Peer, polite
 from tests.appliance.delivery.test_webhook import Receiver
 from tests.appliance.test_worklist_marks import Shown
+from tests.findings_support import verdict_on
 
 BODY = '{"study": "${study_uid}", "accession": "${accession}", "score": ${probability}, "why": "${text}"}'
 
@@ -122,25 +125,28 @@ def test_what_is_not_clinical_moves_nobody(tmp_path: Path, ris: Peer, mode: str)
     told.ledger.close()
 
 
-class Heard:
-    """An order as the ledger tells it."""
-
-    def __init__(self, priority: str, urgent: bool, cancelled: bool = False) -> None:
-        self.priority, self.urgent, self.cancelled = priority, urgent, cancelled
+def heard(priority: str, urgent: bool, *, cancelled: bool = False, patient: str = "PID-7") -> NewMessage:
+    """A message with an order of the study's accession number."""
+    placed = NewOrder("ACC-1", "", "", cancelled, (Identifier(patient),), priority=priority, urgent=urgent)
+    return NewMessage("RIS", "RIS", "M1", "ORM^O01", "d", b"", "AA", "", (placed,))
 
 
 @pytest.mark.parametrize(
-    ("orders", "sent"),
+    ("message", "sent"),
     [
-        ([Heard("S", True)], []), ([Heard("A", False)], ["S", "A"]), ([Heard("S", True, cancelled=True)], ["S", "R"]),
-        ([], ["S", "R"]),
+        (heard("S", True), []),
+        (heard("A", False), ["S", "A"]),
+        (heard("S", True, cancelled=True), ["S", "R"]),
+        (heard("S", True, patient="PID-8"), ["S", "R"]),
+        (heard("A", False, patient="PID-8"), ["S", "R"]),
+        (None, ["S", "R"]),
     ],
-)  # fmt: skip
-def test_what_the_order_says_counts(
-    tmp_path: Path, ris: Peer, monkeypatch: pytest.MonkeyPatch, orders: list[Heard], sent: list[str]
-) -> None:
+    ids=["urgent already", "its priority", "cancelled", "another's, urgent", "another's priority", "none"],
+)
+def test_what_the_order_says_counts(tmp_path: Path, ris: Peer, message: NewMessage | None, sent: list[str]) -> None:
     told = Told(tmp_path, order(ris, usual_priority="R"))
-    monkeypatch.setattr(told.ledger, "orders_for", lambda *_: (orders, 0))
+    if message is not None:
+        told.ledger.take_message(message)
     told.issue()
     told.issue(positive=False)
     told.outcomes()
@@ -181,6 +187,53 @@ def test_a_vendor_is_asked_by_the_sites_templates(tmp_path: Path, vendor: Receiv
     told.outcomes()
     assert list(json.loads(vendor.requests[1][2])) == ["gone"]
     assert len({one[1]["Idempotency-Key"] for one in vendor.requests}) == 2
+    told.ledger.close()
+
+
+def by_another(told: Told, positive: bool, mode: str = "clinical") -> None:
+    """A second package's verdict on the study."""
+    verdict = replace(verdict_on(told.series), positive=positive, slabs=(), key_slabs=(), mode=mode, package="other")
+    told.record(verdict)
+
+
+@pytest.mark.parametrize("mode", ["clinical", "evaluation"])
+def test_an_order_stays_raised_while_another_package_finds_the_study_positive(
+    tmp_path: Path, ris: Peer, mode: str
+) -> None:
+    told = Told(tmp_path, order(ris, usual_priority="R"))
+    told.issue()
+    by_another(told, True, mode)
+    told.outcomes()
+    told.issue(positive=False)
+    told.outcomes()
+    raised = ["S", "S"] if mode == "clinical" else ["S", "R"]
+    assert [str(one["ORC"][0][7])[5:] for one in received(ris)] == raised
+    by_another(told, False)
+    told.outcomes()
+    assert str(received(ris)[-1]["ORC"][0][7])[5:] == "R"
+    told.stack.close()
+    told.ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "bodies"),
+    [
+        ({"mode": "reprioritise"}, ["up", "up", "down"]),
+        ({"mode": "suggest"}, ["up", "up", "down"]),
+        ({"mode": "suggest", "withdraw_body": '"down ${package}"'}, ["up", "up", "down", "down"]),
+        ({"mode": "reprioritise", "withdraw_body": '"down ${package}"'}, ["up", "up", "down"]),
+    ],
+)
+def test_a_vendor_is_asked_to_withdraw_only_when_no_package_finds_the_study_positive(
+    tmp_path: Path, vendor: Receiver, more: dict[str, Any], bodies: list[str]
+) -> None:
+    told = Told(tmp_path, rest(vendor, **{"body": '"up"', "withdraw_body": '"down"', **more}))
+    told.issue()
+    by_another(told, True)
+    told.issue(positive=False)
+    by_another(told, False)
+    told.outcomes()
+    assert [json.loads(one[2]).split()[0] for one in vendor.requests] == bodies
     told.ledger.close()
 
 
