@@ -115,7 +115,9 @@ class Outbox(Escalation):
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
         due = (d.due_at <= now()) | (d.due_at > later(longest_pause))
-        in_order = f.object.startswith("alert.") & (d.sent_at > later(-order_seconds))
+        # What was sent in the future by a clock that was set back since would block the others for as long.
+        sent_lately = (d.sent_at > later(-order_seconds)) & (d.sent_at <= now())
+        in_order = f.object.startswith("alert.") & sent_lately
         query = (
             sa.select(
                 *(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, VERSION, v.revision, v.positive),

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from appliance.ledger.database import LedgerError, now
+from appliance.ledger import outbox
+from appliance.ledger.database import LedgerError, later, now
 from appliance.ledger.records import SlabResult, Verdict
 from appliance.ledger.schema import metadata
 from appliance.ledger.store import Ledger, NewFinding, NewInstance, Told
@@ -519,6 +520,26 @@ def test_a_clock_that_was_set_back_holds_up_no_alert(ledger: Ledger) -> None:
     ledger.settle_delivery(row, "retry", "busy", wait_seconds=3600.0)  # as if written an hour ahead
     assert ledger.take_delivery("er", longest_pause=7200.0) is None
     assert ledger.take_delivery("er", longest_pause=300.0) is not None
+
+
+@pytest.mark.parametrize("ahead", [0.0, 3600.0])
+def test_an_alert_that_was_first_tried_in_the_future_holds_up_none_behind_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    for number, uid in enumerate(("1.2.3", "1.2.4"), start=1):
+        association = ledger.open_association("SCANNER", "SCANSIDE", "127.0.0.1")
+        ledger.record_instances([NewInstance(header(number, study=uid), uid, 10, association)])
+        study = find_study(ledger, uid)
+        assert study is not None
+        complete(ledger, study)
+        issue(ledger, study, revision=number)
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox, "now", lambda: later(ahead))
+        first = ledger.take_delivery("er")
+    assert first is not None
+    ledger.settle_delivery(first, "retry", "busy", wait_seconds=60.0)  # the clock was set back meanwhile
+    second = ledger.take_delivery("er", order_seconds=120.0)
+    assert (second["uid"] if second else None) == ("MSG2" if ahead else None)
 
 
 def test_a_uid_that_another_study_uses_too_takes_nothing_from_it(ledger: Ledger) -> None:
