@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from appliance.ledger.store import Ledger
 from appliance.ledger.tasks import Task
 from appliance.ledger.worklist import date_time
-from dicom_io.errors import ScansideError
+from dicom_io.errors import PeerError, ScansideError
 from dicom_io.scu import Peer
 from dicom_io.ups_user import CLAIMED_ALREADY, ENDED, GONE, NOT_OURS, Pull, is_done, pulling, said
 from dicom_io.workitem import (
@@ -180,6 +181,7 @@ class Performer(threading.Thread):
         self._turn = turn
         self._stopping = threading.Event()
         self._pause = 0.0
+        self._odd: set[str] = set()
 
     def stop(self) -> None:
         """Begin no further association."""
@@ -210,21 +212,54 @@ class Performer(threading.Thread):
         Raises:
             PeerError: the worklist cannot be reached, or does not answer.
         """
-        with pulling(self._peer(), self._calling, self._answer) as worklist:
-            tasks = self._ledger.open_tasks()
-            for task in tasks:
-                self._turn()
+        tasks = self._ledger.open_tasks()
+        waiting = deque(tasks)
+        while not self._stopping.is_set():
+            with pulling(self._peer(), self._calling, self._answer) as worklist:
+                # Where an answer is missing the next one on this association could be that.
+                if self._advance_all(worklist, waiting):
+                    self._claim_new(worklist, MOST_TASKS - len(tasks))
+                    return
+
+    def _advance_all(self, worklist: Pull, waiting: deque[Task]) -> bool:
+        """Bring those tasks further, whatever becomes of any one of them; False where the association has failed."""
+        while waiting:
+            self._turn()
+            task = waiting.popleft()
+            try:
                 self._advance(worklist, task)
-            room = MOST_TASKS - len(tasks)
-            for wanted in self._codes if room > 0 else ():
+            except SQLAlchemyError:
+                raise
+            except PeerError as error:
+                self._complain(task, str(error))
+                return False
+            except Exception as error:
+                # Without its words, which may be a patient's.
+                self._complain(task, type(error).__name__)
+        return True
+
+    def _claim_new(self, worklist: Pull, room: int) -> None:
+        for wanted in self._codes if room > 0 else ():
+            self._turn()
+            for step in worklist.scheduled(wanted):
+                if self._stopping.is_set() or room <= 0:
+                    return
                 self._turn()
-                for step in worklist.scheduled(wanted):
-                    if self._stopping.is_set() or room <= 0:
-                        return
-                    self._turn()
-                    if (new := self._taken(step, wanted)) is not None:
-                        self._claim(worklist, new, asked_before=False)
-                        room -= 1
+                if (new := self._looked_at(step, wanted)) is not None:
+                    self._claim(worklist, new, asked_before=False)
+                    room -= 1
+
+    def _looked_at(self, step: Step, wanted: Step) -> Task | None:
+        """As `_taken`; a step that cannot be looked at is left to others."""
+        try:
+            return self._taken(step, wanted)
+        except (OSError, SQLAlchemyError):
+            raise
+        except Exception:
+            if (uid := text(step, "SOPInstanceUID")) not in self._odd:
+                self._odd.add(uid)
+                log.exception("performer: a step of the worklist cannot be looked at, and is left")
+            return None
 
     def _taken(self, step: Step, wanted: Step) -> Task | None:
         """The task of a step that we are about to claim; written down."""

@@ -44,6 +44,7 @@ class Work:
         self.ledger = self.box.ledger
         self.there = ForeignWorklist(*(steps or (ai_task("2.1"),)))
         self.outcome: Outcome | None = None
+        self.outcome_of: Callable[[Any], Outcome | None] = lambda task: self.outcome
 
     def performer(self) -> Performer:
         """As after a start."""
@@ -54,7 +55,7 @@ class Work:
             [code_of("110004^DCM")],
             code_of("SCANSIDE^99SCANSIDE", "box"),
             lambda step, uid: study_of(self.box.settings, self.ledger, step, uid),
-            lambda task: self.outcome,
+            lambda task: self.outcome_of(task),
             poll_seconds=0.1,
             answer_seconds=10.0,
         )
@@ -184,7 +185,80 @@ def test_two_boxes_with_one_name_do_not_both_have_it(tmp_path: Path, work: Work)
     other.ledger.close()
 
 
-class Died(Exception):
+def both_claimed(tmp_path: Path) -> Work:
+    work = Work(tmp_path, ai_task("2.1"), ai_task("2.2"), ai_task("2.3", study="1.2"))
+    work.step(2)
+    assert [work.task(uid).state for uid in ("2.1", "2.2")] == ["claimed", "claimed"]
+    work.box.store(header(2, study="1.2", series="1.2.1", **PATIENT))
+    return work
+
+
+def test_a_task_whose_outcome_cannot_be_told_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = both_claimed(tmp_path)
+
+    def outcome(task: Any) -> Outcome | None:
+        if task.uid == "2.1":
+            raise ValueError("Doe^Jane")
+        return DONE
+
+    work.outcome_of = outcome
+    with caplog.at_level(logging.ERROR):
+        work.step(3)
+    assert [work.task(uid).state for uid in ("2.1", "2.2", "2.3")] == ["claimed", "completed", "completed"]
+    assert work.task("2.1").reason == "ValueError" and complaints(caplog) == ["ERROR"]
+    work.outcome_of = lambda task: DONE
+    work.step()
+    assert work.task("2.1").state == "completed" and work.task("2.1").reason == ""
+    work.close()
+
+
+def test_a_task_that_the_worklist_does_not_answer_for_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = both_claimed(tmp_path)
+    work.outcome = DONE
+    broken: list[Pull] = []
+    ask = Pull.set
+
+    def set_(self: Pull, uid: str, changes: Any, lock: str) -> int:
+        if uid == "2.1" or self in broken:
+            broken.append(self)
+            raise PeerError("it did not answer N-SET within 10 s", "MANAGER", "see its log")
+        return ask(self, uid, changes, lock)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(Pull, "set", set_)
+        work.step(3)
+    assert [work.task(uid).state for uid in ("2.1", "2.2", "2.3")] == ["finishing", "completed", "completed"]
+    assert "did not answer N-SET" in work.task("2.1").reason and complaints(caplog) == ["ERROR"]
+    work.step()
+    assert work.task("2.1").state == "completed"
+    work.close()
+
+
+def test_a_step_that_cannot_be_looked_at_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = Work(tmp_path, ai_task("2.1"), ai_task("2.2"))
+
+    def odd(step: Any) -> str:
+        if text(step, "SOPInstanceUID") == "2.1":
+            raise ValueError("Doe^Jane")
+        return subject_of(step)
+
+    monkeypatch.setattr(module, "subject_of", odd)
+    performer = work.performer()
+    with caplog.at_level(logging.ERROR):
+        performer.step()
+        performer.step()
+    assert work.task("2.1") is None and work.task("2.2").state == "claimed"
+    assert complaints(caplog) == ["ERROR"], "it is said once"
+    work.close()
+
+
+class Died(BaseException):
     """kill -9, at a place of our choice."""
 
 
