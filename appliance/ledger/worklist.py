@@ -126,7 +126,9 @@ class Worklist(Subscriptions):
             if self._note_studies(connection, row["id"], step) or _codes(step) != row["codes"]:
                 self._mark_new(connection, self._workitem(connection, uid), reading)
                 step = self._workitem(connection, uid)["step"]
-            if {tag("ScheduledProcedureStepPriority"), tag("InputReadinessState")} - same:
+            reported = (tag("ScheduledProcedureStepPriority"), tag("InputReadinessState"))
+            # Of what stands in the end: the box itself may have raised it just now.
+            if any(step.get(key) != row["step"].get(key) for key in reported):
                 self._tell_subscribers(connection, uid, STATE_REPORT, step)
             if tag("ProcedureStepProgressInformationSequence") in set(given) - same:
                 self._tell_subscribers(connection, uid, PROGRESS_REPORT, step)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from appliance.ledger.marks import PREFIX, Mark
 from appliance.ledger.store import Ledger
-from dicom_io.workitem import CANCELED, IN_PROGRESS, PRIORITIES, Step, put, text
+from dicom_io.workitem import CANCELED, IN_PROGRESS, PRIORITIES, STATE_REPORT, Step, put, text
 from tests.workitems import READING, performed, workitem
 
 STUDY = "1.2.3"
@@ -173,8 +173,14 @@ def test_an_item_that_learns_its_study_late_is_raised_then(ledger: Ledger) -> No
     put(item, "StudyInstanceUID", "UI", STUDY)
     changes: Step = {}
     put(changes, "InputInformationSequence", "SQ", item)
+    ledger.subscribe("PACS", "1.1", locked=False)
+    for row in ledger.next_events("PACS"):
+        ledger.heard(row["id"])
     ledger.update_workitem("1.1", changes, "", "RIS", READING)
     assert priority(ledger, "1.1") == "HIGH"
+    assert [row["event_type"] for row in ledger.next_events("PACS")] == [STATE_REPORT], "who listens hears of it"
+    ledger.update_workitem("1.1", changes, "", "RIS", READING)
+    assert len(ledger.next_events("PACS")) == 1
 
 
 ACTIONS = st.one_of(
