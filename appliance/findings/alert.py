@@ -52,6 +52,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SUBTYPES_OF_NAMES = ("A", "I", "P")  # alphabetic, ideographic, phonetic (table 0465)
 
 
+def value_of(source: Dataset | None, keyword: str) -> str:
+    """What a header says there, as text; "" for nothing."""
+    value = source.get(keyword) if source is not None else None
+    if isinstance(value, MultiValue):  # a backslash, or a yen sign of ISO_IR 13, within a single value
+        value = "\\".join(map(str, value))
+    return "" if value is None else str(value).strip()
+
+
 def study_link(template: str, source: Dataset) -> str:
     """The address of a study in a viewer; "" where the study lacks what the address needs.
 
@@ -61,7 +69,7 @@ def study_link(template: str, source: Dataset) -> str:
     values = {"study_uid": "StudyInstanceUID", "accession": "AccessionNumber", "patient_id": "PatientID"}
     for name, keyword in values.items():
         if f"{{{name}}}" in template:
-            value = _value(source, keyword)
+            value = value_of(source, keyword)
             if not value:
                 return ""
             template = template.replace(f"{{{name}}}", quote(value, safe=""))
@@ -193,14 +201,14 @@ def _order(source: Dataset, sent: str) -> list[str]:
     """ORC and OBR. The accession number is the filler's order number, and stands in OBR-18 too, where the IHE
     Radiology framework (Scheduled Workflow) carries it."""
     request = _first_item(source, "RequestAttributesSequence")
-    placer = _value(source, "PlacerOrderNumberImagingServiceRequest") or _value(
+    placer = value_of(source, "PlacerOrderNumberImagingServiceRequest") or value_of(
         request, "PlacerOrderNumberImagingServiceRequest"
     )
-    accession = _value(source, "AccessionNumber") or _value(request, "AccessionNumber")
+    accession = value_of(source, "AccessionNumber") or value_of(request, "AccessionNumber")
     issuer = _first_item(source, "IssuerOfAccessionNumberSequence")
     # OBR-3 is required; without an accession the study's UID is the one number that everybody has.
     filler = _fitting(_components(_text(accession), *_authority(issuer))) if accession else ""
-    filler = filler or _text(_value(source, "StudyInstanceUID"))
+    filler = filler or _text(value_of(source, "StudyInstanceUID"))
     service = (
         *(codes.CT_HEAD_LOINC.value, codes.CT_HEAD_LOINC.meaning, codes.CT_HEAD_LOINC.scheme),
         *(codes.CT_HEAD.value, codes.CT_HEAD.meaning, codes.CT_HEAD.scheme),
@@ -229,7 +237,7 @@ def _notes(verdict: Verdict, kind: Kind, revision: int, source: Dataset) -> list
         lines.insert(0, f"CORRECTION: revision {revision} of this verdict replaces the earlier alert.")
     if kind == "withdrawal":
         lines.insert(0, f"WITHDRAWAL: revision {revision} of this verdict takes the earlier alert back.")
-    if not _value(source, "PatientID"):
+    if not value_of(source, "PatientID"):
         lines.insert(0, _NO_PATIENT_ID)
     lines = [*_unfitting(source), *lines]
     lines += [f"Limitation: {limitation}" for limitation in verdict.limitations]
@@ -246,10 +254,10 @@ def _unfitting(source: Dataset) -> list[str]:
     """What identifies patient and order and is too long for its field: whole, in words. Cut off, it would name
     another."""
     fields = {
-        "patient ID with its issuer": (_identified(source), f"{_value(source, 'PatientID')} {_issuer_said(source)}"),
-        "patient's name": (_spelt(source), _value(source, "PatientName")),
-        "accession number": (_text(_value(source, "AccessionNumber")), _value(source, "AccessionNumber")),
-        "admission ID": (_text(_value(source, "AdmissionID")), _value(source, "AdmissionID")),
+        "patient ID with its issuer": (_identified(source), f"{value_of(source, 'PatientID')} {_issuer_said(source)}"),
+        "patient's name": (_spelt(source), value_of(source, "PatientName")),
+        "accession number": (_text(value_of(source, "AccessionNumber")), value_of(source, "AccessionNumber")),
+        "admission ID": (_text(value_of(source, "AdmissionID")), value_of(source, "AdmissionID")),
     }
     return [
         f"The {name} is too long for its field. It is: {value}"
@@ -317,7 +325,7 @@ def _patient(source: Dataset, sending_application: str) -> list[str]:
                 8: _sex(source),
             },
         ),
-        _segment("PV1", {1: "1", 2: "U", 19: _fitting(_text(_value(source, "AdmissionID")))}),
+        _segment("PV1", {1: "1", 2: "U", 19: _fitting(_text(value_of(source, "AdmissionID")))}),
     ]
 
 
@@ -328,32 +336,32 @@ def _patient_id(source: Dataset, sending_application: str) -> str:
     """
     found = _fitting(_identified(source))
     box = "&".join(_designator(_text(sending_application))).rstrip("&")
-    return found or _components(_text(_value(source, "StudyInstanceUID")), "", "", box, "U")
+    return found or _components(_text(value_of(source, "StudyInstanceUID")), "", "", box, "U")
 
 
 def _identified(source: Dataset) -> str:
     """The identifier with its issuer as assigning authority (CX-4); "" if the source has none."""
-    identifier = _value(source, "PatientID")
+    identifier = value_of(source, "PatientID")
     if not identifier:
         return ""
     qualifiers = _first_item(source, "IssuerOfPatientIDQualifiersSequence")
     authority = _designator(
-        _text(_value(source, "IssuerOfPatientID")),
-        _text(_value(qualifiers, "UniversalEntityID")),
-        _text(_value(qualifiers, "UniversalEntityIDType")),
+        _text(value_of(source, "IssuerOfPatientID")),
+        _text(value_of(qualifiers, "UniversalEntityID")),
+        _text(value_of(qualifiers, "UniversalEntityIDType")),
     )
     return _components(_text(identifier), "", "", "&".join(authority).rstrip("&"))
 
 
 def _issuer_said(source: Dataset) -> str:
     qualifiers = _first_item(source, "IssuerOfPatientIDQualifiersSequence")
-    said = (_value(source, "IssuerOfPatientID"), _value(qualifiers, "UniversalEntityID"))
+    said = (value_of(source, "IssuerOfPatientID"), value_of(qualifiers, "UniversalEntityID"))
     return f"(issuer: {', '.join(filter(None, said)) or 'not said'})"
 
 
 def _spelt(source: Dataset) -> str:
     """PID-5: each component group of the person name (PS3.5 6.2.1) as a repetition of XPN; "" for none."""
-    groups = _value(source, "PatientName").split("=")
+    groups = value_of(source, "PatientName").split("=")
     repetitions = []
     for group, representation in zip(groups, _SUBTYPES_OF_NAMES, strict=False):
         family, given, middle, prefix, suffix = (*(part.strip() for part in group.split("^")), *[""] * 5)[:5]
@@ -365,7 +373,7 @@ def _spelt(source: Dataset) -> str:
 
 
 def _birth(source: Dataset) -> str:
-    return _day(_value(source, "PatientBirthDate"))
+    return _day(value_of(source, "PatientBirthDate"))
 
 
 def _day(text: str) -> str:
@@ -378,7 +386,7 @@ def _day(text: str) -> str:
 
 
 def _sex(source: Dataset) -> str:
-    value = _value(source, "PatientSex").upper()
+    value = value_of(source, "PatientSex").upper()
     return value if value in ("F", "M", "O") else "U"
 
 
@@ -387,15 +395,15 @@ def _acquired(source: Dataset) -> str:
 
     The first of acquisition and study that has a time, else the first that has a day.
     """
-    whole = _value(source, "AcquisitionDateTime")
+    whole = value_of(source, "AcquisitionDateTime")
     pairs = [(whole[:8], whole[8:])]
-    pairs += [(_value(source, f"{name}Date"), _value(source, f"{name}Time")) for name in ("Acquisition", "Study")]
+    pairs += [(value_of(source, f"{name}Date"), value_of(source, f"{name}Time")) for name in ("Acquisition", "Study")]
     days = ""
     for day_of, time_of in pairs:
         day = _day(day_of)
         time = re.match(r"([01][0-9]|2[0-3])[0-5][0-9]([0-5][0-9])?", time_of.replace(":", ""))
         if day and time:
-            offset = _value(source, "TimezoneOffsetFromUTC")
+            offset = value_of(source, "TimezoneOffsetFromUTC")
             return day + time[0] + (offset if re.fullmatch(r"[+-](0[0-9]|1[0-4])[0-5][0-9]", offset) else "")
         days = days or day
     return days
@@ -404,7 +412,7 @@ def _acquired(source: Dataset) -> str:
 def _authority(item: Dataset | None) -> tuple[str, str, str]:
     """EI-2 to EI-4 from an HL7v2 Hierarchic Designator macro (PS3.3 10.14)."""
     keywords = ("LocalNamespaceEntityID", "UniversalEntityID", "UniversalEntityIDType")
-    first, second, third = (_text(_value(item, keyword)) for keyword in keywords)
+    first, second, third = (_text(value_of(item, keyword)) for keyword in keywords)
     return _designator(first, second, third)
 
 
@@ -430,13 +438,6 @@ def _first_item(source: Dataset, keyword: str) -> Dataset | None:
     items = source.get(keyword)
     # A damaged header may have anything under the name of a sequence.
     return items[0] if isinstance(items, Sequence) and items else None
-
-
-def _value(source: Dataset | None, keyword: str) -> str:
-    value = source.get(keyword) if source is not None else None
-    if isinstance(value, MultiValue):  # a backslash, or a yen sign of ISO_IR 13, within a single value
-        value = "\\".join(map(str, value))
-    return "" if value is None else str(value).strip()
 
 
 def _segment(name: str, fields: dict[int, str]) -> str:

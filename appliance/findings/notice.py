@@ -13,7 +13,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 
 from appliance.findings import wording
-from appliance.findings.alert import Kind
+from appliance.findings.alert import Kind, value_of
 from appliance.ledger.records import Verdict
 
 _KEYWORDS = {
@@ -73,7 +73,7 @@ class Notice:
 
 def named(source: Dataset, include: Collection[str]) -> tuple[tuple[str, str], ...]:
     """The values of these identifiers that the study has, printable and on one line each."""
-    found = ((name, str(source.get(keyword) or "")) for name, keyword in _KEYWORDS.items() if name in include)
+    found = ((name, value_of(source, keyword)) for name, keyword in _KEYWORDS.items() if name in include)
     clean = ((name, "".join(c if c.isprintable() else " " for c in value).strip()) for name, value in found)
     return tuple((name, value) for name, value in clean if value)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
+from appliance.findings.alert import value_of
 from appliance.findings.notice import Notice
 from dicom_io.workitem import Step, code, put
 
@@ -81,7 +82,7 @@ def reading_step(header: Dataset, study_instance_uid: str, item_uid: str, at: da
 def _text(header: Dataset, keyword: str) -> str:
     """A value as printable text of at most 64 characters; '' if there is none that can be told."""
     try:
-        value = str(header.get(keyword) or "")
+        value = value_of(header, keyword)
     except Exception:  # an image's header may hold anything; the item is made without it
         return ""
     return "".join(one if one.isprintable() and one != "\\" else " " for one in value).strip()[:64]

@@ -15,7 +15,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from sqlalchemy.exc import OperationalError
 
-from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link
+from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link, value_of
 from appliance.findings.mapping import MappingError, mapped
 from appliance.findings.notice import Notice, named, render_mail, render_webhook
 from appliance.findings.validate import fault, segments_fault
@@ -251,7 +251,7 @@ def _plain(issued: Issued) -> pydicom.Dataset:
     plain.StudyInstanceUID = issued.verdict.study_instance_uid
     for keyword in _NEEDED:
         try:
-            text = str(issued.header.get(keyword) or "")
+            text = value_of(issued.header, keyword)
         except Exception:  # a damaged header may hold anything
             continue
         if text and len(text) <= 64 and _usual(text.replace("^", "")) == text.replace("^", ""):
@@ -409,6 +409,10 @@ def _order_update(
     return [Change(destination, notice.id, f"{notice.id}.hl7", text.encode("utf-8"), segments_fault(text))]
 
 
+_IDENTIFIERS = ("accession", "study_uid", "patient_id")
+"""What a request may name of a study: without one that its address names it would concern something else."""
+
+
 def _rest_request(destination: RestDestination, notice: Notice, header: pydicom.Dataset, known: Known) -> list[Change]:
     """The request by the site's templates; none where a package that is not in clinical mode would move somebody, nor
     where one would take back what another's positive verdict says, too."""
@@ -421,7 +425,7 @@ def _rest_request(destination: RestDestination, notice: Notice, header: pydicom.
         return []
     values = {
         **dict.fromkeys(REST_NAMES, ""),
-        **dict(named(header, ("accession", "study_uid", "patient_id"))),
+        **dict(named(header, _IDENTIFIERS)),
         "id": notice.id,
         "kind": notice.kind,
         "study": str(notice.study),
@@ -437,7 +441,8 @@ def _rest_request(destination: RestDestination, notice: Notice, header: pydicom.
         "url": fill(destination.url, values, "url"),
         "body": fill(template, values, "body"),
     }
-    lacking = "" if "${accession}" not in destination.url or values["accession"] else "the images have no accession"
+    needed = [one for one in _IDENTIFIERS if f"${{{one}}}" in destination.url and not values[one]]
+    lacking = f"the images have no {', '.join(needed)}" if needed else ""
     content = json.dumps(request, ensure_ascii=False).encode("utf-8")
     return [Change(destination, notice.id, f"{notice.id}.json", content, lacking)]
 
@@ -446,8 +451,7 @@ def facts(issued: Issued, kind: Kind) -> dict[str, object]:
     """What a template may print beside the standard segments."""
 
     def dicom(keyword: str) -> str:
-        value = issued.header.get(keyword)
-        return "" if value is None else str(value)
+        return value_of(issued.header, keyword)
 
     return {
         **{name: getattr(issued.verdict, name) for name in _PRINTABLE},

@@ -192,6 +192,25 @@ def test_a_webhook_is_json_with_what_the_site_allows(tmp_path: Path) -> None:
     issued.ledger.close()
 
 
+def test_a_backslash_in_a_value_is_told_as_it_stands_there(tmp_path: Path) -> None:
+    def odd(dataset: pydicom.Dataset) -> None:
+        dataset.PatientID, dataset.AccessionNumber = "AB\\12", "A\\1"
+
+    hook = {**HOOK, "after_seconds": 0, "include": ["accession", "patient_id"]}
+    list_ = {
+        "kind": "rest", "name": "list", "mode": "suggest", "url": "https://h/${accession}",
+        "body": '{"patient": "${patient_id}"}',
+    }  # fmt: skip
+    issued = Issued(tmp_path, [hook, list_], odd)
+    issued.issue(mode="clinical")
+    said = json.loads(issued.content("hook"))
+    assert (said["patient_id"], said["accession"]) == ("AB\\12", "A\\1")
+    (row,) = [one for one in study_report(issued.ledger, issued.study)["findings"] if one["object"] == "worklist.list"]
+    request = json.loads((issued.settings.findings_directory / row["path"]).read_bytes())
+    assert request["url"] == "https://h/A%5C1" and json.loads(request["body"]) == {"patient": "AB\\12"}
+    issued.ledger.close()
+
+
 @pytest.mark.parametrize("mode", ["evaluation", ""])
 def test_what_is_only_evaluated_says_so_everywhere(issued: Issued, mode: str) -> None:
     issued.issue(mode=mode)

@@ -253,6 +253,15 @@ def with_vendor(shown: Shown) -> None:
     shown.issuer._settings = shown.settings.model_copy(update={"destination": [*shown.settings.destination, *more]})
 
 
+def test_a_backslash_in_a_value_is_no_list_of_values(tmp_path: Path) -> None:
+    shown = Shown(tmp_path, "suggest", PatientID="AB\\12", StudyDescription="CT\\head")
+    shown.issue()
+    shown.carry_out()
+    step = shown.ledger.workitem(shown.items()[0][0])["step"]
+    assert (text(step, "PatientID"), text(step, "ProcedureStepLabel")) == ("AB 12", "Read CT head")
+    shown.ledger.close()
+
+
 def test_no_alert_and_no_other_worklist_waits_for_one_that_cannot_be_told(
     shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,12 +268,24 @@ def test_what_is_only_evaluated_is_told_where_nothing_moves(tmp_path: Path, vend
     assert "EVALUATION ONLY" in json.loads(vendor.requests[0][2])["why"]
 
 
-def test_an_address_without_its_accession_is_a_dead_letter_that_says_so(tmp_path: Path, vendor: Receiver) -> None:
-    told = Told(tmp_path, rest(vendor), AccessionNumber="")
+@pytest.mark.parametrize(
+    ("named", "header", "lacking"),
+    [
+        ("accession", {"AccessionNumber": ""}, "no accession"),
+        ("patient_id", {"PatientID": ""}, "no patient_id"),
+        ("patient_id}/${accession", {"PatientID": "", "AccessionNumber": ""}, "no accession, patient_id"),
+        ("patient_id", {"AccessionNumber": ""}, ""),
+        ("study_uid", {"PatientID": "", "AccessionNumber": ""}, ""),
+    ],
+)
+def test_an_address_without_what_it_names_is_a_dead_letter_that_says_so(
+    tmp_path: Path, vendor: Receiver, named: str, header: dict[str, str], lacking: str
+) -> None:
+    told = Told(tmp_path, rest(vendor, url=f"http://127.0.0.1:{vendor.server_address[1]}/${{{named}}}"), **header)
     told.issue()
     told.ledger.abandon_findings(3)
     (row,) = study_report(told.ledger, told.study)["deliveries"]
-    assert (row["state"], "no accession" in row["reason"]) == ("dead", True)
+    assert (row["state"], lacking in row["reason"]) == ("dead" if lacking else "pending", True)
     told.ledger.close()
 
 
