@@ -45,7 +45,10 @@ WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
         7: ("time of message", "time of the verdict, UTC, to a tenth of a millisecond"),
         9: ("message type", "`ORU^R01^ORU_R01`"),
         10: ("control id", "20 characters that follow from study, package, version, revision, kind and destination"),
-        11: ("processing id", "`processing_id`; always `T` for a package that is not in clinical mode"),
+        11: (
+            "processing id",
+            "`processing_id`; `T` for a package not in clinical mode; a withdrawal has that of what it takes back",
+        ),
         12: ("version", "`2.5.1`"),
         15: ("accept acknowledgement", "`AL` in enhanced mode"),
         16: ("application acknowledgement", "in enhanced mode `NE`, or `AL`"),
