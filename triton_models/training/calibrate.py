@@ -108,7 +108,8 @@ def ask(predict: Predict, studies: Store) -> list[Answer]:
 def _areas_mm2(lesion_map: NDArray[np.float32]) -> list[float]:
     """What the map calls at each threshold, enlarged as the verdict does it."""
     fine = cv2.resize(lesion_map, (FINE, FINE), interpolation=cv2.INTER_LINEAR)
-    counts = np.histogram(fine, bins=[*LESION_THRESHOLDS, np.inf])[0][::-1].cumsum()[::-1]
+    called = fine[fine >= LESION_THRESHOLDS[0]]  # mostly few of many: five times as fast
+    counts = np.histogram(called, bins=[*LESION_THRESHOLDS, np.inf])[0][::-1].cumsum()[::-1]
     return [float(count) * FINE_MM**2 for count in counts]
 
 
