@@ -481,9 +481,10 @@ def admit(
     missing = sum(gap.mm for gap in volume.gaps)
     holes = "none" if not volume.gaps else f"{len(volume.gaps)}, {missing:.1f} mm in all"
     bare = uncovered(volume)
-    if bare > MOST_UNCOVERED:
+    thin = bare > MOST_UNCOVERED + 1e-3  # positions are rounded
+    if thin:
         holes = f"{bare:.0%} of the head lies between the slices"
-    judge("gaps", "ImagePositionPatient, SliceThickness", holes, not volume.gaps and bare <= MOST_UNCOVERED)
+    judge("gaps", "ImagePositionPatient, SliceThickness", holes, not volume.gaps and not thin)
     twice = len(volume.duplicates)
     judge("duplicates", "ImagePositionPatient", f"{twice} slices sent twice" if twice else "none", not twice)
     judge("order", "InstanceNumber, ImagePositionPatient", *_order(volume))

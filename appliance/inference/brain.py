@@ -25,7 +25,7 @@ class Brain:
 
     Attributes:
         seen: within the field that the model sees.
-        unseen: in the images, and beyond that field.
+        unseen: in the images and beyond that field, where it goes on from what is within.
     """
 
     seen: float
@@ -57,4 +57,9 @@ def brain_area_mm2(hu: NDArray[Any], spacing_mm: tuple[float, float], field_mm: 
     kept = cv2.morphologyEx(soft.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     middle = slice((size - seen) // 2, (size + seen) // 2)
     inside = int(kept[middle, middle].sum())
-    return Brain(inside * _PIXEL_MM**2, (int(kept.sum()) - inside) * _PIXEL_MM**2)
+    if size == seen:
+        return Brain(inside * _PIXEL_MM**2, 0.0)
+    # What lies wholly beyond is no part of this head: the marrow of a raised arm, say.
+    _, pieces = cv2.connectedComponents(kept)
+    of_the_head = np.isin(pieces, np.unique(pieces[middle, middle])) & (kept == 1)
+    return Brain(inside * _PIXEL_MM**2, (int(of_the_head.sum()) - inside) * _PIXEL_MM**2)

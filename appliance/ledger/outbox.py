@@ -356,16 +356,22 @@ class Outbox(Escalation):
             LedgerError: there is such a verdict.
         """
         v = t.verdict.c
-        query = sa.select(v.revision, v.result["limitations"].label("limitations")).where(
-            v.analysis_id == row.analysis_id, v.revision > row.revision, v.positive != row.positive
-        )
+        query = sa.select(
+            *(v.revision, v.result["limitations"].label("limitations")),
+            v.result["withdrawn"].as_string().label("withdrawn"),
+        ).where(v.analysis_id == row.analysis_id, v.revision > row.revision, v.positive != row.positive)
         for newer in connection.execute(query.order_by(v.revision.desc())):
             if row.positive and ALERT_STANDS in (newer.limitations or ()):
                 continue
-            said, remedy = "positive", "leave it: what it would take back holds, or has been told anew"
-            if row.positive:
-                said, remedy = "negative", "leave it: it would alert of what no longer holds, and nothing would follow"
-            raise LedgerError(f"revision {newer.revision} is {said}, which contradicts it", where, remedy)
+            why = f"revision {newer.revision} is positive, which contradicts it"
+            remedy = "leave it: what it would take back holds, or has been told anew"
+            if row.positive and newer.withdrawn:
+                why = f"revision {newer.revision} withdrew it: {newer.withdrawn}"
+                remedy = "look at the study: no answer of the box would follow it"
+            elif row.positive:
+                why = f"revision {newer.revision} is negative, which contradicts it"
+                remedy = "leave it: it would alert of what no longer holds, and nothing would follow"
+            raise LedgerError(why, where, remedy)
 
     def requeue_delivery(self, delivery_id: int, destinations: Collection[str]) -> None:
         """Send a dead, rejected, replaced or withdrawn delivery once more, because somebody asked for it.

@@ -50,7 +50,7 @@ from appliance.services.issuing import Issuer
 from appliance.settings import Settings
 from appliance.study.arrival import Arrival, Arrivals
 from appliance.study.completeness import HABIT_MEMORY, habit_of, weigh
-from appliance.study.selection import Selection, first_admitted, not_analysed, unselected
+from appliance.study.selection import Selection, first_admitted, not_analysed, only_of, unselected
 from dicom_io.errors import ScansideError
 from dicom_io.pixels import NATIVE_SYNTAXES
 from dicom_io.plausible import ImplausibleImage
@@ -455,6 +455,8 @@ class Engine:
         selection, admission = choose("")
         if alerted and (selection.series is None or selection.series.series_instance_uid != alerted):
             selection, admission = choose(alerted)
+            if not gone and (only := only_of(selection, alerted)) is not selection:
+                selection, admission = only, self._judge(study_id, package, arrival, only, gone)
         inputs: list[list[str]] = []
         if selection.volume is not None:
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)

@@ -13,7 +13,7 @@ import pydicom
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.findings.alert import Kind, message_control_id, render_alert, render_order_update, study_link, value_of
 from appliance.findings.mapping import MappingError, mapped
@@ -124,13 +124,16 @@ def answer(before: Sequence[Told], verdict: Verdict) -> Answer | None:
     """What a verdict tells who was told that before; None if it tells nothing new.
 
     Who had nothing but tests is alerted as if there had been none: a receiver may drop them. What takes something back
-    is as real as that, whatever mode the package runs in by then: a test would leave an alert standing.
+    is as real as that, whatever mode the package runs in by then: a test would leave an alert standing. A test repeats
+    no alert: it would take the place of a step that still waits to tell of it.
 
     Args:
         before: what it was told by the earlier revisions, oldest first.
     """
     real = _real(before)
     test = verdict.mode != "clinical" if verdict.positive else alert_kind(real, positive=False) is None
+    if test and verdict.positive and real and real[-1].positive:
+        return None
     after = before if test else real
     kind = alert_kind(after, verdict.positive, provisional=verdict.provisional)
     return Answer(kind, test, after) if kind else None
@@ -346,7 +349,7 @@ def marks(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Issued
         try:
             said = _worded(issued, told_now)
             made += _changes(settings, destination, said, told_now.kind, identity, known)
-        except (OSError, OperationalError):
+        except (OSError, SQLAlchemyError):
             raise
         except Exception as error:
             fault = f"it cannot be made: {_where(error)}"
@@ -553,7 +556,8 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
             kind, said = None, "in shadow nobody is told"
         made: list[Message] = []
         if kind:
-            firsts = {name: one[0].uid for name, one in ledger.told(analysis["id"]).items()}
+            answers = {name: answer(one, verdict) for name, one in ledger.told(analysis["id"]).items()}
+            firsts = {name: one.after[0].uid for name, one in answers.items() if one and one.after}
             header = _source(settings, ledger, study_id, rows[-1]["inputs"] or analysis["inputs"])
             issued = Issued(study_id, verdict, revision, rows[-1]["issued_at"], header)
             issued = _worded(issued, told_now) if told_now else issued

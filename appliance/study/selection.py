@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
@@ -251,6 +251,24 @@ def first_admitted(
         if other or series is None or not selection.others or series.series_instance_uid == alerted:
             return found[0]
         refused[series.series_instance_uid] = f"it may not be read: {admission.reason}"
+
+
+def only_of(selection: Selection, alerted: str) -> Selection:
+    """The same, or nothing chosen where it is not the series that an alert rests on, though that is there.
+
+    Its images make no volume any more, as where the head was scanned again into the same series. Another series could
+    not disprove the alert.
+    """
+    if selection.series is None or selection.series.series_instance_uid == alerted:
+        return selection
+    if alerted not in {one.series_instance_uid for one in selection.considered}:
+        return selection
+    why = "an alert rests on another series, which can be read no longer"
+    considered = (
+        replace(one, chosen=False, reason=why, left_out=0, alike=True) if one.chosen else one
+        for one in selection.considered
+    )
+    return Selection(None, None, tuple(considered))
 
 
 def unselected(package: Package, series: Sequence[Series], selection: Selection) -> Admission:

@@ -211,6 +211,26 @@ def test_a_repeated_scan_does_not_overturn_an_alert(site: Site) -> None:
     assert len(site.box.ledger.verdicts(1)) == 2
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_nor_does_another_series_where_the_alerted_one_can_be_read_no_longer(site: Site, again: bool) -> None:
+    """The head is scanned again into the series that the alert rests on, a little higher."""
+    bring(site, 2, acquisition_number=1)
+    assert read(site, 0.9, 1)["positive"]
+    alert = messages(site)
+    with together(site):
+        for number in range(31, 61):
+            place = 5.0 * (number - 30) + 2
+            one = header(number, study="1.1", series="1.1.2", z=place, acquisition_number=2)
+            assert site.box.store(one, f"again {number}".encode()) == "stored"
+        if again:
+            bring(site, 5, acquisition_number=3)
+    wait_until(site.engine, lambda: site.report(1)["analyses"][0]["state"] == "refused")
+    assert "acquisitions 1 and 2 cover the same" in refused(site)
+    assert ("an alert rests on another series" in refused(site)) == again
+    assert [one["positive"] for one in site.box.ledger.verdicts(1)] == [True]
+    assert messages(site) == alert, "the alert stands"
+
+
 def test_of_two_scans_that_come_at_once_the_later_is_read_and_the_other_named(site: Site) -> None:
     with together(site):
         bring(site, 5)

@@ -279,8 +279,7 @@ def test_what_a_test_says_after_an_alert_takes_nothing_from_it(issued: Issued) -
     issued.issue(mode="clinical", provisional=True)
     issued.settle("er", "acknowledge")
     issued.issue(mode="evaluation")
-    assert said_to_er(issued) == ("confirmation", "T")
-    issued.settle("er", "acknowledge")
+    assert issued.ledger.take_delivery("er") is None, "the alert stands, and a step that waits tells of it"
     issued.issue(False, mode="evaluation")
     assert said_to_er(issued) == ("withdrawal", "P")
     issued.settle("er", "acknowledge")
@@ -395,6 +394,16 @@ def test_a_rejected_alert_is_not_sent_again_once_the_study_is_negative(issued: I
     with pytest.raises(LedgerError, match="revision 3 is negative"):
         again(issued, "er")
     assert issued.ledger.take_delivery("er") is None
+
+
+def test_a_rejected_provisional_alert_that_was_withdrawn_without_an_answer_is_not_called_disproved(
+    issued: Issued,
+) -> None:
+    issued.issue(mode="clinical", provisional=True)
+    issued.settle("er", "reject")
+    issued.issue(False, mode="clinical", withdrawn="its images cannot be a CT")
+    with pytest.raises(LedgerError, match="revision 2 withdrew it: its images cannot be a CT"):
+        again(issued, "er")
 
 
 def test_a_rejected_alert_is_sent_again_where_a_negative_verdict_leaves_it_standing(issued: Issued) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pydicom
 import pytest
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from appliance.events import Event
 from appliance.governance.indication import Admission
@@ -283,7 +284,8 @@ def test_no_alert_and_no_other_worklist_waits_for_one_that_cannot_be_told(
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), OperationalError("", {}, Exception("locked"))]
+    "error",
+    [OSError(28, "No space left on device"), OperationalError("", {}, Exception("locked")), NoConnection()],
 )
 def test_where_the_disk_or_the_ledger_fails_the_whole_verdict_is_tried_again(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -9,6 +9,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from appliance.governance.indication import (
 from appliance.governance.label import RULES, Age, Indication, kernel_matches, maker, narrowed, scanner_matches
 from appliance.governance.package import Package, load_configured
 from appliance.settings import Settings, SettingsError
-from dicom_io.header import Header
+from dicom_io.header import FramePlane, Header
 from dicom_io.volume import assemble, planes_of
 from tests.builders import CT, SECONDARY_CAPTURE, head_series, header, plane
 
@@ -314,6 +315,22 @@ def test_a_head_without_a_brain_is_refused_late() -> None:
     hollow = admit_pixels(PACKAGE, found, 20.0, 0.0)
     assert "soft tissue" in hollow.reason
     assert hollow.criteria[-1].clause == PACKAGE.indication.clauses["brain"]
+
+
+@pytest.mark.parametrize(("apart", "met"), [(5.0, True), (5.02, False)])
+@pytest.mark.parametrize("tilt", [0.0, 7.0, 18.5])
+def test_a_quarter_may_lie_between_the_slices(apart: float, met: bool, tilt: float) -> None:
+    cosine, sine = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
+    frames = [
+        FramePlane(
+            (-128.0, round(-128 - sine * apart * n, 4), round(cosine * apart * n, 4)),
+            (1.0, 0.0, 0.0, 0.0, round(cosine, 6), round(sine, 6)), (0.5, 0.5), 3.75,
+        )
+        for n in range(1, 31)
+    ]  # fmt: skip
+    series = [replace(one, frames=(frame,)) for one, frame in zip(head_series(30), frames, strict=True)]
+    (gaps,) = [one for one in admission(series).criteria if one.criterion == "gaps"]
+    assert gaps.met == met, gaps.value
 
 
 def test_a_head_of_which_the_model_does_not_see_all_is_refused() -> None:

@@ -110,7 +110,19 @@ def test_what_lies_outside_the_field_is_told_from_what_the_model_sees(
     hu = np.select([away > 66, away > 60], [-1000.0, 1000.0], 35.0).astype(np.float32)
     inside = (away < 60) & (np.abs(rows) < 100) & (np.abs(columns) < 100)
     found = brain_area_mm2(hu, (millimetres, millimetres), 200)
-    assert found.seen + found.unseen == pytest.approx(np.pi * 60**2, rel=0.05)
+    assert found.seen + found.unseen == pytest.approx(np.pi * 60**2, rel=0.05)  # it always reaches into the field
     assert found.seen == pytest.approx(inside.sum() * millimetres**2, abs=450)
     if max(abs(down), abs(across)) < 38:
         assert found.unseen == 0
+
+
+def test_the_marrow_of_raised_arms_beside_the_head_is_no_brain_that_is_not_seen() -> None:
+    rows, columns = np.mgrid[:800, :800] / 2 - 199.75
+    hu = np.full((800, 800), -1000.0, np.float32)
+    for across, radius in ((0, 70), (-165, 21), (165, 21)):
+        away = np.hypot(rows, columns - across)
+        hu[away < radius + 6] = 1000.0
+        hu[away < radius] = 40.0
+    found = brain_area_mm2(hu, (0.5, 0.5), 256)
+    assert found.unseen == 0
+    assert found.seen == pytest.approx(np.pi * 70**2, rel=0.05)
