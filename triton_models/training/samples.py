@@ -353,11 +353,8 @@ class Variety:
                 fine -= cv2.GaussianBlur(white, (0, 0), rng.uniform(1.8, 4))
             grains.append(fine / fine.std())
         self._grain = np.stack(grains)
-        slow = [
-            cv2.resize(rng.standard_normal((k, k), dtype=np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
-            for k in rng.integers(3, 9, 24)
-        ]
-        self._slow = np.stack([field / field.std() for field in slow])
+        self._slow = _fields(rng, 3, 9)
+        self._gyri = _fields(rng, 8, 21)
 
     def __call__(
         self,
@@ -433,7 +430,8 @@ class Variety:
         if chance[4] < 0.3:  # kernels and filters change how far grey stands from white matter
             hu += np.float32(rng.uniform(-0.2, 0.25)) * (np.clip(hu, 0, 80) - 34) * (hu > 0)
         if chance[6] < 0.8:
-            _against_bone(rng, hu, self._slow[rng.integers(len(self._slow)), :rows, :columns])
+            slow, gyri = (some[rng.integers(len(some)), :rows, :columns] for some in (self._slow, self._gyri))
+            _against_bone(rng, hu, slow, gyri)
         hu *= np.float32(rng.normal(1, 0.03))
         hu += np.float32(rng.normal(0, 4))
         if chance[5] < 0.05:  # an image that was stored through a window
@@ -459,7 +457,18 @@ class Variety:
         return np.asarray(bands[place, 0] / bands.std() * near, dtype=np.float32)
 
 
-def _against_bone(rng: np.random.Generator, hu: NDArray[np.float32], slow: NDArray[np.float32]) -> None:
+def _fields(rng: np.random.Generator, coarsest: int, finest: int) -> NDArray[np.float32]:
+    """24 fields of unit spread, each smooth between so many random values along an edge, the last number excluded."""
+    fields = [
+        cv2.resize(rng.standard_normal((k, k), dtype=np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+        for k in rng.integers(coarsest, finest, 24)
+    ]
+    return np.stack([field / field.std() for field in fields])
+
+
+def _against_bone(
+    rng: np.random.Generator, hu: NDArray[np.float32], slow: NDArray[np.float32], gyri: NDArray[np.float32]
+) -> None:
     """Brain close to the skull without fluid between, and the brightness that bone lends to what lies beside it.
 
     The simulated heads have a dark seam there that many real ones lack: a network that has only seen it takes a bright
@@ -470,6 +479,7 @@ def _against_bone(rng: np.random.Generator, hu: NDArray[np.float32], slow: NDArr
         rng: decides how much.
         hu: (rows, columns, 3), changed in place.
         slow: (rows, columns) of unit spread: the brightness is not the same all around.
+        gyri: the same, as fine as gyri are: between two that touch the bone there may be fluid.
     """
     bone = np.asarray(np.clip((hu - 150) / 350, 0, 1), dtype=np.float32)
     soft = ((hu > -60) & (hu < 150)).astype(np.float32)
@@ -478,14 +488,18 @@ def _against_bone(rng: np.random.Generator, hu: NDArray[np.float32], slow: NDArr
     if rng.random() < 0.8:
         # The level is lifted and the grain on it stays.
         level = cv2.GaussianBlur(np.clip(hu, -40, 60), (0, 0), 1.2)
-        hu -= near * np.float32(rng.uniform(0.5, 1)) * np.minimum(level - np.float32(rng.uniform(26, 46)), 0)
+        lifted = near * np.float32(rng.uniform(0.5, 1)) * np.minimum(level - np.float32(rng.uniform(26, 46)), 0)
+        if rng.random() < 0.5:
+            lifted *= np.clip(2.5 * (gyri + np.float32(rng.uniform(-0.3, 1))), 0, 1)[:, :, None]
+        hu -= lifted
     if rng.random() < 0.5:  # the edge of the bone is as wide as the scanner's blur
         hu += _near(rng, bone, (0.6, 1.4)) * soft * np.float32(rng.uniform(0, 50))
     around = np.clip(1 + np.float32(rng.uniform(0, 0.7)) * slow, 0, 2)[:, :, None]
     far = near if rng.random() < 0.5 else _near(rng, bone, (3, 10)) * soft
     hu += far * around * np.float32(rng.uniform(-2, 26))
-    if rng.random() < 0.5:  # a gyrus that touches the bone is bright here and not there, as a thin clot is
-        places = np.clip(3 * (slow[::-1, ::-1] - np.float32(rng.uniform(0.2, 1))), 0, 1)[:, :, None]
+    if rng.random() < 0.6:  # a gyrus that touches the bone is bright here and not there, as a thin clot is
+        pattern = slow[::-1, ::-1] if rng.random() < 0.4 else gyri
+        places = np.clip(3 * (pattern - np.float32(rng.uniform(0.2, 1))), 0, 1)[:, :, None]
         hu += _near(rng, bone, (1, 4)) * soft * places * np.float32(rng.uniform(4, 24))
 
 

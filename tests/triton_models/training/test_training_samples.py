@@ -185,7 +185,7 @@ def test_what_lies_beside_bone_is_shown_dark_and_bright(variety: Variety) -> Non
     fields = head(128, 128)
     covered = np.zeros((5, 64, 64), np.uint8)
     differences = []
-    for seed in range(60):
+    for seed in range(150):
         hu, blood = variety(np.random.default_rng(seed), fields, covered, (256, 256))
         assert not blood.any()
         bone = hu[:, :, 1] > 300
