@@ -234,6 +234,8 @@ def fit(
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}])
+    if not steps:
+        return average.network.to(memory_format=torch.contiguous_format), 0.0, [[0, heads]]
     checkpoint = work / f"checkpoint-{seed}-{batch}-{rate:g}-{'half' if half else 'single'}.pt"
     done, spent, joined = 0, 0.0, [[0, heads]]
     if checkpoint.exists():
@@ -312,7 +314,9 @@ def main() -> None:
         "--calibration", type=int, default=120, help="heads whose two studies calibrate and set the thresholds"
     )
     parser.add_argument("--minutes", type=float, default=60, help="to train; becomes a number of steps")
-    parser.add_argument("--steps", type=int, default=0, help="to train, whatever the minutes")
+    parser.add_argument(
+        "--steps", type=int, help="to train, whatever the minutes; 0 calibrates the weights of --start as they are"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3, help="the highest learning rate")
     parser.add_argument("--start", type=Path, help="a package's model_fp32.onnx to begin with, of the same network")
@@ -340,9 +344,11 @@ def main() -> None:
     store = Store(work, training)
     head_count = sum(heads.count for heads in training)
     plan = work / f"steps-{arguments.seed}-{arguments.minutes:g}-{arguments.batch}"
-    if not arguments.steps and not plan.exists():
+    if arguments.steps == 0 and arguments.start is None:
+        parser.error("--steps 0: name the weights to calibrate with --start")
+    if arguments.steps is None and not plan.exists():
         plan.write_text(str(measured_steps(arguments.minutes, arguments.batch, arguments.half)), encoding="ascii")
-    steps = arguments.steps or int(plan.read_text(encoding="ascii"))
+    steps = int(plan.read_text(encoding="ascii")) if arguments.steps is None else arguments.steps
     say(f"{steps} steps of {arguments.batch} on {len(store)} slabs")
     network, seconds, joined = fit(
         store,
@@ -371,7 +377,7 @@ def main() -> None:
     commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only", "start")}
     figures: dict[str, Any] = {
         "command": "python -m triton_models.training.train --out triton_models/ich_reference "
-        + " ".join(filter(None, (_option(name, value) for name, value in commands.items()))),
+        + " ".join(filter(None, (_option(name, value) for name, value in commands.items() if value is not None))),
         "started_from": hashlib.sha256(arguments.start.read_bytes()).hexdigest() if arguments.start else None,
         "seed": arguments.seed,
         "steps": steps,
