@@ -1,5 +1,5 @@
 {
   "algorithm": "Ed25519",
   "key": "e8949ff377b39979",
-  "signature": "zORDeTQjdGvri/esY6RQagWA0E7esfP9317qfW2RtrCJB+hwzgF/QKorQJBq4Oki1Ne+XlUhuylfmLSOlEt2Bw=="
+  "signature": "l7GvpQLy2dCq0SNRIaMj4iD9Rlbupj/BpDPm8Vd+isAhIlCngD9jjCSNqKNl8/enIDmIMTSlFE5zZr5MW4mvAg=="
 }
