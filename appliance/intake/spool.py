@@ -330,7 +330,7 @@ def path_of(directory: Path, digest: str) -> Path:
     return directory / f"{digest[:2]}/{digest}.dcm"
 
 
-def _put_in_place_of(name: Path, path: Path | str) -> None:
+def _put_in_place_of(name: Path | str, path: Path | str) -> None:
     """Give a damaged file's name to a whole one, which keeps its own."""
     whole = Path(f"{path}.whole")
     whole.unlink(missing_ok=True)
