@@ -646,7 +646,7 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
             for key, positive, mode, limitations in connection.execute(query):
                 if positive and mode == "clinical":
                     standing.add(key)
-                elif not positive and mode != "shadow" and ALERT_STANDS not in limitations:
+                elif not positive and mode != "shadow" and ALERT_STANDS not in (limitations or ()):
                     standing.discard(key)
         return bool(standing)
 

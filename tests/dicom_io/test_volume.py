@@ -220,6 +220,12 @@ def test_two_acquisitions_may_adjoin_and_not_cover_the_same() -> None:
     within = scanned([1.25 * n + 10.6 for n in range(12)], 3, 41)
     with pytest.raises(GeometryError, match="acquisitions 1 and 3 cover the same 14 mm"):
         assemble(low + within)
+    # Of what reaches furthest, not of the one before: 2 lies within 1 and is short.
+    short = scanned([30.6 + 1.25 * n for n in range(6)], 2, 41)
+    onwards = scanned([35.9 + 1.25 * n for n in range(30)], 3, 61)
+    with pytest.raises(GeometryError, match="acquisitions 1 and 3 cover the same 13 mm"):
+        assemble(low + short + onwards)
+    assert len(assemble(low + short).planes) == 46
     # Every slice an acquisition of its own, or none that says so, as scanners have it that go step by step.
     assert len(assemble([replace(one, acquisition=n) for n, one in enumerate(low)]).planes) == 40
     assert len(assemble([*low, *(replace(one, acquisition=None) for one in again)]).planes) == 80

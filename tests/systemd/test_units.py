@@ -149,6 +149,7 @@ def test_the_commands_exist() -> None:
             if words[0] == "/opt/scanside/venv/bin/scanside":
                 node = group
                 for word in words[1 : 3 if words[1] == "audit" else 2]:
+                    assert word in node.commands, (name, command)  # type: ignore[attr-defined]
                     node = node.commands[word]  # type: ignore[attr-defined]
 
 
