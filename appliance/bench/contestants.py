@@ -70,7 +70,8 @@ def _without(program: str) -> Callable[[], str]:
 
 def _start_scanside(folder: Path) -> Receiver:
     port = free_port()
-    config = init.write(folder / "box", {"intake": {"host": LOOPBACK, "port": port, "maximum_associations": 100}})
+    intake = {"host": LOOPBACK, "port": port, "maximum_associations": 100, "reserve_percent": 0.0, "reserve_bytes": 0}
+    config = init.write(folder / "box", {"intake": intake})
     settings = load_settings(config)
     # The environment overrides the file; a benchmark must not write into the state folder of a box.
     unset = [word for name in os.environ if name.startswith("SCANSIDE_") for word in ("-u", name)]

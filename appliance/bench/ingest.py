@@ -142,7 +142,11 @@ def _one(contestant: Contestant, sender: Sender, made: Sequence[Slice], associat
         before = cpu_seconds_below(receiver.process.keeper_pid)
         sent = sender.send(receiver.peer, made, associations, folder)
         used = cpu_seconds_below(receiver.process.keeper_pid) - before
-        verify(contestant.name, made, receiver.kept())
+        try:
+            verify(contestant.name, made, receiver.kept())
+        except PeerError as error:
+            # dcmsend ends well even where each of its images was refused: only the receiver can say why.
+            raise PeerError(error.what, error.where, f"its last words: {receiver.process.tail(2) or 'none'}") from error
     finally:
         receiver.process.stop()
     # What this one left to be written must not be written in the time of the next.

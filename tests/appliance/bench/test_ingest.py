@@ -19,6 +19,7 @@ from appliance.bench.slices import make
 from appliance.cli import app
 from appliance.demo.orthanc import free_port
 from appliance.operations.leash import Leashed
+from appliance.settings import load_settings
 from dicom_io.errors import PeerError, ScansideError
 from tests.builders import mentioning
 from tests.peers import program as installed
@@ -77,12 +78,21 @@ def test_a_receiver_that_loses_images_is_an_error(tmp_path: Path) -> None:
     installed("storescp")
 
     def forgetful(port: int, folder: Path) -> list[str | Path]:
-        return ["storescp", "--ignore", "-od", folder, str(port)]
+        return ["sh", "-c", f"echo keeps nothing; exec storescp --ignore -od {folder} {port}"]
 
     loser = Contestant("loser", "answers Success and keeps nothing", lambda: "", program(forgetful))
-    with pytest.raises(PeerError, match="loser lost 3 of 3 images"):
+    with pytest.raises(PeerError, match="loser lost 3 of 3 images; its last words: keeps nothing"):
         measure(Plan(3, 1, (1,), [loser]), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_our_receiver_takes_images_on_a_disk_that_a_box_would_call_full(tmp_path: Path) -> None:
+    receiver = KNOWN["scanside"].start(tmp_path)
+    try:
+        intake = load_settings(tmp_path / "box" / "scanside.toml").intake
+    finally:
+        receiver.process.stop()
+    assert (intake.reserve_percent, intake.reserve_bytes) == (0.0, 0), "the benchmark looks at the room itself"
 
 
 def test_one_lost_foreign_or_broken_image_is_enough(tmp_path: Path) -> None:
