@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Volume = NDArray[np.float32]
 Array = NDArray[np.floating[Any]]
+_TALLEST = 32000
+"""Rows of the tallest image that `cv2.remap` reads."""
 
 
 def enlarge(coarse: Volume, shape: Sequence[int]) -> Volume:
@@ -45,6 +47,37 @@ def double(coarse: Volume) -> Volume:
         between *= np.float32(0.5)
         coarse = fine
     return coarse
+
+
+def at_places(volume: Volume, places: Sequence[Volume], outside: float) -> Volume:
+    """A volume at the places of a picture's pixels, by linear interpolation, with 1/32 of a voxel as the finest step.
+
+    The slices of the volume that the picture crosses lie under one another as one image, in which `cv2.remap` looks up
+    two of them at a time: some four times as fast as `scipy.ndimage.affine_transform`.
+
+    Args:
+        volume: (z, y, x).
+        places: z, y and x of each pixel, in voxels, all of the picture's shape.
+        outside: the value beyond the volume.
+    """
+    z, y, x = places
+    depth, height, width = volume.shape
+    within = (z >= 0) & (z <= depth - 1) & (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
+    if not within.any():
+        return np.full(z.shape, outside, dtype=np.float32)
+    low = int(np.clip(np.floor(z[within].min()), 0, depth - 2))
+    high = int(np.clip(np.ceil(z[within].max()), low + 1, depth - 1))
+    if (high - low + 1) * height > _TALLEST:
+        half = len(z) // 2
+        ends = ([place[:half] for place in places], [place[half:] for place in places])
+        return np.concatenate([at_places(volume, end, outside) for end in ends])
+    picture = volume[low : high + 1].reshape(-1, width)
+    level = np.clip(z - np.float32(low), 0, high - low)
+    lower = np.minimum(np.floor(level), high - low - 1)
+    rows, columns = np.clip(y, 0, height - 1) + lower * np.float32(height), np.clip(x, 0, width - 1)
+    near, far = (cv2.remap(picture, columns, rows + np.float32(k * height), cv2.INTER_LINEAR) for k in (0, 1))
+    near += (far - near) * (level - lower)
+    return np.where(within, near, np.float32(outside))
 
 
 def noise(rng: np.random.Generator, shape: Sequence[int], cell_mm: float) -> Volume:

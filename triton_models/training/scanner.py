@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from .anatomy import Head
-from .fields import Volume, mix, soft
+from .fields import Volume, at_places, mix, soft
 from .haemorrhage import SUBTYPES
 
 AIR_HU = -1000.0
@@ -282,14 +282,19 @@ class _Cut:
 
     def mean(self, volume: Volume, outside: float, part: slice) -> Volume:
         """A volume of the head in some of the slices, averaged over their thickness."""
-        matrix = np.stack([self.to_head @ way for way in (self.step, self.down, self.across)], axis=1)[::-1]
         total = np.zeros((part.stop - part.start, self.size, self.size), dtype=np.float32)
-        for offset in self.offsets:
-            at = self.first + part.start * self.step + offset - self.centre
-            start = (self.to_head @ at)[::-1] - self.origin_mm
-            total += ndimage.affine_transform(
-                volume, matrix, start, total.shape, np.float32, order=1, cval=outside, prefilter=False
-            )
+        down, across = ((self.to_head @ way)[::-1] for way in (self.down, self.across))
+        number = np.arange(self.size, dtype=np.float32)
+        grids = [
+            np.add.outer(number * np.float32(by_row), number * np.float32(by_column))
+            for by_row, by_column in zip(down, across, strict=True)
+        ]
+        for index, plane in enumerate(total, part.start):
+            for offset in self.offsets:
+                at = self.first + index * self.step + offset - self.centre
+                start = (self.to_head @ at)[::-1] - self.origin_mm
+                places = [grid + np.float32(first) for grid, first in zip(grids, start, strict=True)]
+                plane += at_places(volume, places, outside)
         total *= np.float32(1 / len(self.offsets))
         return total
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.ndimage import label
+from scipy.ndimage import binary_dilation, gaussian_filter1d, label, uniform_filter1d
 
 from triton_models.training import anatomy
 from triton_models.training.anatomy import Head
@@ -120,6 +120,22 @@ def test_a_subdural_keeps_to_its_side_and_crosses_sutures(clean: Head) -> None:
         crossed += bool(head.sutures_mm[mask].min() < 1)
         assert np.percentile(head.table_mm[mask], 90) < 20
     assert crossed
+
+
+@pytest.mark.parametrize("subtype", ["epidural", "subdural"])
+@pytest.mark.parametrize("volume_ml", [0.1, 0.5, 3.0])
+def test_what_counts_of_blood_at_the_skull_is_what_a_slab_shows_as_blood(
+    clean: Head, subtype: str, volume_ml: float
+) -> None:
+    for head, mask in masks(clean, subtype, volume_ml):
+        slab = uniform_filter1d(head.hu, 5, axis=0)
+        for axis in (1, 2):
+            slab = gaussian_filter1d(slab, 0.75, axis=axis)
+        assert slab[mask].mean() < 80  # no real lesion of 1873 has a mean over 73
+        hidden = binary_dilation(mask, iterations=2) & ~mask & (clean.table_mm > 0.4) & (clean.table_mm < 1.1)
+        # Where it lies on bone there is blood between, too; not so on the falx or the tentorium.
+        if np.count_nonzero(hidden) > 20 and np.percentile(clean.table_mm[mask], 10) < 3:
+            assert np.median(head.hu[hidden]) > np.median(clean.hu[hidden]) + 5
 
 
 def test_a_small_subdural_is_no_film(clean: Head) -> None:
