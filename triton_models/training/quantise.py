@@ -55,9 +55,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantise(model: Path, out: Path, store: Store) -> None:
-    """Write a model in eight bits; its first convolution, the two that make the maps and what follows stay in single.
+    """Write a model in eight bits but for its first convolution, the two that make the maps and what follows.
 
-    In eight bits the last two left a slab's probability a few dozen values to choose from.
+    In eight bits those two, and the sums behind them, left a slab's probability a few dozen values to choose from.
 
     Args:
         model: in single precision.
@@ -70,8 +70,8 @@ def quantise(model: Path, out: Path, store: Store) -> None:
     slabs = network_input(np.stack([store.sample(n)[0] for n in picked]))
     ready = out.with_suffix(".ready.onnx")
     quant_pre_process(str(model), str(ready), skip_symbolic_shape=True)
-    graph = onnx.load(str(ready)).graph
-    convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
+    nodes = list(onnx.load(str(ready)).graph.node)
+    convolutions = [n for n, node in enumerate(nodes) if node.op_type == "Conv"]
     quantize_static(
         str(ready),
         str(out),
@@ -82,7 +82,7 @@ def quantise(model: Path, out: Path, store: Store) -> None:
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["Conv", "Add", "Relu", "Resize"],
-        nodes_to_exclude=[convolutions[0], *convolutions[-2:]],
+        nodes_to_exclude=[nodes[convolutions[0]].name, *(node.name for node in nodes[convolutions[-2] :])],
     )
     ready.unlink()
 

@@ -165,14 +165,14 @@ def test_a_deeper_network_begins_as_the_one_that_it_takes_over(tmp_path: Path) -
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("name", "off"), [("fp32.onnx", 1e-5), ("int8.onnx", 0.05)])
-def test_a_head_and_its_mirror_image_are_the_same_to_what_is_exported(made: Made, name: str, off: float) -> None:
+@pytest.mark.parametrize("name", ["fp32.onnx", "int8.onnx"])
+def test_a_head_and_its_mirror_image_are_the_same_to_what_is_exported(made: Made, name: str) -> None:
     with np.load(SHIPPED.parent / "parity.npz") as vectors:
         slabs = run_input(vectors["fields"])
     ask = predictor(made.work / name, 1)
     (seen, lesion_map), (mirrored, mirrored_map) = ask(slabs), ask(np.ascontiguousarray(slabs[..., ::-1]))
-    assert np.abs(seen - mirrored).max() < off
-    assert np.abs(lesion_map - mirrored_map[..., ::-1]).max() < off
+    assert np.abs(seen - mirrored).max() < 1e-5
+    assert np.abs(lesion_map - mirrored_map[..., ::-1]).max() < 1e-5
     assert np.abs(lesion_map - lesion_map[..., ::-1]).max() > 0.1, "it is no image that is the same mirrored"
 
 
