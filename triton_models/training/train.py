@@ -42,7 +42,7 @@ from .network import INPUTS, Network
 from .progress import Bar, say
 from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Heads, Store, Variety, make
 
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 PRESENT_MM2 = 12.0
 """A slab with so much blood is one that bleeds; what is below teaches its map only."""
 SURE_MM2 = 48.0
