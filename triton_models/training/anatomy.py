@@ -71,7 +71,7 @@ class _Person:
 
     atrophy: float
     gap_mm: float
-    leaning: float  # how much of the brain's surface touches the dura: none at -2, all at 2
+    leaning: float  # how much of the brain's surface touches the dura: about none at -2, all at 2
     cavity_ml: float
     fluid_hu: float
     grey_hu: float

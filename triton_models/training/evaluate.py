@@ -229,7 +229,7 @@ def evaluated(reader: Reader, studies: Path, family: str, seed: int) -> tuple[Ou
 
 
 def _mean_hu(phantom: Phantom) -> float:
-    """Of all blood that was painted."""
+    """Of all blood that counts."""
     return round(sum(b.hu * b.volume_ml for b in phantom.bleeds) / sum(b.volume_ml for b in phantom.bleeds), 1)
 
 

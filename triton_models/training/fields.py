@@ -1,4 +1,4 @@
-"""Smooth random fields on a grid, and the soft edge that every shape of the head is drawn with."""
+"""Smooth random fields on a grid, the soft edge that every shape of the head is drawn with, and looking volumes up."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def double(coarse: Volume) -> Volume:
 
 
 def at_places(volume: Volume, places: Sequence[Volume], outside: float) -> Volume:
-    """A volume at the places of a picture's pixels, by linear interpolation, with 1/32 of a voxel as the finest step.
+    """A volume at the places of a picture's pixels, by linear interpolation; in OpenCV 4 to 1/32 of a voxel.
 
     The slices of the volume that the picture crosses lie under one another as one image, in which `cv2.remap` looks up
     two of them at a time: some four times as fast as `scipy.ndimage.affine_transform`.
@@ -67,7 +67,7 @@ def at_places(volume: Volume, places: Sequence[Volume], outside: float) -> Volum
         return np.full(z.shape, outside, dtype=np.float32)
     low = int(np.clip(np.floor(z[within].min()), 0, depth - 2))
     high = int(np.clip(np.ceil(z[within].max()), low + 1, depth - 1))
-    if (high - low + 1) * height > _TALLEST:
+    if (high - low + 1) * height > _TALLEST and len(z) > 1:
         half = len(z) // 2
         ends = ([place[:half] for place in places], [place[half:] for place in places])
         return np.concatenate([at_places(volume, end, outside) for end in ends])

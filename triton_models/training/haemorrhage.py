@@ -24,7 +24,7 @@ class Bleed:
 
     Attributes:
         subtype: one of `SUBTYPES`.
-        volume_ml: of its mask, as it was painted.
+        volume_ml: of its mask, which is what counts; at the skull more is painted.
         hu: mean attenuation over its mask, as a slab of 5 mm shows it.
         age: "hyperacute", "acute", "subacute" or "isodense" (near that of grey matter).
     """
@@ -138,7 +138,7 @@ class _Plan:
         room: where it may lie, in the head as it is when called; what of it counts, `_seen` says.
         cover: how much of a voxel blood may take, in the head as it is when called.
         edge_mm: how sharp it ends.
-        pushes: how much it displaces, by its volume; more than 1, as brain is stiffer than a fluid.
+        pushes: how much it displaces, by what is painted; more than 1, as brain is stiffer than a fluid.
         oedema_mm: width of the dark rim.
         mottled: HU, spread within it.
         level: what the upper (front) part has less than the lower, where blood has settled; HU.
@@ -182,7 +182,8 @@ def bleed(
 
     Raises:
         ValueError: no such subtype, or the volume is not positive.
-        NoRoom: the head has no place for it; nothing has changed.
+        NoRoom: the head has no place for it; nothing has changed, unless the last of the room went when a large one
+            pushed an earlier bleed there.
     """
     if subtype not in SUBTYPES or (volume_ml is not None and not volume_ml > 0):
         raise ValueError(f"no bleed of {volume_ml} mL of subtype {subtype!r}; subtypes are {', '.join(SUBTYPES)}")
@@ -219,7 +220,7 @@ def draw_study(rng: np.random.Generator, head: Head, truth: NDArray[np.uint8]) -
     """Let a head bleed as real ones do: which subtypes come together, how many of each and how large.
 
     Those that push come first, and what finds no room is left out. Arguments as those of `bleed`; each `Bleed` has the
-    volume that it was painted with.
+    volume that counts of it.
 
     Raises:
         NoRoom: nothing found any.
@@ -288,7 +289,7 @@ def _paint(rng: np.random.Generator, plan: _Plan, image: Volume, covered: Volume
 
 
 def _seen(head: Head, where: Box) -> Mask:
-    """Where a reader can outline blood: not in what a slab of 5 mm shows of bone, and of its edge through the blur.
+    """Where a reader can outline blood: not in what a slab of 5 mm across the head's axis shows of bone and its blur.
 
     Blood is there, too, but the real outlines that `statistics` were measured over leave it out: their mean is 73 HU at
     the most, and a film half within the edge of the bone would have 100 to 280.

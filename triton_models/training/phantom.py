@@ -58,7 +58,7 @@ class Phantom:
         positions: of each slice's first pixel in the patient, mm (PS3.3 C.7.6.2.1.1).
         orientation: row and column cosines.
         mask: (slices, rows, columns) uint8: 0 none, else 1 + the position in `SUBTYPES`.
-        volume_ml: by subtype, of the blood within the slices; subtypes that are not there are left out.
+        volume_ml: by subtype, what counts of the blood within the slices; subtypes that are not there are left out.
         bleeds: as they were painted.
         look_alikes: names in `lookalikes.KINDS`.
         seed: what it was drawn from.

@@ -531,7 +531,9 @@ def _darken(
     place = np.clip(2.5 * (1 + 0.35 * slow - far), 0, 1)
     if rng.random() < 0.5:
         place *= np.clip(2 * (gyri + np.float32(rng.uniform(0, 1.2))), 0, 1)
-    place *= 1 - cv2.resize(np.minimum(blood.sum(axis=0), 1), (columns, rows), interpolation=cv2.INTER_LINEAR)
+    # A pixel of the map with any blood in it, and those about it, stay whole.
+    whole = cv2.dilate((blood.sum(axis=0) > 0).astype(np.float32), np.ones((3, 3), dtype=np.uint8))
+    place *= 1 - cv2.resize(whole, (columns, rows), interpolation=cv2.INTER_LINEAR)
     level = cv2.GaussianBlur(np.clip(hu, -100, 100), (0, 0), 1.0)
     brain = np.clip((level - 5) / 10, 0, 1) * np.clip((47 - level) / 6, 0, 1)
     hu -= (place * np.float32(rng.uniform(5, 24)))[:, :, None] * brain
@@ -540,12 +542,14 @@ def _darken(
 def _bone_between(rng: np.random.Generator, hu: NDArray[np.float32]) -> None:
     """A share of the bone of the slabs beside it in each, as slices overlap that are wider than their distance.
 
+    It lends less than the 45 HU from which on blood at the skull counts no more (`haemorrhage.bleed`).
+
     Args:
         rng: decides how much.
         hu: (rows, columns, 3), changed in place.
     """
     bone = np.clip(hu - 150, 0, 1200)
-    share = np.float32(0.12 * rng.random() ** 2)
+    share = np.float32(rng.uniform(0, 0.04))
     soft = (hu < 150) & (hu > -150)
     for layer, beside in ((0, (1,)), (1, (0, 2)), (2, (1,))):
         for other in beside:

@@ -119,7 +119,8 @@ class Scan:
     Attributes:
         hu: (slices, rows, columns) float32; `PADDING_HU` where there is padding.
         mask: (slices, rows, columns) uint8: 0 none, else 1 + the position in `SUBTYPES`.
-        volume_ml: blood within the slices, by subtype; a subtype that no voxel of the mask holds is left out.
+        volume_ml: what counts of the blood within the slices, by subtype; a subtype that no voxel of the mask holds is
+            left out.
         positions: of each slice's first pixel in the patient, mm (PS3.3 C.7.6.2.1.1).
         orientation: row and column cosines.
     """

@@ -199,6 +199,39 @@ def test_what_lies_beside_bone_is_shown_dark_and_bright(variety: Variety) -> Non
     assert min(differences) < -5 and max(differences) > 12
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), row=st.integers(6, 54), column=st.integers(6, 54), share=st.floats(0.02, 1))
+def test_a_scar_darkens_brain_and_neither_what_is_bright_nor_blood(
+    seed: int, row: int, column: int, share: float
+) -> None:
+    blood = np.zeros((5, 64, 64), dtype=np.float32)
+    blood[2, row : row + 3, column : column + 4] = share
+    hu = np.full((256, 256, 3), 34, dtype=np.float32)
+    hu[:, 120:123] = 70  # a falx
+    before, outline = hu.copy(), np.zeros((256, 256), dtype=np.float32)
+    samples._darken(np.random.default_rng(seed), hu, blood, outline, outline + 1)
+    labelled = np.kron(blood[2] > 0, np.ones((4, 4))) > 0
+    assert np.array_equal(hu[labelled], before[labelled])
+    assert np.array_equal(hu[:, 121], before[:, 121])
+    darker = before - hu
+    assert darker.min() == 0 and darker.max() <= 24
+    assert np.mean(darker[:, :, 1] > 4) > 0.003
+
+
+def test_bone_of_the_next_slab_is_lent_to_what_is_soft_and_less_than_hides_blood() -> None:
+    fields = np.full((64, 64, 3), 30, dtype=np.float32)
+    fields[:32, :, 0] = 1500  # bone below one half
+    fields[:, :32, 1] = 900  # and in the middle slab itself
+    lent = []
+    for seed in range(20):
+        hu = fields.copy()
+        samples._bone_between(np.random.default_rng(seed), hu)
+        lent.append(float(hu[0, 63, 1] - 30))
+        assert np.array_equal(hu[fields > 150], fields[fields > 150])
+        assert np.all(hu[32:, 32:, 1] == 30) and np.all(hu[:, 32:, 2] == 30)
+    assert min(lent) >= 0 and 25 < max(lent) <= 48
+
+
 def test_neighbours_change_places_or_are_missing_but_the_middle_stays(variety: Variety) -> None:
     fields = np.repeat(np.array([-500, 0, 500], np.int16), 256 * 256).reshape(3, 256, 256)
     seen = set()
