@@ -1,5 +1,5 @@
 {
   "algorithm": "Ed25519",
   "key": "e8949ff377b39979",
-  "signature": "l7GvpQLy2dCq0SNRIaMj4iD9Rlbupj/BpDPm8Vd+isAhIlCngD9jjCSNqKNl8/enIDmIMTSlFE5zZr5MW4mvAg=="
+  "signature": "/8xO8RbTlu0VLPa6wzJ+Y7TGIbl3mqP+R39ft6NrZvq9W3+hABT3x3sxz20Y+FnWDFz9CWvacbIkGDszrcWbBw=="
 }
