@@ -291,8 +291,8 @@ def _paint(rng: np.random.Generator, plan: _Plan, image: Volume, covered: Volume
 def _seen(head: Head, where: Box) -> Mask:
     """Where a reader can outline blood: not in what a slab of 5 mm across the head's axis shows of bone and its blur.
 
-    Blood is there, too, but the real outlines that `statistics` were measured over leave it out: their mean is 73 HU at
-    the most, and a film half within the edge of the bone would have 100 to 280.
+    Blood is there, too, but the real outlines that `statistics` were measured over leave it out: of those at the skull
+    98 in 100 have a mean under 73 HU, and a film half within the edge of the bone would have 100 to 280.
     """
     bone = uniform_filter1d(head.bone[where.at], 5, axis=0)
     for axis in (1, 2):

@@ -131,7 +131,7 @@ def test_what_counts_of_blood_at_the_skull_is_what_a_slab_shows_as_blood(
         slab = uniform_filter1d(head.hu, 5, axis=0)
         for axis in (1, 2):
             slab = gaussian_filter1d(slab, 0.75, axis=axis)
-        assert slab[mask].mean() < 80  # no real lesion of 1873 has a mean over 73
+        assert slab[mask].mean() < 80  # 98 in 100 real ones have a mean under 73, the brightest 89
         hidden = binary_dilation(mask, iterations=2) & ~mask & (clean.table_mm > 0.4) & (clean.table_mm < 1.1)
         # Where it lies on bone there is blood between, too; not so on the falx or the tentorium.
         if np.count_nonzero(hidden) > 20 and np.percentile(clean.table_mm[mask], 10) < 3:
