@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,11 @@ def test_a_stop_is_quick_and_clean(own_server: Server) -> None:
 
 def opened(pid: int) -> list[str]:
     """What a process has open."""
-    return [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    names = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            names.append(str(path.readlink()))
+    return names
 
 
 def children(pid: int) -> list[int]:
