@@ -542,7 +542,7 @@ def _darken(
 def _bone_between(rng: np.random.Generator, hu: NDArray[np.float32]) -> None:
     """A share of the bone of the slabs beside it in each, as slices overlap that are wider than their distance.
 
-    It lends less than the 45 HU from which on blood at the skull counts no more (`haemorrhage.bleed`).
+    Each lends 48 HU at the most, about what makes blood at the skull count no more (`haemorrhage.bleed`).
 
     Args:
         rng: decides how much.
