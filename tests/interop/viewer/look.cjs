@@ -54,7 +54,7 @@ const voxels = () => {
   return { labels: Object.values(one.segments).map(segment => segment.label), slices: found };
 };
 
-/** The pixels of the current image whose place on the screen has a colour: what the viewer draws over a grey CT. */
+/** Which image is shown, and its pixels whose place on the screen has a colour: what the viewer draws over a grey CT. */
 const coloured = () => {
   const [{ viewport }] = window.cornerstone.getEnabledElements();
   const canvas = viewport.getCanvas();
@@ -71,7 +71,7 @@ const coloured = () => {
       const [r, g, b] = pixels.slice(at, at + 3);
       if (Math.max(r, g, b) - Math.min(r, g, b) > 8) found.push(row * image.columns + column);
     }
-  return found;
+  return { instance: image.imageId.split('/instances/')[1].split('/')[0], pixels: found };
 };
 
 /** The measurements of the report as the viewer read them. */
@@ -125,6 +125,17 @@ const lines = () => {
         null,
         WAIT
       );
+    // A segmentation comes to the screen, and the viewport to its slice, a while after the page holds it.
+    const drawn = async () => {
+      let seen = await page.evaluate(coloured);
+      for (const end = Date.now() + WAIT.timeout; Date.now() < end; ) {
+        await page.waitForTimeout(300);
+        const before = JSON.stringify(seen);
+        seen = await page.evaluate(coloured);
+        if (seen.pixels.length && JSON.stringify(seen) === before) break;
+      }
+      return seen;
+    };
     const picture = name => page.screenshot({ path: path.join(out, `${name}.png`) });
 
     await page.goto(`http://127.0.0.1:${port}/viewer?StudyInstanceUIDs=${study}`);
@@ -147,11 +158,7 @@ const lines = () => {
     await page.getByText('Yes', { exact: true }).click(WAIT);
     await page.waitForFunction(() => window.services.segmentationService.getSegmentations().length > 0, null, WAIT);
     await settled();
-    told.segmentation = {
-      ...(await page.evaluate(voxels)),
-      at: await page.evaluate(current),
-      coloured: await page.evaluate(coloured),
-    };
+    told.segmentation = { coloured: await drawn(), ...(await page.evaluate(voxels)) };
     await picture('segmentation');
 
     await open('OT');

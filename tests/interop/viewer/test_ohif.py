@@ -128,11 +128,12 @@ def test_the_segmentation_lies_on_the_bleed(seen: Seen, record_property: Any) ->
 
 
 def test_what_is_coloured_on_the_screen_is_what_is_marked(seen: Seen) -> None:
-    told = seen.page["segmentation"]
-    number = seen.place[told["at"]["instance"]]
+    told = seen.page["segmentation"]["coloured"]
+    number = seen.place[told["instance"]]
     coloured = np.zeros(head(BLEED).mask.shape[1:], bool)
-    coloured.ravel()[told["coloured"]] = True
-    assert dice(coloured, marked(seen)[number]) > 0.97
+    coloured.ravel()[told["pixels"]] = True
+    there = marked(seen)[number]
+    assert dice(coloured, there) > 0.97, f"slice {number}: {coloured.sum()} pixels coloured, {there.sum()} marked"
     assert (coloured & (head(BLEED).mask[number] > 0)).any()
 
 
