@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -162,6 +161,8 @@ def export(
     *,
     version: str,
     calibration: Calibration,
+    sensitivity: float,
+    specificity: float,
     example: NDArray[np.int16],
 ) -> None:
     """Write ``model.onnx``, ``parity.npz`` and ``package.toml``; the package is unsigned until somebody signs it.
@@ -173,7 +174,8 @@ def export(
         single: the same in single precision, or the same file; its answers are the parity vectors.
         folder: made if it is not there.
         version: the package's version.
-        calibration: operating points, and what was seen at them.
+        calibration: operating points.
+        sensitivity, specificity: what `model` was seen to have at them on the calibration studies.
         example: (n, 256, 256) HU, neighbouring slabs foot to head.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +192,6 @@ def export(
         shutil.copyfile(single, folder / SINGLE)
         names.insert(1, SINGLE)
     np.savez_compressed(folder / "parity.npz", fields=example, probabilities=probabilities, lesion_map=lesion_map)
-    seen: dict[str, Any] = calibration.figures
     text = _TOML.format(
         name=NAME,
         version=version,
@@ -205,9 +206,9 @@ def export(
         map_size=MAP_SIZE,
         threshold=calibration.threshold,
         lesion_threshold=calibration.lesion_threshold,
-        sensitivity=seen["sensitivity"],
-        specificity=seen["specificity"],
-        studies=seen["studies"],
+        sensitivity=sensitivity,
+        specificity=specificity,
+        studies=calibration.figures["studies"],
         tolerance=round(max(0.01, 1.5 * off), 3),  # another runtime rounds otherwise
         files="\n".join(
             f'"{name}" = "sha256:{hashlib.sha256((folder / name).read_bytes()).hexdigest()}"' for name in names

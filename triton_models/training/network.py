@@ -39,8 +39,8 @@ class Residual(nn.Module):  # type: ignore[misc]
         return functional.relu(x + self.second(self.first(x)))
 
 
-def _stage(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(_convolution(inputs, outputs, 2), Residual(outputs), Residual(outputs))
+def _stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(_convolution(inputs, outputs, 2), *(Residual(outputs) for _ in range(blocks)))
 
 
 class Network(nn.Module):  # type: ignore[misc]
@@ -54,11 +54,14 @@ class Network(nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         w = WIDTHS
-        self.stem = nn.Sequential(_convolution(INPUTS, w[0], 2), _convolution(w[0], w[0]))
-        self.stage1 = _stage(w[0], w[1])
-        self.stage2 = _stage(w[1], w[2])
-        self.stage3 = _stage(w[2], w[3])
-        self.stage4 = _stage(w[3], w[4])
+        # Deepest where a pixel is small: what is missed most is thin or covers little.
+        self.stem = nn.Sequential(
+            _convolution(INPUTS, w[0], 2), _convolution(w[0], w[0]), Residual(w[0]), Residual(w[0])
+        )
+        self.stage1 = _stage(w[0], w[1], 3)
+        self.stage2 = _stage(w[1], w[2], 3)
+        self.stage3 = _stage(w[2], w[3], 2)
+        self.stage4 = _stage(w[3], w[4], 2)
         self.lateral = nn.ModuleList([nn.Conv2d(width, MAP_WIDTH, 1) for width in w[1:]])
         self.fuse = _convolution(MAP_WIDTH, MAP_WIDTH)
         self.refine = Residual(MAP_WIDTH)

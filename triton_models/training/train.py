@@ -42,7 +42,7 @@ from .network import INPUTS, Network
 from .progress import Bar, say
 from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Heads, Store, Variety, make
 
-VERSION = "0.7.0"
+VERSION = "0.8.0"
 PRESENT_MM2 = 12.0
 """A slab with so much blood is one that bleeds; what is below teaches its map only."""
 SURE_MM2 = 48.0
@@ -413,6 +413,8 @@ def main() -> None:
         arguments.out,
         version=VERSION,
         calibration=calibration,
+        sensitivity=choice.figures[choice.name]["sensitivity"],
+        specificity=choice.figures[choice.name]["specificity"],
         example=calibrate.example(studies),
     )
     (arguments.out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
