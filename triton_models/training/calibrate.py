@@ -25,7 +25,7 @@ MARGIN = 0.01
 """On as many studies as there are, 0.95 seen may well be 0.93."""
 PRESENT_ML = 0.02
 """A study with less blood than this, which no reader sees, does not count as one with it."""
-LESION_THRESHOLDS = tuple(round(0.2 + 0.05 * n, 2) for n in range(13))
+LESION_THRESHOLDS = tuple(round(0.2 + 0.05 * n, 2) for n in range(16))
 FINE_MM = 0.5
 """As in `appliance.inference.verdict`, which needs more than the training environment has."""
 FINE = round(SIZE / FINE_MM)

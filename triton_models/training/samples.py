@@ -348,10 +348,14 @@ class Variety:
         grains = []
         for n in range(24):
             white = rng.standard_normal((400, 400, 3), dtype=np.float32)
-            fine = cv2.GaussianBlur(white, (0, 0), rng.uniform(0.35, 1.3))
             if n % 2:  # sharp kernels take away what is slow
-                fine -= cv2.GaussianBlur(white, (0, 0), rng.uniform(1.8, 4))
-            grains.append(fine / fine.std())
+                grain = cv2.GaussianBlur(white, (0, 0), rng.uniform(0.35, 1.3))
+                grain -= cv2.GaussianBlur(white, (0, 0), rng.uniform(1.8, 4))
+                grains.append(grain / grain.std())
+            else:  # iterative reconstructions leave grain as coarse as a small bleed, and less of it
+                sigma = float(np.exp(rng.uniform(np.log(0.35), np.log(3.5))))
+                grain = cv2.GaussianBlur(white, (0, 0), sigma)
+                grains.append(grain / grain.std() * np.float32(min(1.0, 1.3 / sigma)))
         self._grain = np.stack(grains)
         self._slow = _fields(rng, 3, 9)
         self._gyri = _fields(rng, 8, 21)

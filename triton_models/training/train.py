@@ -45,8 +45,9 @@ from .samples import CALIBRATION, CROP, MAP_PIXEL_MM2, TRAIN, Heads, Store, Vari
 VERSION = "0.8.0"
 PRESENT_MM2 = 12.0
 """A slab with so much blood is one that bleeds; what is below teaches its map only."""
-SURE_MM2 = 48.0
-"""From this area on a bleeding slab counts in full."""
+PLAIN_SHARE = 0.4
+"""A pixel of the map that bleeds so much bleeds. Taught the share itself, a map is no surer of the few pixels of a
+small lesion than of the rim of a large one, and its peaks are what a slab is called by."""
 BLOCK = 100
 """Steps between two looks at which negative slabs are the hard ones."""
 EMA = 0.998
@@ -66,6 +67,7 @@ def loss(maps: Tensor, slabs: Tensor, covered: Tensor) -> Tensor:
     """
     target = torch.cat([covered.sum(dim=1, keepdim=True).clamp(max=1), covered], dim=1)
     area = target.sum(dim=(2, 3)) * MAP_PIXEL_MM2
+    target = (target / PLAIN_SHARE).clamp(max=1)
     dense = functional.binary_cross_entropy_with_logits(maps, target, reduction="none")
     # Half of all lesions are under 1 mL: without the weight their few pixels would drown in the large ones'.
     small = (400 / area.clamp(min=16)).sqrt().clamp(1, 4)[:, :, None, None]
@@ -74,11 +76,13 @@ def loss(maps: Tensor, slabs: Tensor, covered: Tensor) -> Tensor:
     called = torch.sigmoid(maps[:, 0]).flatten(1)
     truth = target[:, 0].flatten(1)
     both = (called * truth).sum(dim=1)
-    dice = 1 - (2 * both + 4) / (called.square().sum(dim=1) + truth.square().sum(dim=1) + 4)
+    # A small lesion that is missed costs as much as a large one; a pixel that is called where there is none, less.
+    even = torch.where(area[:, 0] > 0, 0.5, 4.0)
+    dice = 1 - (2 * both + even) / (called.square().sum(dim=1) + truth.square().sum(dim=1) + even)
     present = (area >= PRESENT_MM2).float()
-    sure = torch.where(area >= PRESENT_MM2, (area / SURE_MM2).clamp(0.4, 1), (area < 1).float())
+    told = ((area >= PRESENT_MM2) | (area < 1)).float()
     whole = functional.binary_cross_entropy_with_logits(slabs, present, reduction="none")
-    whole = (whole * sure).mean(dim=0)
+    whole = (whole * told).mean(dim=0)
     return 20 * (dense[0] + 0.5 * dense[1:].sum()) + dice.mean() + 2 * whole[0] + 0.5 * whole[1:].sum()
 
 
@@ -96,11 +100,14 @@ class Sampler:
         self._clean = np.flatnonzero(total < 1)
         # A lesion of one slab is met as often as a quarter of one of sixteen.
         weights = np.zeros(len(store))
-        for first, end, _ in store.scans:
+        for first, end, scan in store.scans:
             areas = store.areas_mm2[first:end] >= PRESENT_MM2
             weights[first:end] = (areas / np.sqrt(np.maximum(areas.sum(axis=0), 1))).max(axis=1)
+            # Large bleeds are found as they are: those of studies that have little come up to twice as often.
+            weights[first:end] *= np.clip(np.sqrt(5 / max(sum(scan["volume_ml"].values()), 0.01)), 1, 2)
         self._weights = weights[self._bleeds]
         self.suspicion = np.full(len(store), 0.5, dtype=np.float32)
+        self.suspicion[self._clean] = 0.15  # before anything is known: far from those that were taken for blood
 
     def draw(self, rng: np.random.Generator, steps: int, batch: int) -> NDArray[np.intp]:
         """(steps, batch) numbers of slabs."""
@@ -108,7 +115,8 @@ class Sampler:
         # Some lesions nobody could see: the missed come at most five times as often as what is plain.
         odds = self._weights * (1.25 - self.suspicion[self._bleeds].astype(np.float64))
         bleeds = rng.choice(self._bleeds, (steps, half), p=odds / odds.sum())
-        odds = 0.04 + self.suspicion[self._clean].astype(np.float64)
+        # What calls one clean study in twenty is one slab in a thousand: those have to come again and again.
+        odds = 0.02 + self.suspicion[self._clean].astype(np.float64) ** 2
         clean = rng.choice(self._clean, (steps, batch - half), p=odds / odds.sum())
         return np.concatenate([bleeds, clean], axis=1)
 
@@ -272,7 +280,7 @@ def fit(
                 optimiser.step()
                 average.follow(network, first + n)
                 said = torch.sigmoid(logits[:, 0].detach()).numpy()
-                sampler.suspicion[picked[n]] = 0.5 * sampler.suspicion[picked[n]] + 0.5 * said
+                sampler.suspicion[picked[n]] = 0.2 * sampler.suspicion[picked[n]] + 0.8 * said
                 total += float(value.detach())
                 bar.show(first + n + 1, f"loss {lately:.3f}")
             lately = total / count

@@ -164,6 +164,48 @@ def test_a_deeper_network_begins_as_the_one_that_it_takes_over(tmp_path: Path) -
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
+_TAUGHT = """
+from types import SimpleNamespace
+import numpy as np
+import torch
+from triton_models.training.train import Sampler, loss
+
+maps, slabs = torch.full((1, 6, 48, 40), -9.0), torch.zeros(1, 6)
+
+def cost(share, said):
+    covered, told = torch.zeros(1, 5, 48, 40), maps.clone()
+    covered[0, 1, 20, 20] = share
+    told[0, (0, 2), 20, 20] = said
+    return float(loss(told, slabs, covered))
+
+# Nearly half a pixel of blood is blood, and a slab is called by it; a tenth of one is told as what it is.
+assert cost(0.45, 4.0) < cost(0.45, -0.2), "the share is taught"
+assert cost(0.1, -1.1) < cost(0.1, 4.0)
+
+areas = np.zeros((400, 5), dtype=np.float32)
+areas[:2, 1] = 60.0
+volumes = ({"epidural": 0.5}, {"epidural": 40.0}, {})
+scans = [(first, end, {"volume_ml": each}) for (first, end), each in zip(((0, 1), (1, 2), (2, 400)), volumes)]
+class Heads(SimpleNamespace):
+    def __len__(self):
+        return len(self.areas_mm2)
+sampler = Sampler(Heads(areas_mm2=areas, scans=scans))
+sampler.suspicion[2:] = 0.02
+sampler.suspicion[77] = 0.9
+drawn = np.bincount(sampler.draw(np.random.default_rng(1), 500, 16).ravel(), minlength=400)
+assert drawn[:2].sum() == 4000
+assert drawn[0] == max(drawn[:2]) and 1.8 < drawn[0] / drawn[1] < 2.2, drawn[:2]
+assert 25 * np.median(drawn[2:]) < drawn[77], (drawn[77], np.median(drawn[2:]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_what_is_small_counts_and_what_was_taken_for_blood_comes_again() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([str(PYTHON), "-c", _TAUGHT], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["fp32.onnx", "int8.onnx"])
 def test_a_head_and_its_mirror_image_are_the_same_to_what_is_exported(made: Made, name: str) -> None:
