@@ -658,28 +658,36 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
     def told(self, analysis_id: int, what: str = "alert.") -> dict[str, list[Told]]:
         """What each destination was told of an analysis so far: destination → answers, oldest first.
 
-        A message that was rejected told nobody, nor did one that ended before it was ever tried: withdrawn, spared, or
-        a dead letter because it was invalid or its destination was gone. What was tried and ended without an answer may
-        have arrived, so it counts, and is not `certain`: a later answer must take it back, and may say it again only as
-        what replaces it. One that is held counts: what follows takes its place.
+        A message that was rejected at every try told nobody, nor did one that ended before it was ever tried:
+        withdrawn, spared, or a dead letter because it was invalid or its destination was gone. What was tried and ended
+        without an answer may have arrived, so it counts, and is not `certain`: a later answer must take it back, and
+        may say it again only as what replaces it. So it is with one that was rejected after a try without an answer: a
+        receiver that has it refuses the same again as a duplicate. One that is held counts: what follows takes its
+        place.
 
         Args:
             what: how the names of the findings begin: "alert." or "worklist.".
         """
-        d = t.delivery.c
+        d, e = t.delivery.c, t.event.c
+
+        # Not by its attempts, which begin anew when somebody sends it again.
+        def times(name: Event) -> sa.ScalarSelect[int]:
+            mine = (e.study_id == t.analysis.c.study_id, e.name == name, e.detail["delivery"].as_integer() == d.id)
+            return sa.select(sa.func.count()).where(*mine).correlate(t.delivery, t.analysis).scalar_subquery()
+
+        unanswered = times(Event.DELIVERY_SENDING) > times(Event.DELIVERY_REJECTED)
         query = (
             sa.select(
                 d.destination,
                 t.verdict.c.positive,
                 sa.func.coalesce(t.verdict.c.result["provisional"].as_boolean(), sa.false()),
                 t.finding.c.uid,
-                d.state.not_in(_ENDED),
+                d.state.not_in((*_ENDED, "rejected")),
                 sa.func.coalesce(t.verdict.c.result["mode"].as_string(), ""),
             )
-            .select_from(t.delivery.join(t.finding).join(t.verdict))
+            .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith(what))
-            # Not by its attempts, which begin anew when somebody sends it again.
-            .where(d.state != "rejected", d.state.not_in(_ENDED) | d.sent_at.is_not(None))
+            .where(d.state.not_in(_ENDED) | d.sent_at.is_not(None), (d.state != "rejected") | unanswered)
             .order_by(t.verdict.c.revision)
         )
         answers: dict[str, list[Told]] = {}

@@ -318,6 +318,65 @@ def test_who_rejected_an_alert_is_alerted_by_the_next_positive_revision(issued: 
     assert issued.alerts()["er"] == ("rejected", 2), "it is not told of the end of what it never had"
 
 
+def lose_the_answer(issued: Issued, how: str) -> None:
+    """The emergency team may have the message and no answer came; it is to be sent again."""
+    if how == "the box died":
+        assert issued.ledger.take_delivery("er") is not None
+        assert issued.ledger.park_deliveries() == 1
+    elif how == "no more tries":
+        issued.settle("er", "give_up")
+        again(issued, "er")
+    else:
+        issued.settle("er", "retry")
+
+
+LOST = ["no answer", "no more tries", "the box died"]
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_who_rejects_what_an_earlier_try_may_have_brought_hears_what_became_of_it(issued: Issued, how: str) -> None:
+    """A receiver that has the message refuses the same again as a duplicate."""
+    issued.issue(mode="clinical")
+    first = issued.content("er").decode().split("|")[9]
+    lose_the_answer(issued, how)
+    issued.settle("er", "reject")
+    issued.issue(mode="clinical")
+    assert issued.alerts()["er"] == ("pending", 2), "to who has it no second alert, to who has not the first"
+    assert said_to_er(issued) == ("correction", "P") and f"||{first}|" in issued.content("er").decode()
+    issued.settle("er", "reject")
+    issued.issue(False, mode="clinical")
+    assert issued.alerts()["er"] == ("pending", 3)
+    assert said_to_er(issued) == ("withdrawal", "P") and f"||{first}|" in issued.content("er").decode()
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="clinical")
+    assert issued.alerts()["er"] == ("acknowledged", 3), "it knows now"
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_withdrawal_that_may_have_arrived_before_it_was_rejected_is_put_right(issued: Issued, how: str) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="clinical")
+    lose_the_answer(issued, how)
+    issued.settle("er", "reject")
+    issued.issue(mode="clinical")
+    assert issued.alerts()["er"] == ("pending", 3)
+    assert said_to_er(issued) == ("correction", "P")
+
+
+def test_who_rejected_every_try_never_had_it(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    for _ in range(3):
+        issued.settle("er", "reject")
+        again(issued, "er")
+    issued.settle("er", "reject")
+    issued.issue(mode="clinical")
+    assert said_to_er(issued) == ("alert", "P")
+    issued.settle("er", "reject")
+    issued.issue(False, mode="clinical")
+    assert issued.alerts()["er"] == ("rejected", 2)
+
+
 def test_who_never_got_an_invalid_alert_is_alerted_by_the_next_revision(
     issued: Issued, monkeypatch: pytest.MonkeyPatch
 ) -> None:
