@@ -106,7 +106,8 @@ class Outbox(Escalation):
     def take_delivery(self, destination: str, longest_pause: float = 300.0, order_seconds: float = 0.0) -> Row | None:
         """Start the most urgent due delivery to a destination: its row with uid, object, path, study_id.
 
-        What is due of a package that the board stopped is withdrawn instead: it was on its way when that happened.
+        What is due of a package that the board stopped is withdrawn instead: it was on its way when that happened. So
+        is a notice that a study was not analysed, once it was: it would reach the destination after the alert.
 
         Args:
             longest_pause: no delivery waits longer than so many seconds for its next try, even if the clock was
@@ -121,6 +122,7 @@ class Outbox(Escalation):
         query = (
             sa.select(
                 *(t.delivery, f.uid, f.object, f.path, a.study_id, a.package, VERSION, v.revision, v.positive),
+                v.analysis_id,
                 due.label("due"),
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
@@ -140,6 +142,8 @@ class Outbox(Escalation):
                 if row is None or not row["due"]:
                     return None
                 stopped = self._stopped(connection, row["package"], row["version"])
+                if not stopped and row["object"].startswith("refusal."):
+                    stopped = self._analysed_since(connection, row["analysis_id"])
                 if not stopped or not self._withdraw(connection, d.id == row["id"], stopped):
                     break
             self._move_delivery(
@@ -346,6 +350,18 @@ class Outbox(Escalation):
         return found
 
     @staticmethod
+    def _analysed_since(connection: sa.Connection, analysis_id: int) -> str:
+        """Why it no longer holds that a study was not analysed; '' where it does, also since a verdict was withdrawn.
+
+        Nobody who hears of refusals alone is told that a negative report was taken back.
+        """
+        v = t.verdict.c
+        query = sa.select(v.revision, v.result["withdrawn"].as_string().label("withdrawn"))
+        query = query.where(v.analysis_id == analysis_id).order_by(v.revision.desc()).limit(1)
+        newest = connection.execute(query).one()
+        return "" if newest.withdrawn else f"the study was analysed since (revision {newest.revision})"
+
+    @staticmethod
     def _refuse_contradicted(connection: sa.Connection, row: Any, where: str) -> None:
         """Refuse to say once more what a newer verdict contradicts.
 
@@ -417,6 +433,8 @@ class Outbox(Escalation):
                 )
             if row.object.startswith(("alert.", "worklist.")):
                 self._refuse_contradicted(connection, row, where)
+            if row.object.startswith("refusal.") and (why := self._analysed_since(connection, row.analysis_id)):
+                raise LedgerError(why, where, "leave it: it would say that nothing is said of haemorrhage")
             self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())
             connection.execute(t.finding.update().where(t.finding.c.id == row.finding_id).values(attempts=0))
             # If it fails again somebody has to see it again.

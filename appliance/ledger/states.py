@@ -50,7 +50,8 @@ DELIVERY: Final = {
     ("held", "withdraw"): "withdrawn",
     # Its object could not be made.
     ("pending", "give_up"): "dead",
-    # The package that it speaks for was suspended or retired before it left.
+    # The package that it speaks for was suspended or retired before it left; or it says that a study was not analysed,
+    # which was done since.
     ("pending", "withdraw"): "withdrawn",
     ("pending", "take"): "sending",
     ("sending", "acknowledge"): "acknowledged",

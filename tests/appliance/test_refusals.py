@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from highdicom.sr import srread
@@ -18,7 +18,7 @@ from pydicom.uid import ComprehensiveSRStorage
 from appliance.accounting import account
 from appliance.governance.board import make_exception, revoke
 from appliance.ledger import schema as t
-from appliance.ledger.database import later
+from appliance.ledger.database import LedgerError, later
 from appliance.ledger.records import Verdict
 from appliance.ledger.store import NewFinding
 from appliance.ledger.views import event_counts, study_report
@@ -339,6 +339,87 @@ def test_a_negative_report_is_taken_back_when_the_study_comes_again_and_is_refus
     site.restart()
     site.engine.step()
     assert len(site.report(study)["verdicts"]) == 2
+
+
+@pytest.fixture
+def hearing(tmp_path: Path) -> Iterator[Site]:
+    """A site whose emergency team wants to hear of refusals, and of a study twelve slices, which are too few."""
+    one = Site(tmp_path, refusals=True)
+    one.approve("clinical")
+    arrive(one, range(1, 13))
+    assert criterion(one.wait(1, "refused"), "coverage")["outcome"] == "violated"
+    (refusal,) = one.report(1)["deliveries"]
+    assert (refusal["object"], refusal["state"]) == ("refusal.er", "pending")
+    yield one
+    one.stop()
+
+
+def arrive(site: Site, numbers: range, **changes: Any) -> None:
+    """Slices of the one study, on an association of their own."""
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+    for number in numbers:
+        one = header(number, study="1.1", series="1.1.1", z=5.0 * number, **changes)
+        assert site.box.store(one, image(1, number)) == "stored"
+    site.box.ledger.close_association(site.box.association, "released")
+
+
+def whole(site: Site, probability: float) -> None:
+    """What was missing of the head comes, and is read."""
+    arrive(site, range(13, 31))
+    site.wait(1, "running")
+    site.answer(1, probability)
+    site.wait(1, "issued")
+
+
+def try_er(site: Site, outcome: Literal["acknowledge", "retry", "reject"]) -> tuple[str, int] | None:
+    """What the emergency team is sent next, and what becomes of it; None if nothing is."""
+    row = site.box.ledger.take_delivery("er")
+    if row is None:
+        return None
+    site.box.ledger.settle_delivery(row, outcome)
+    return row["object"], row["revision"]
+
+
+def refusal_of(site: Site) -> dict[str, Any]:
+    (one,) = [one for one in site.report(1)["deliveries"] if one["object"] == "refusal.er"]
+    return dict(one)
+
+
+@pytest.mark.parametrize("tried", [False, True], ids=["never tried", "tried before"])
+@pytest.mark.parametrize("probability", [0.9, 0.01])
+def test_that_nothing_was_read_is_not_told_once_it_was(hearing: Site, probability: float, tried: bool) -> None:
+    """The destination comes back: "nothing is said of haemorrhage" after the alert would seem to take it back."""
+    if tried:
+        assert try_er(hearing, "retry") == ("refusal.er", 1)
+    whole(hearing, probability)
+    if probability > 0.5:
+        assert try_er(hearing, "acknowledge") == ("alert.er", 2)
+    for _ in range(2):
+        assert try_er(hearing, "acknowledge") is None
+        refusal = refusal_of(hearing)
+        assert (refusal["state"], refusal["reason"]) == ("withdrawn", "the study was analysed since (revision 2)")
+    assert event_counts(hearing.box.ledger)["delivery.withdrawn"] == 1
+    with pytest.raises(LedgerError, match=r"analysed since \(revision 2\)"):
+        hearing.box.ledger.requeue_delivery(refusal["id"], ["er", "pacs"])
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.01])
+def test_a_refusal_that_was_rejected_is_not_sent_again_after_the_verdict(hearing: Site, probability: float) -> None:
+    assert try_er(hearing, "reject") == ("refusal.er", 1)
+    hearing.box.ledger.requeue_delivery(refusal_of(hearing)["id"], ["er", "pacs"])
+    assert try_er(hearing, "reject") == ("refusal.er", 1), "nothing contradicts it yet"
+    whole(hearing, probability)
+    with pytest.raises(LedgerError, match=r"analysed since \(revision 2\)"):
+        hearing.box.ledger.requeue_delivery(refusal_of(hearing)["id"], ["er", "pacs"])
+    assert refusal_of(hearing)["state"] == "rejected"
+
+
+def test_that_nothing_was_read_is_told_where_that_is_so_in_the_end(hearing: Site) -> None:
+    """Nobody else tells the team: it was told nothing of the negative answer that is taken back."""
+    whole(hearing, 0.01)
+    arrive(hearing, range(31, 32), contrast_bolus_agent="OMNIPAQUE")
+    assert hearing.wait(1, "refused")["verdicts"][-1]["result"]["withdrawn"]
+    assert try_er(hearing, "acknowledge") == ("refusal.er", 1)
 
 
 def test_what_waits_when_the_site_narrows_its_limits_is_judged_by_them(site: Site) -> None:
