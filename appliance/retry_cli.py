@@ -24,7 +24,8 @@ def retry(
     since: Annotated[
         datetime | None,
         typer.Option(
-            formats=["%Y-%m-%dT%H:%M:%S"], help="All that was set aside, dead or rejected from then on (UTC)."
+            formats=["%Y-%m-%dT%H:%M:%S"],
+            help="All that was set aside, dead, rejected or withdrawn from then on (UTC), unless it is stopped still.",
         ),
     ] = None,
     decided: Annotated[

@@ -84,7 +84,7 @@ class BoardRecords(Database):
         return int(connection.scalar(_LAST) or 0)
 
     @staticmethod
-    def _stopped(connection: sa.Connection, package: str, version: str) -> str:
+    def stopped(connection: sa.Connection, package: str, version: str) -> str:
         """Why nothing of a version is sent: the newest decision that concerns it, if that stopped it; else ''."""
         c = t.event.c
         query = sa.select(c.id, c.name, c.detail).where(c.name.in_((Event.BOARD_APPROVED, *_STOPS))).order_by(c.id)

@@ -64,7 +64,7 @@ class Escalation(BoardRecords):
             rows = connection.execute(held).mappings().all()
             for _, group in itertools.groupby(rows, key=lambda row: row["verdict_id"]):
                 for row in self._due(connection, list(group), longest):
-                    stopped = self._stopped(connection, row["package"], row["version"])
+                    stopped = self.stopped(connection, row["package"], row["version"])
                     if stopped and self._withdraw(connection, d.id == row["id"], stopped):
                         continue
                     reason = self._why(connection, row)

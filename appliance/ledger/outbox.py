@@ -141,7 +141,7 @@ class Outbox(Escalation):
                 row = connection.execute(query).mappings().first()
                 if row is None or not row["due"]:
                     return None
-                stopped = self._stopped(connection, row["package"], row["version"])
+                stopped = self.stopped(connection, row["package"], row["version"])
                 if not stopped and row["object"].startswith("refusal."):
                     stopped = self._analysed_since(connection, row["analysis_id"])
                 if not stopped or not self._withdraw(connection, d.id == row["id"], stopped):

@@ -271,16 +271,10 @@ def _unmade(connection: sa.Connection, rules: Rules, kept: sa.ColumnElement[bool
         yield row.study_id, f"its {row.object} {'could not be' if given_up else 'is not'} made", given_up
 
 
-def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iterable[tuple[int, str, bool]]:
-    """Deliveries that have not succeeded: (study, reason, whether they were given up).
-
-    One that was given up does not count once a newer revision of the same object goes to the same place: it cannot be
-    sent again, and the newer one answers for both.
-    """
-    d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
-    joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis).join(t.study)
+def superseded() -> sa.Exists:
+    """A newer revision of the object of a delivery goes, or went, to the same place."""
     newer_d, newer_f, newer_v = (one.alias(f"newer_{one.name}") for one in (t.delivery, t.finding, t.verdict))
-    newer = (
+    return (
         sa.select(newer_d.c.id)
         .select_from(
             newer_d.join(newer_f, newer_d.c.finding_id == newer_f.c.id).join(
@@ -288,13 +282,23 @@ def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iter
             )
         )
         .where(
-            newer_d.c.destination == d.destination,
-            newer_f.c.object == f.object,
-            newer_v.c.analysis_id == v.analysis_id,
-            newer_v.c.revision > v.revision,
+            newer_d.c.destination == t.delivery.c.destination,
+            newer_f.c.object == t.finding.c.object,
+            newer_v.c.analysis_id == t.verdict.c.analysis_id,
+            newer_v.c.revision > t.verdict.c.revision,
         )
         .exists()
     )
+
+
+def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iterable[tuple[int, str, bool]]:
+    """Deliveries that have not succeeded: (study, reason, whether they were given up).
+
+    One that was given up does not count once a newer revision of the same object goes to the same place: it cannot be
+    sent again, and the newer one answers for both.
+    """
+    d, f, a = t.delivery.c, t.finding.c, t.analysis.c
+    joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis).join(t.study)
     query = (
         sa.select(a.study_id, f.object, d.destination, d.state)
         .select_from(joined)
@@ -302,7 +306,7 @@ def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iter
             kept,
             f.removed_at.is_(None),
             d.state.not_in(("acknowledged", "withdrawn", "spared", "replaced")),
-            d.state.not_in(_UNSUCCESSFUL) | ~newer,
+            d.state.not_in(_UNSUCCESSFUL) | ~superseded(),
         )
         .order_by(d.id)
     )

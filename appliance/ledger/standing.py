@@ -9,6 +9,8 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
+from appliance.ledger.board import VERSION
+from appliance.ledger.retention import superseded
 from appliance.ledger.selftest import SELFTEST_DESTINATIONS, of_patients
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import study_report, timeline
@@ -93,10 +95,12 @@ def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[in
     """What came to no good end from then on, and still lies there, oldest first.
 
     Returns:
-        Studies whose analysis was set aside; deliveries that are dead or were rejected. No self-tests, and nothing
+        Studies whose analysis was set aside; deliveries that are dead or were rejected, and those that the board
+        withdrew of a package that may send again, unless a newer revision answers for them. No self-tests, and nothing
         whose files retention has removed.
     """
     e, a, d, s = t.event.c, t.analysis.c, t.delivery.c, t.study.c
+    f, v, newer = t.finding.c, t.verdict.c, t.verdict.alias().c
 
     def told(study: sa.ColumnElement[int], *names: Event) -> sa.ColumnElement[bool]:
         return sa.exists().where(e.study_id == study, e.name.in_(names), e.at >= _stamp(since))
@@ -116,8 +120,20 @@ def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[in
         .where(told(a.study_id, Event.DELIVERY_DEAD, Event.DELIVERY_REJECTED))
         .order_by(d.id)
     )
+    later_verdict = sa.exists().where(newer.analysis_id == v.analysis_id, newer.revision > v.revision)
+    withdrawn = (
+        sa.select(d.id, a.package, VERSION)
+        .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
+        .where(d.state == "withdrawn", f.removed_at.is_(None), of_patients(a.study_id), ~superseded())
+        # A notice that a study was not analysed is withdrawn as well when it was after all.
+        .where(~(f.object.startswith("refusal.") & later_verdict))
+        .where(told(a.study_id, Event.DELIVERY_WITHDRAWN))
+    )
     with ledger.read() as connection:
-        return list(connection.scalars(analyses)), list(connection.scalars(deliveries))
+        failed = list(connection.scalars(deliveries))
+        rows = connection.execute(withdrawn).all()
+        again = [row.id for row in rows if not ledger.stopped(connection, row.package, row.version)]
+        return list(connection.scalars(analyses)), sorted(failed + again)
 
 
 def decided_since(ledger: Ledger, since: datetime) -> list[int]:

@@ -697,6 +697,19 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
                 answers.setdefault(destination, []).append(one)
         return answers
 
+    def withdrawn_alerts(self, analysis_id: int) -> set[str]:
+        """The destinations to which the newest alert of an analysis was withdrawn before it left."""
+        d = t.delivery.c
+        query = (
+            sa.select(d.destination, d.state)
+            .select_from(t.delivery.join(t.finding).join(t.verdict))
+            .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith("alert."))
+            .order_by(d.id)
+        )
+        with self.read() as connection:
+            newest = {row.destination: row.state for row in connection.execute(query)}
+        return {name for name, state in newest.items() if state == "withdrawn"}
+
     def last_instance_at(self, study_id: int) -> str:
         """When the newest instance of a study was stored."""
         with self.read() as connection:

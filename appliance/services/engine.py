@@ -476,6 +476,8 @@ class Engine:
             and not Counter(not_analysed(selection.to_json(), alike=True)) - Counter(standing["result"]["limitations"])
             # Who asks does so because the answer may be wrong though nothing that went into it is another.
             and not self._ledger.asked_again(study_id, package.name)
+            # The board stopped the package before all were alerted, and has let it alert again since.
+            and not self._issuer.owes(standing, mode)
         ):
             # A dose report or one of our own captures came back from the PACS: no new revision of the same answer.
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())

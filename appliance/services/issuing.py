@@ -40,7 +40,7 @@ from appliance.ledger.records import Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.routing import needs_2d, report_form, routed
 from appliance.services.selftest import selftest_settings
-from appliance.services.telling import Issued, Known, Message, marks, message, messages
+from appliance.services.telling import Issued, Known, Message, marks, message, messages, recipients
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
 from dicom_io.identity import identifying_header
@@ -241,6 +241,23 @@ class Issuer:
                 NewFinding(name, one.id, str(path), (one.destination.name,), WORKLIST_URGENCY, failed=failed)
             )
         return findings
+
+    def owes(self, standing: Row, mode: str) -> bool:
+        """Whether somebody whose alert the board had withdrawn would be told if a standing verdict were issued anew.
+
+        Args:
+            mode: in which its package runs now.
+        """
+        analysis_id = standing["analysis_id"]
+        settings = self._told(self._ledger.study_of(analysis_id))
+        if not standing["positive"] or (mode == SHADOW and settings is self._settings):
+            return False
+        withdrawn = self._ledger.withdrawn_alerts(analysis_id)
+        if not withdrawn:
+            return False
+        verdict = replace(Verdict.from_json(standing["result"]), mode=mode)
+        due = recipients(settings, self._ledger.told(analysis_id), verdict)
+        return any(destination.name in withdrawn for destination, _, _ in due)
 
     def _orders(self, study_id: int) -> Sequence[Order]:
         """The orders of a study and its patient that the box has heard of."""

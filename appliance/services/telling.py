@@ -160,24 +160,34 @@ def _worded(issued: Issued, answer: Answer) -> Issued:
     return replace(issued, verdict=replace(verdict, mode="evaluation" if answer.test else "clinical", notice=notice))
 
 
-def messages(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Issued) -> list[Message]:
-    """The message to each destination that this verdict tells something new.
+def recipients(
+    settings: Settings, told: Mapping[str, Sequence[Told]], verdict: Verdict
+) -> list[tuple[AlertDestination, Answer, float]]:
+    """The destinations that a verdict tells something new: what, and for how many seconds that is held.
 
     A step of the escalation that was never told of the study waits for those that are told now; where these know it
     already it has nothing to wait for and is not told. A step that was told hears what became of it as the others do;
     one of which nobody knows whether the alert arrived is told it again as if it had not been told.
     """
-    made: list[Message] = []
+    found: list[tuple[AlertDestination, Answer, float]] = []
     for destination in settings.alert_destinations:
-        told_now = answer(told.get(destination.name, []), issued.verdict)
+        told_now = answer(told.get(destination.name, []), verdict)
         if told_now is None:
             continue
         before = told_now.after
         doubtful = bool(before) and before[-1].positive and not before[-1].certain
-        held = destination.after_seconds if not before or (doubtful and issued.verdict.positive) else 0.0
-        if held and not any(not one.destination.after_seconds for one in made):
+        held = destination.after_seconds if not before or (doubtful and verdict.positive) else 0.0
+        if held and not any(not one.after_seconds for one, _, _ in found):
             continue
-        first = before[0].uid if before else ""
+        found.append((destination, told_now, held))
+    return found
+
+
+def messages(settings: Settings, told: Mapping[str, Sequence[Told]], issued: Issued) -> list[Message]:
+    """The message to each of the `recipients` of a verdict."""
+    made: list[Message] = []
+    for destination, told_now, held in recipients(settings, told, issued.verdict):
+        first = told_now.after[0].uid if told_now.after else ""
         made.append(message(settings, destination, _worded(issued, told_now), told_now.kind, held, first))
     return made
 

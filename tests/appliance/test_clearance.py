@@ -389,6 +389,90 @@ def test_in_shadow_nobody_is_told(site: Site) -> None:
     assert "||alert||" in message
 
 
+def dose_report(site: Site, number: int) -> None:
+    """Something of study 1 comes that nobody analyses."""
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+    assert site.box.store(header(number, study="1.1", series="1.1.9", modality="SR")) == "stored"
+    site.box.ledger.close_association(site.box.association, "released")
+
+
+def read(site: Site, revision: int) -> None:
+    """Whatever the model is asked of study 1 is answered, until there is that verdict."""
+
+    def issued() -> bool:
+        for future in list(site.asked.futures.get(1, [])):
+            site.answer_one(future, 0.9)
+        return len(site.report(1)["verdicts"]) == revision
+
+    wait_until(site.engine, issued)
+    wait_until(site.engine, lambda: not site.engine._working)
+
+
+def kept(site: Site, times: int) -> None:
+    wait_until(site.engine, lambda: event_counts(site.box.ledger)["verdict.kept"] == times)
+
+
+@pytest.mark.parametrize("how", ["suspended", "in shadow"])
+@pytest.mark.parametrize("looked", ["once", "twice"])
+@pytest.mark.parametrize("tried", [False, True], ids=["never tried", "tried"])
+def test_who_was_not_alerted_as_the_package_was_stopped_is_when_it_may_alert_again(
+    site: Site, how: str, looked: str, tried: bool
+) -> None:
+    site.approve("clinical")
+    study = site.scan()
+    read(site, 1)
+    if looked == "twice":
+        assert site.box.ledger.reconsider(study, asked="retry")
+        read(site, 2)
+    last = 3 if looked == "twice" else 2
+    assert len(messages(site)) == 1, "the alert waits, and is not told twice"
+    if tried:
+        row = site.box.ledger.take_delivery("er")
+        assert row is not None
+        site.box.ledger.settle_delivery(row, "retry")
+    if how == "suspended":
+        site.decide(suspend, "pkg", site.packages[0])
+    else:
+        site.approve("shadow")
+    site.approve("clinical")
+    dose_report(site, 98)
+    read(site, last)
+    report = site.report(study)
+    alerts = [(one["state"], one["uid"]) for one in report["deliveries"] if one["object"] == "alert.er"]
+    assert [state for state, _ in alerts] == ["withdrawn", "pending"]
+    (again,) = [one for one in messages(site) if alerts[1][1] in one.split("\r")[0]]
+    assert ("||correction|" if tried else "||alert|") in again, "who may have it gets no second alert"
+    dose_report(site, 99)
+    kept(site, 1)
+    assert (len(messages(site)), len(site.report(study)["verdicts"])) == (2, last)
+
+
+def test_who_was_alerted_before_the_package_was_stopped_hears_nothing_when_it_may_alert_again(site: Site) -> None:
+    site.approve("clinical")
+    study = site.scan()
+    read(site, 1)
+    row = site.box.ledger.take_delivery("er")
+    assert row is not None
+    site.box.ledger.settle_delivery(row, "acknowledge")
+    site.decide(suspend, "pkg", site.packages[0])
+    site.approve("clinical")
+    dose_report(site, 98)
+    kept(site, 1)
+    assert (len(messages(site)), len(site.report(study)["verdicts"])) == (1, 1)
+
+
+def test_an_alert_that_went_with_the_clinical_mode_is_not_told_in_shadow(site: Site) -> None:
+    site.approve("clinical")
+    study = site.scan()
+    read(site, 1)
+    site.approve("shadow")
+    dose_report(site, 98)
+    read(site, 2)
+    dose_report(site, 99)
+    kept(site, 1)
+    assert (len(messages(site)), len(site.report(study)["verdicts"])) == (1, 2)
+
+
 def test_in_shadow_nobody_hears_of_a_refusal_either(make: Callable[..., Site]) -> None:
     site = make(refusals=True)
     child = {"patient_age": "009Y", "patient_birth_date": ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -12,11 +13,12 @@ from typer.testing import CliRunner
 
 from appliance import retry_cli
 from appliance.cli import app
+from appliance.events import Event
 from appliance.ledger.database import now
 from appliance.ledger.records import Verdict
 from appliance.ledger.standing import set_aside_since
-from appliance.ledger.store import NewFinding
-from appliance.ledger.views import troubles
+from appliance.ledger.store import NewFinding, Notice
+from appliance.ledger.views import study_report, troubles
 from appliance.settings import Settings
 from tests.appliance.intake.test_retention import Box
 
@@ -45,15 +47,26 @@ def analysed(box: Box, study: int) -> tuple[int, int]:
     return arriving.id, row["id"]
 
 
-def delivered(box: Box, study: int, outcome: Literal["acknowledge", "reject", "give_up"]) -> None:
-    """A study with an alert and a report, and what became of both."""
-    _, analysis = analysed(box, study)
+def waiting(box: Box, study: int, revision: int) -> None:
+    """A study with an alert and a report that wait to be sent."""
+    if revision == 1:
+        _, analysis = analysed(box, study)
+    else:
+        box.ledger.decide(study, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+        row = box.ledger.take_analysis(["pkg"])
+        assert row is not None
+        analysis = row["id"]
     verdict = Verdict(f"1.{study}", f"1.{study}.1", "pkg", "1", "n", True, 0.9, 0.5, {}, 0.0, (), (), (), ())
     findings = [
-        NewFinding("alert.er", f"MSG{study}", "alert.hl7", ("er",), 0),
-        NewFinding("report", f"2.25.{study}", "report.dcm", ("pacs",), 10),
+        NewFinding("alert.er", f"MSG{study}.{revision}", "alert.hl7", ("er",), 0),
+        NewFinding("report", f"2.25.{study}.{revision}", "report.dcm", ("pacs",), 10),
     ]
-    box.ledger.issue_verdict(analysis, 1, verdict, now(), findings, admission=[], late=False)
+    box.ledger.issue_verdict(analysis, revision, verdict, now(), findings, admission=[], late=False)
+
+
+def delivered(box: Box, study: int, outcome: Literal["acknowledge", "reject", "give_up"]) -> None:
+    """A study with an alert and a report, and what became of both."""
+    waiting(box, study, 1)
     for destination in ("er", "pacs"):
         delivery = box.ledger.take_delivery(destination)
         assert delivery is not None
@@ -105,6 +118,50 @@ def test_what_a_release_decided_is_decided_again_when_it_is_left(box: Box) -> No
     undecided = box.ledger.undecided_studies({"pkg": "1"}, among=[1, arriving.id, failed])
     assert undecided == [(1, "pkg"), (arriving.id, "pkg")]
     assert "decided again" not in ask(datetime.now(UTC) - hour)
+
+
+def decided(box: Box, name: Event, **detail: str) -> None:
+    box.ledger.record_decision(name, "pkg", **({"version": "1", "digest": "d", "who": "Dr A"} | detail))
+
+
+def test_what_the_board_withdrew_is_sent_once_it_lets_the_package_alert_again(box: Box) -> None:
+    """As long as it is stopped, nothing is taken up, and nothing of what a newer revision answers for."""
+    waiting(box, 1, 1)
+    waiting(box, 2, 1)
+    decided(box, Event.BOARD_SUSPENDED)
+    hour = timedelta(hours=1)
+    assert set_aside_since(box.ledger, datetime.now(UTC) - hour) == ([], []), "it is stopped"
+    decided(box, Event.BOARD_APPROVED, mode="shadow")
+    assert set_aside_since(box.ledger, datetime.now(UTC) - hour) == ([], []), "so it is in shadow"
+    decided(box, Event.BOARD_APPROVED, mode="clinical")
+    waiting(box, 1, 2)
+    assert set_aside_since(box.ledger, datetime.now(UTC) + hour) == ([], [])
+    assert ask(datetime.now(UTC) - hour).count("is pending again") == 2
+    assert set_aside_since(box.ledger, datetime.now(UTC) - hour) == ([], [])
+    for name in ("er", "pacs"):
+        sent = []
+        while (row := box.ledger.take_delivery(name)) is not None:
+            sent.append((row["study_id"], row["revision"]))
+            box.ledger.settle_delivery(row, "acknowledge")
+        assert sorted(sent) == [(1, 2), (2, 1)]
+
+
+def test_a_notice_of_a_refusal_that_was_overtaken_is_not_taken_up(box: Box) -> None:
+    study, analysis = analysed(box, 1)
+    nothing = Verdict(
+        "1.1", "", "pkg", "1", "n", False, 0.0, 0.5, {}, 0.0, (), (), (), (), withdrawn="too few", mode="clinical"
+    )
+    refusal = Notice(nothing, now(), [NewFinding("refusal.er", "MSG1", "refusal.hl7", ("er",), 20)])
+    box.ledger.withhold(analysis, "too few", [], refusal)
+    box.ledger.decide(study, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+    row = box.ledger.take_analysis(["pkg"])
+    assert row is not None
+    read = replace(nothing, withdrawn="")
+    box.ledger.issue_verdict(analysis, 2, read, now(), [], admission=[], late=False)
+    assert box.ledger.take_delivery("er") is None
+    (delivery,) = study_report(box.ledger, study)["deliveries"]
+    assert delivery["state"] == "withdrawn"
+    assert set_aside_since(box.ledger, datetime.now(UTC) - timedelta(hours=1)) == ([], [])
 
 
 def test_what_cannot_be_tried_again_is_said_and_keeps_nothing_else_from_it(

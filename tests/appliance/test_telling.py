@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from appliance import init
 from appliance.cli import app
+from appliance.events import Event
 from appliance.findings.alert import render_alert
 from appliance.findings.notice import TEST
 from appliance.findings.validate import fault
@@ -288,6 +289,31 @@ def test_what_a_test_says_after_an_alert_takes_nothing_from_it(issued: Issued) -
     issued.settle("er", "acknowledge")
     issued.issue(False, mode="clinical")
     assert said_to_er(issued) == ("withdrawal", "T")
+
+
+def test_to_issue_anew_is_owed_only_where_somebody_would_hear_of_it(issued: Issued) -> None:
+    """A step is told only beside those that are told at once: these have it, so it would be issued for ever."""
+    issued.issue(mode="clinical")
+    issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0)
+    standing = issued.ledger.verdicts(1)[-1]
+    row = issued.ledger.take_delivery("er")
+    assert row is not None
+    assert not issued.issuer.owes(standing, "clinical")
+    issued.ledger.record_decision(Event.BOARD_SUSPENDED, standing["result"]["package"], who="Dr A")
+    assert issued.alerts() == {"er": ("sending", 1), "mail": ("withdrawn", 1), "hook": ("withdrawn", 1)}
+    assert not issued.issuer.owes(standing, "clinical"), "it is on its way"
+    issued.ledger.settle_delivery(row, "acknowledge", steps=issued.settings.escalation)
+    assert not issued.issuer.owes(standing, "clinical")
+
+
+def test_an_alert_that_was_withdrawn_before_it_left_is_owed_but_not_in_shadow(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    standing = issued.ledger.verdicts(1)[-1]
+    issued.ledger.record_decision(Event.BOARD_SUSPENDED, standing["result"]["package"], who="Dr A")
+    assert issued.issuer.owes(standing, "clinical") and not issued.issuer.owes(standing, "shadow")
+    issued.issue(mode="clinical")
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("held", 2), "hook": ("held", 2)}
+    assert not issued.issuer.owes(issued.ledger.verdicts(1)[-1], "clinical")
 
 
 def test_an_invalid_message_is_never_sent_and_the_next_step_is_told(
