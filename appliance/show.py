@@ -201,6 +201,7 @@ def _analysis(analysis: dict[str, Any], verdicts: list[dict[str, Any]]) -> Rende
             continue
         if result.get("withdrawn"):
             parts += ["", f"Verdict, revision {one['revision']}: [yellow]withdrawn[/], {escape(result['withdrawn'])}"]
+            parts += [f"  {escape(line)}" for line in result["limitations"]]
             continue
         told = "[bold red]positive[/]" if one["positive"] else "[green]negative[/]"
         told += ", [yellow]provisional[/]" if result.get("provisional") else ""

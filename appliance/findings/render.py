@@ -262,7 +262,7 @@ def render_refusal(
             quantities=(),
             findings=(),
             comments=(wording.TRIAGE_ONLY, verdict.notice),
-            limitations=(verdict.withdrawn,),
+            limitations=(verdict.withdrawn, *verdict.limitations),
             images=(),
             complete=False,
         ),

@@ -435,7 +435,7 @@ class Engine:
         arrival = self._arrivals.look(study_id)
         self._heeded.decide(study_id, arrival)
         newest = self._ledger.newest_verdict(study_id, package.name)
-        alerted = newest["result"]["series_instance_uid"] if newest is not None and newest["positive"] else ""
+        alerted = self._alerted(study_id, newest)
         gone = self._ledger.removed_instances(study_id)
         standing = self._ledger.standing_verdict(study_id, package.name)
         selection = self._arrivals.selection(study_id, alerted, {})
@@ -455,8 +455,9 @@ class Engine:
         selection, admission = choose("")
         if alerted and (selection.series is None or selection.series.series_instance_uid != alerted):
             selection, admission = choose(alerted)
-            if not gone and (only := only_of(selection, alerted)) is not selection:
-                selection, admission = only, self._judge(study_id, package, arrival, only, gone)
+            whole = not self._ledger.removed_instances(study_id, alerted)
+            if whole and (only := only_of(selection, alerted)) is not selection:
+                selection, admission = only, self._judge(study_id, package, arrival, only, 0)
         inputs: list[list[str]] = []
         if selection.volume is not None:
             uids = dict.fromkeys(plane.sop_instance_uid for plane in selection.volume.planes)
@@ -501,6 +502,20 @@ class Engine:
         verb = "admitted" if admission.admitted else "refused"
         why = "" if admission.admitted else f" ({admission.reason})"
         log.info("study %d: %s by %s%s", study_id, verb, package.name, why)
+
+    def _alerted(self, study_id: int, newest: Row | None) -> str:
+        """The series that an alert rests on, which no other may overturn; "" if there is none.
+
+        Also of one that a negative verdict left standing because its images were gone, once all of them are here again.
+        """
+        stood = newest is not None and ALERT_STANDS in newest["result"]["limitations"]
+        if newest is not None and stood:
+            verdicts = reversed(self._ledger.verdicts(newest["analysis_id"]))
+            newest = next((one for one in verdicts if ALERT_STANDS not in one["result"]["limitations"]), None)
+        if newest is None or not newest["positive"]:
+            return ""
+        series = str(newest["result"]["series_instance_uid"])
+        return "" if stood and self._ledger.removed_instances(study_id, series) else series
 
     def _refuse(self, study_id: int, name: str, problem: str) -> None:
         """Refuse a complete study on behalf of a package that could not be loaded."""

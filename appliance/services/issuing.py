@@ -36,7 +36,7 @@ from appliance.intake.spool import path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.orders import Order
-from appliance.ledger.records import Verdict
+from appliance.ledger.records import ALERT_STANDS, Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.routing import needs_2d, report_form, routed
 from appliance.services.selftest import selftest_settings
@@ -182,7 +182,8 @@ class Issuer:
         """What becomes of a verdict on a study that was refused in the end.
 
         A provisional alert is withdrawn, and an archive that has a report gets one that says that the study was not
-        analysed. An alert on a whole study stands: nobody knows better.
+        analysed. An alert on a whole study stands: nobody knows better. So does one that the verdict itself left
+        standing, and the report says that again.
 
         Args:
             source: an instance of the study that patient and order are taken from where none of those is left that the
@@ -195,8 +196,9 @@ class Issuer:
             log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
             return
         revision, issued_at = standing["revision"] + 1, now()
+        stands = tuple(one for one in verdict.limitations if one == ALERT_STANDS)
         withdrawn = replace(
-            verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=()
+            verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=stands
         )
         source = next(iter(self._ledger.inputs(study_id, standing["inputs"])), source)
         if source is None:
@@ -208,7 +210,7 @@ class Issuer:
         findings = []
         if verdict.mode != SHADOW or settings is not self._settings:
             issued = Issued(study_id, withdrawn, revision, issued_at, self._identity(source))
-            findings = self._alerts(settings, standing["analysis_id"], issued)
+            findings = [] if stands else self._alerts(settings, standing["analysis_id"], issued)
             if package and archives and REPORT in objects_for(verdict):
                 findings += self._not_analysed(package, issued, archives, (standing["revision"], verdict))
         if not (verdict.positive or findings):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from appliance.governance.board import suspend
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
 from appliance.ledger.records import ALERT_STANDS
 from appliance.ledger.views import event_counts
+from appliance.show import study_view
 from tests.appliance.test_clearance import Site, messages
 from tests.appliance.test_services import wait_until
 from tests.builders import header
@@ -44,15 +48,23 @@ def site(tmp_path: Path) -> Iterator[Site]:
     one.stop()
 
 
+@cache
+def image(number: int, apart: float, patient: str) -> bytes:
+    """The same bytes each time, as a scanner or an archive sends them again."""
+    file = BytesIO()
+    made = ct(PIXELS, 12, position=(0.0, 0.0, apart * number), instance_number=number, study="2.25.1")
+    made.PatientID = patient
+    made.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
 def bring(site: Site, series: int, slices: int = 30, *, apart: float = 5.0, **changes: Any) -> None:
     """A series of study 1 arrives, on an association of its own."""
     site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
     for number in range(1, slices + 1):
         one = header(number, study="1.1", series=f"1.1.{series}", z=apart * number, **changes)
-        file = BytesIO()
-        image = ct(PIXELS, 12, position=(0.0, 0.0, apart * number), instance_number=number, study="2.25.1")
-        image.save_as(file, enforce_file_format=True)
-        assert site.box.store(one, file.getvalue() + one.sop_instance_uid.encode()) in ("stored", "conflict")
+        content = image(number, apart, one.patient_id) + str((one.sop_instance_uid, sorted(changes.items()))).encode()
+        assert site.box.store(one, content) in ("stored", "conflict", "duplicate")
     site.box.ledger.close_association(site.box.association, "released")
 
 
@@ -271,6 +283,85 @@ def test_it_overturns_no_alert_on_images_that_nobody_can_read_again(site: Site) 
     bring(site, 9)
     assert ALERT_STANDS in read(site, 0.01, 3)["limitations"]
     assert messages(site) == []
+
+
+def stands_beside(site: Site, series: int = 7) -> None:
+    """An alert on series 2, whose images retention removed, stands beside a negative answer on a new scan."""
+    bring(site, 2)
+    read(site, 0.9, 1)
+    removed(site)
+    bring(site, series)
+    assert ALERT_STANDS in read(site, 0.01, 2)["limitations"]
+
+
+@pytest.mark.parametrize("how", ["contrast", "suspended"])
+def test_nor_does_a_refusal_of_the_new_scan_and_that_the_alert_stands_is_said_again(site: Site, how: str) -> None:
+    """What is taken back is the negative report; nobody but the archive has heard of it."""
+    stands_beside(site)
+    if how == "suspended":
+        site.decide(suspend, "pkg", site.packages[0])
+    contrast = {"contrast_bolus_agent": "OMNIPAQUE"} if how == "contrast" else {}
+    site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+    assert site.box.store(header(31, study="1.1", series="1.1.7", z=155.0, **contrast), b"late") == "stored"
+    site.box.ledger.close_association(site.box.association, "released")
+    report = site.wait(1, "refused")
+    newest = report["verdicts"][-1]
+    assert (newest["revision"], newest["result"]["limitations"]) == (3, [ALERT_STANDS])
+    assert messages(site) == [], "nothing is withdrawn"
+    mine = [one["object"] for one in report["deliveries"] if one["verdict_id"] == newest["id"]]
+    assert mine == ["report"]
+    (file,) = site.settings.findings_directory.glob("*-3/report.dcm")
+    assert b"An earlier alert on this study STANDS" in file.read_bytes()
+    with (console := Console(width=300)).capture() as text:
+        console.print(study_view(report))
+    assert text.get().count(ALERT_STANDS) == 2
+    # Nor does the next negative answer overturn it.
+    if how == "contrast":
+        bring(site, 7, contrast_bolus_agent="NONE")
+        site.box.association = site.box.ledger.open_association("S", "B", "127.0.0.1")
+        site.box.store(header(31, study="1.1", series="1.1.7", z=155.0), b"late again")
+        site.box.ledger.close_association(site.box.association, "released")
+        assert ALERT_STANDS in read(site, 0.01, 4)["limitations"]
+        assert messages(site) == []
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.9])
+def test_the_scan_that_an_alert_rests_on_is_read_again_once_all_of_it_came_back(site: Site, probability: float) -> None:
+    stands_beside(site)
+    bring(site, 2, 20)
+    result = read(site, 0.01, 3)
+    assert (result["series_instance_uid"], ALERT_STANDS in result["limitations"]) == ("1.1.7", True), "a part of it"
+    bring(site, 2)
+    result = read(site, probability, 4)
+    assert (result["positive"], result["series_instance_uid"]) == (probability > 0.5, "1.1.2")
+    assert "Series 7 was not analysed: the alert rests on another series." in result["limitations"]
+    assert ALERT_STANDS not in result["limitations"]
+    # Only another look at the same images can disprove it; and who has the alert is not told it twice.
+    assert [one for one in messages(site) if "||withdrawal||" in one] == messages(site)
+    assert len(messages(site)) == (probability < 0.5)
+    if probability > 0.5:
+        come_back_with_a_dose_report(site, 1)
+        assert len(site.box.ledger.verdicts(1)) == 4
+
+
+def test_another_scan_disproves_no_alert_whose_own_came_back_and_can_be_read_no_longer(site: Site) -> None:
+    """The scout is still gone; with the head that was alerted of came slices in the place of others."""
+    with together(site):
+        site.box.store(
+            header(1, study="1.1", series="1.1.1", image_type=("ORIGINAL", "PRIMARY", "LOCALIZER")), b"scout"
+        )
+        bring(site, 2)
+    read(site, 0.9, 1)
+    removed(site)
+    with together(site):
+        for number in range(31, 61):
+            one = header(number, study="1.1", series="1.1.2", z=5.0 * (number - 30) + 2, acquisition_number=2)
+            assert site.box.store(one, f"again {number}".encode()) == "stored"
+        bring(site, 2)
+        bring(site, 7)
+    report = site.wait(1, "refused")
+    assert "an alert rests on another series" in report["analyses"][0]["reason"]
+    assert ([one["positive"] for one in report["verdicts"]], messages(site)) == ([True], [])
 
 
 @pytest.mark.parametrize("first", [0.01, 0.9])
