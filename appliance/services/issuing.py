@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 URGENCY = {kind: 10 * place for place, kind in enumerate(("alert", *KINDS))}
 SHADOW = "shadow"
 """The mode in which verdicts and findings are made and nobody is told."""
+_NO_WORD = "the package was put in shadow, so no answer of it is told; what the provisional alert said is not disproved"
 _OUR_FAULT = (APPROVAL, INTEGRITY, "gate")
 """Criteria whose failure is the box's affair, not the study's. That files are gone is not: whoever sent a part of an
 old study anew must hear that nobody reads it."""
@@ -129,6 +130,9 @@ class Issuer:
     ) -> None:
         """Write the alerts' files, then verdict, findings and deliveries in one transaction.
 
+        A provisional alert that was told is taken back before a verdict in shadow: nobody will hear its word on the
+        whole study. Killed between the two, the next try finds it done.
+
         Args:
             board: the newest decision of the board that the admission rests on.
             stands: an alert stands that this negative verdict does not disprove: nobody is told that it is withdrawn.
@@ -139,6 +143,9 @@ class Issuer:
         settings = self._told(row["study_id"])
         test = settings is not self._settings
         shadow = verdict.mode == SHADOW and not test
+        for one in self._ledger.verdicts(row["id"])[-1:] if shadow else ():
+            if one["positive"] and one["result"].get("provisional") and one["result"].get("mode") != SHADOW:
+                self.take_back(one, source, _NO_WORD)
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)

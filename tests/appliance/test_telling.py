@@ -316,6 +316,46 @@ def test_an_alert_that_was_withdrawn_before_it_left_is_owed_but_not_in_shadow(is
     assert not issued.issuer.owes(issued.ledger.verdicts(1)[-1], "clinical")
 
 
+def killed(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("it is killed")
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("mode", ["clinical", "evaluation"])
+def test_a_provisional_alert_gets_its_word_although_the_whole_study_is_read_in_shadow(
+    issued: Issued, monkeypatch: pytest.MonkeyPatch, mode: str, positive: bool
+) -> None:
+    """Once, though the engine dies after that; what was read in shadow is told to nobody."""
+    issued.issue(mode=mode, provisional=True)
+    issued.settle("er", "acknowledge")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(issued.ledger, "issue_verdict", killed)
+        issued.issue(positive, mode="shadow")
+    issued.ledger.park_analyses(3)
+    issued.issue(positive, mode="shadow")
+    verdicts = issued.ledger.verdicts(1)
+    assert [one["result"]["mode"] for one in verdicts] == [mode, mode, "shadow"]
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("spared", 1), "hook": ("spared", 1)}
+    assert said_to_er(issued) == ("withdrawal", "P" if mode == "clinical" else "T")
+    text = issued.content("er").decode()
+    assert "put in shadow" in text and "what the provisional alert said is not disproved" in text
+    issued.settle("er", "acknowledge")
+    issued.issue(positive, mode="shadow")
+    assert issued.alerts()["er"] == ("acknowledged", 2)
+    # Once the package may alert again, it is told anew.
+    issued.issue(mode="clinical")
+    assert said_to_er(issued) == ("correction" if mode == "clinical" else "alert", "P")
+
+
+def test_what_a_whole_study_said_stands_when_the_package_is_put_in_shadow(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "acknowledge")
+    issued.issue(False, mode="shadow")
+    issued.issue(mode="shadow", provisional=True)
+    issued.issue(False, mode="shadow")
+    assert (issued.alerts()["er"], len(issued.ledger.verdicts(1))) == (("acknowledged", 1), 4)
+
+
 def test_an_invalid_message_is_never_sent_and_the_next_step_is_told(
     issued: Issued, monkeypatch: pytest.MonkeyPatch
 ) -> None:
