@@ -10,6 +10,9 @@ Outline = tuple[tuple[float, float], ...]
 ALERT_STANDS = "An earlier alert on this study STANDS: it rests on images that were removed since and not read again."
 """The limitation of a negative verdict that disproves no alert that was given before it."""
 
+ANOTHER_PATIENT = "its images came again under another Patient ID; what was said of them is not disproved"
+"""Why a verdict was withdrawn with which all ends that was told of a study under one Patient ID."""
+
 
 @dataclass(frozen=True, slots=True)
 class SlabResult:

@@ -21,7 +21,7 @@ from appliance.ledger.keeping import Keeping
 from appliance.ledger.marks import Marks
 from appliance.ledger.performed import Performed
 from appliance.ledger.queries import Queries
-from appliance.ledger.records import ALERT_STANDS, Verdict
+from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT, Verdict
 from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.selftest import Selftests
 from appliance.ledger.states import ANALYSIS, STUDY, step
@@ -710,6 +710,30 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
             newest = {row.destination: row.state for row in connection.execute(query)}
         return {name for name, state in newest.items() if state == "withdrawn"}
 
+    def told_of_patient(self, analysis_id: int, what: str = "alert.") -> dict[str, list[Told]]:
+        """As `told`, without what was told under another Patient ID before the images came again under this one."""
+        ended = self.patient_since(analysis_id)
+        query = (
+            sa.select(t.finding.c.uid)
+            .join(t.verdict)
+            .where(t.verdict.c.analysis_id == analysis_id, t.verdict.c.revision <= ended)
+        )
+        with self.read() as connection:
+            others = set(connection.scalars(query)) if ended else set()
+        return {
+            destination: [one for one in answers if one.uid not in others]
+            for destination, answers in self.told(analysis_id, what).items()
+        }
+
+    def patient_since(self, analysis_id: int, before: int | None = None) -> int:
+        """The last revision, below that one, with which ended what was told under another Patient ID; 0 if none did."""
+        v = t.verdict.c
+        query = sa.select(sa.func.max(v.revision)).where(
+            v.analysis_id == analysis_id, v.result["withdrawn"].as_string() == ANOTHER_PATIENT
+        )
+        with self.read() as connection:
+            return int(connection.scalar(query if before is None else query.where(v.revision < before)) or 0)
+
     def last_instance_at(self, study_id: int) -> str:
         """When the newest instance of a study was stored."""
         with self.read() as connection:
@@ -769,12 +793,24 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
             return verdict_id
 
     def withdraw_verdict(
-        self, analysis_id: int, revision: int, verdict: Verdict, issued_at: str, findings: Sequence[NewFinding]
+        self,
+        analysis_id: int,
+        revision: int,
+        verdict: Verdict,
+        issued_at: str,
+        findings: Sequence[NewFinding],
+        *,
+        inputs: Inputs,
     ) -> int:
-        """Take back the verdict on a study that was refused in the end; returns the number of the one that says so."""
+        """Take back the verdict on a study that was refused in the end; returns the number of the one that says so.
+
+        Args:
+            inputs: what the verdict rested on that is taken back; the analysis may have others by now.
+        """
         with self._write() as connection:
             row = connection.execute(sa.select(t.analysis).where(t.analysis.c.id == analysis_id)).mappings().one()
-            verdict_id = self._insert_verdict(connection, row, revision, verdict, issued_at, findings, late=False)
+            about = {"id": analysis_id, "inputs": [list(one) for one in inputs]}
+            verdict_id = self._insert_verdict(connection, about, revision, verdict, issued_at, findings, late=False)
             detail = {"package": verdict.package, "revision": revision, "reason": verdict.withdrawn}
             self._append(connection, Event.VERDICT_WITHDRAWN, row["study_id"], **detail)
             return verdict_id

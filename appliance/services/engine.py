@@ -439,7 +439,13 @@ class Engine:
         gone = self._ledger.removed_instances(study_id)
         standing = self._ledger.standing_verdict(study_id, package.name)
         selection = self._arrivals.selection(study_id, alerted, {})
-        if gone and standing is not None and not _unread(arrival, selection, standing["inputs"]):
+        spokesman = _spokesman(arrival, selection)
+        if (
+            gone
+            and standing is not None
+            and not _unread(arrival, selection, standing["inputs"])
+            and not (spokesman and self._issuer.of_another_patient(study_id, standing["analysis_id"], spokesman))
+        ):
             # Something of an old study came again, a dose report or one of our own captures; its images did not.
             self._ledger.keep_verdict(study_id, package.name, selection.to_json())
             log.warning("study %d: retention removed %d of its images, the verdict stands", study_id, gone)
@@ -720,9 +726,11 @@ class Engine:
     def _alert_stands(self, row: Row) -> bool:
         """Whether the hospital was alerted of images of the study that retention has removed.
 
-        What was scanned since is no second look at them.
+        What was scanned since is no second look at them. An alert of another patient, as the Patient ID says now, is no
+        reason to leave one of this patient.
         """
-        verdicts = self._ledger.verdicts(row["id"])
+        since = self._ledger.patient_since(row["id"])
+        verdicts = [one for one in self._ledger.verdicts(row["id"]) if one["revision"] > since]
         if not any(one["positive"] for one in verdicts):
             return False
         for one in reversed(verdicts):

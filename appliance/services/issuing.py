@@ -36,13 +36,14 @@ from appliance.intake.spool import path_of
 from appliance.ledger.database import Row, now, seconds_between
 from appliance.ledger.doorbell import ring
 from appliance.ledger.orders import Order
-from appliance.ledger.records import ALERT_STANDS, Verdict
+from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT, Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
 from appliance.services.routing import needs_2d, report_form, routed
 from appliance.services.selftest import selftest_settings
 from appliance.services.telling import Issued, Known, Message, marks, message, messages, recipients
 from appliance.settings import Hl7Destination, ImageDestination, Settings
 from dicom_io.errors import ScansideError
+from dicom_io.header import Header
 from dicom_io.identity import identifying_header
 from dicom_io.objects.common import part10
 
@@ -130,8 +131,8 @@ class Issuer:
     ) -> None:
         """Write the alerts' files, then verdict, findings and deliveries in one transaction.
 
-        A provisional alert that was told is taken back before a verdict in shadow: nobody will hear its word on the
-        whole study. Killed between the two, the next try finds it done.
+        First is taken back what was told under another Patient ID, or, before a verdict in shadow, by a provisional
+        alert: nobody will hear its word on the whole study. Killed between the two, the next try finds it done.
 
         Args:
             board: the newest decision of the board that the admission rests on.
@@ -146,6 +147,8 @@ class Issuer:
         for one in self._ledger.verdicts(row["id"])[-1:] if shadow else ():
             if one["positive"] and one["result"].get("provisional") and one["result"].get("mode") != SHADOW:
                 self.take_back(one, source, _NO_WORD)
+        if not shadow and (moved := self.of_another_patient(row["study_id"], row["id"], source)) is not None:
+            self.take_back(moved, source, ANOTHER_PATIENT)
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
         key = (row["study_instance_uid"], verdict.package, verdict.package_version)
@@ -185,24 +188,44 @@ class Issuer:
         if untold:
             log.error("study %d: nobody is alerted: %s", row["study_id"], untold)
 
+    def of_another_patient(self, study_id: int, analysis_id: int, source: StoredInstance) -> Row | None:
+        """The verdict under whose Patient ID was told what was told of a study, if the images now have another one.
+
+        Images that name no patient say nothing of that, now or before, unless none ever did.
+
+        Args:
+            source: one of the images.
+        """
+        told = []
+        for one in reversed(self._ledger.verdicts(analysis_id)):
+            read = next(iter(self._ledger.inputs(study_id, one["inputs"])), None)
+            if one["result"].get("mode") != SHADOW and read is not None:
+                told.append((one, read.header))
+        newest = next((known for known in told if known[1].patient_id.strip()), next(iter(told), None))
+        return newest[0] if newest is not None and _differ(newest[1], source.header) else None
+
     def take_back(self, standing: Row, source: StoredInstance | None, reason: str) -> None:
         """What becomes of a verdict on a study that was refused in the end.
 
         A provisional alert is withdrawn, and an archive that has a report gets one that says that the study was not
         analysed. An alert on a whole study stands: nobody knows better. So does one that the verdict itself left
-        standing, and the report says that again.
+        standing, and the report says that again. What was told under another Patient ID never stands, once the study
+        was read under this one: whose images they are, is known better.
 
         Args:
             source: an instance of the study that patient and order are taken from where none of those is left that the
                 verdict rests on: what takes it back must reach the same patient's record.
         """
         study_id, verdict = self._ledger.study_of(standing["analysis_id"]), Verdict.from_json(standing["result"])
-        if verdict.withdrawn:
+        moved = reason == ANOTHER_PATIENT
+        # With that, all ends that this patient was told; what was withdrawn before did not say so.
+        if verdict.withdrawn and not (moved and verdict.withdrawn != reason):
             return
-        if verdict.positive and not verdict.provisional:
+        if verdict.positive and not verdict.provisional and not moved:
             log.error("study %d: an alert stands that a later look at the study could not confirm", study_id)
             return
-        revision, issued_at = standing["revision"] + 1, now()
+        # One in shadow may be newer.
+        revision, issued_at = len(self._ledger.verdicts(standing["analysis_id"])) + 1, now()
         stands = tuple(one for one in verdict.limitations if one == ALERT_STANDS)
         withdrawn = replace(
             verdict, positive=False, provisional=False, withdrawn=reason, slabs=(), key_slabs=(), limitations=stands
@@ -220,22 +243,26 @@ class Issuer:
             findings = [] if stands else self._alerts(settings, standing["analysis_id"], issued)
             if package and archives and REPORT in objects_for(verdict):
                 findings += self._not_analysed(package, issued, archives, (standing["revision"], verdict))
-        if not (verdict.positive or findings):
+        if not (verdict.positive or findings or moved):
             return  # nobody was told of it
-        self._ledger.withdraw_verdict(standing["analysis_id"], revision, withdrawn, issued_at, findings)
+        self._ledger.withdraw_verdict(
+            standing["analysis_id"], revision, withdrawn, issued_at, findings, inputs=standing["inputs"]
+        )
         ring(self._settings.run_directory, "delivery")
-        said = "the provisional alert is withdrawn" if verdict.positive else "the negative report is taken back"
+        said = "the negative report is taken back"
+        if verdict.positive:
+            said = f"the {'provisional ' if verdict.provisional else ''}alert is withdrawn"
         log.warning("study %d: %s: %s", study_id, said, reason)
 
     def _alerts(self, settings: Settings, analysis_id: int, issued: Issued) -> list[NewFinding]:
         """Write the message to each destination that a verdict tells something new; what to deliver."""
-        made = messages(settings, self._ledger.told(analysis_id), issued)
+        made = messages(settings, self._ledger.told_of_patient(analysis_id), issued)
         findings = [self._kept(issued, one) for one in made]
         return [*findings, *self._marks(settings, analysis_id, issued)]
 
     def _marks(self, settings: Settings, analysis_id: int, issued: Issued) -> list[NewFinding]:
         """Write the change of each worklist that a verdict tells something new; what to deliver."""
-        told = self._ledger.told(analysis_id, "worklist.")
+        told = self._ledger.told_of_patient(analysis_id, "worklist.")
         since = seconds_between(self._ledger.last_instance_at(issued.study_id), issued.at)
         late = since if since > settings.budget.seconds else None
         findings = []
@@ -410,10 +437,11 @@ class Issuer:
     def _render_one(self, row: Row) -> None:
         verdict = Verdict.from_json(row["result"])
         instances = self.files(row["study_id"], row["inputs"])
+        since = self._ledger.patient_since(row["analysis_id"], row["revision"])
         before = [
             (one["revision"], Verdict.from_json(one["result"]))
             for one in (self._ledger.verdicts(row["analysis_id"]) if kind_of(row["object"]) == REPORT else ())
-            if one["revision"] < row["revision"]
+            if since < one["revision"] < row["revision"]
         ]
         dataset = render(
             row["object"],
@@ -439,6 +467,14 @@ class Issuer:
         _write_durably(self._settings.findings_directory / path, part10(dataset))
         self._ledger.rendered(row["id"], row["study_id"], str(path))
         ring(self._settings.run_directory, "delivery")
+
+
+def _differ(before: Header, after: Header) -> bool:
+    """Whether images came again under another Patient ID. Where it got lost they did not; an issuer may be added."""
+    if before.patient_id.strip() != after.patient_id.strip():
+        return bool(after.patient_id.strip())
+    issuers = {before.issuer_of_patient_id.strip(), after.issuer_of_patient_id.strip()}
+    return len(issuers - {""}) > 1
 
 
 def _folder(study_id: int, package: str, revision: int) -> Path:

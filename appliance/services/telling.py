@@ -554,6 +554,7 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
         before = [
             Told(one["positive"], bool(one["result"].get("provisional")), mode=one["result"].get("mode", ""))
             for one in rows[:-1]
+            if one["revision"] > ledger.patient_since(analysis["id"], revision)
         ]
         told_now = answer(before, verdict)
         kind = told_now.kind if told_now else None
@@ -566,7 +567,7 @@ def preview(settings: Settings, ledger: Ledger, study_id: int) -> list[Preview]:
             kind, said = None, "in shadow nobody is told"
         made: list[Message] = []
         if kind:
-            answers = {name: answer(one, verdict) for name, one in ledger.told(analysis["id"]).items()}
+            answers = {name: answer(one, verdict) for name, one in ledger.told_of_patient(analysis["id"]).items()}
             firsts = {name: one.after[0].uid for name, one in answers.items() if one and one.after}
             header = _source(settings, ledger, study_id, rows[-1]["inputs"] or analysis["inputs"])
             issued = Issued(study_id, verdict, revision, rows[-1]["issued_at"], header)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydicom import dcmread
 from rich.console import Console
 
+from appliance.findings.alert import Kind
 from appliance.governance.board import suspend
+from appliance.inference.stream import Closed
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
 from appliance.ledger.records import ALERT_STANDS
@@ -84,15 +87,20 @@ def refused(site: Site) -> str:
     return str(analysis["reason"])
 
 
-def read(site: Site, probability: float, revision: int) -> dict[str, Any]:
-    """Whatever the model is asked is answered, until there is that verdict, which is returned."""
+def read_until(site: Site, done: Callable[[], bool], probability: float) -> None:
+    """Whatever the model is asked is answered, until then."""
 
-    def issued() -> bool:
+    def answered() -> bool:
         for future in list(site.asked.futures.get(1, [])):
             site.answer_one(future, probability)
-        return len(site.box.ledger.verdicts(1)) == revision
+        return done()
 
-    wait_until(site.engine, issued)
+    wait_until(site.engine, answered)
+
+
+def read(site: Site, probability: float, revision: int) -> dict[str, Any]:
+    """Whatever the model is asked is answered, until there is that verdict, which is returned."""
+    read_until(site, lambda: len(site.box.ledger.verdicts(1)) == revision, probability)
     wait_until(site.engine, lambda: not site.engine._working)
     assert site.report(1)["analyses"][0]["state"] == "issued"
     return dict(site.box.ledger.verdicts(1)[-1]["result"])
@@ -362,6 +370,136 @@ def test_another_scan_disproves_no_alert_whose_own_came_back_and_can_be_read_no_
     report = site.wait(1, "refused")
     assert "an alert rests on another series" in report["analyses"][0]["reason"]
     assert ([one["positive"] for one in report["verdicts"]], messages(site)) == ([True], [])
+
+
+def told(site: Site) -> list[tuple[str, str, str]]:
+    """Of each message to the emergency team its patient, its kind, and the kind and patient of the first it names."""
+    found, ids = [], {}
+    for one in [one for one in site.report(1)["findings"] if one["object"] == "alert.er" and not one["removed_at"]]:
+        text = (site.settings.findings_directory / one["path"]).read_bytes().decode("utf-8")
+        lines = [line.split("|") for line in text.split("\r") if line]
+        said = {line[3].split("^")[1]: line[5] for line in lines if line[0] == "OBX"}
+        (patient,) = [line[3].split("^")[0] for line in lines if line[0] == "PID"]
+        ids[lines[0][9]] = patient
+        kind = next(value for value in said.values() if value in get_args(Kind))
+        found.append((patient, kind, next((ids[value] for value in said.values() if value in ids), "")))
+    return found
+
+
+def deliver(site: Site) -> None:
+    while (row := site.box.ledger.take_delivery("er")) is not None:
+        site.box.ledger.settle_delivery(row, "acknowledge")
+
+
+def again_as(site: Site, patient: str, probability: float, revision: int, **changes: Any) -> dict[str, Any]:
+    """The head comes (again) under that Patient ID, and is read; whoever is told acknowledges it."""
+    bring(site, 2, patient=patient, patient_id=patient, **changes)
+    result = read(site, probability, revision)
+    deliver(site)
+    return result
+
+
+ALERTED = [("WRONG", "alert", ""), ("WRONG", "withdrawal", "WRONG")]
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.9])
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_alert_follows_its_images_to_the_patient_under_whom_they_come_again(
+    site: Site, probability: float, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was alerted of the wrong patient hears that, and of the right one as of any other; once, whatever dies."""
+    again_as(site, "WRONG", 0.9, 1)
+    if killed:
+        bring(site, 2, patient="RIGHT", patient_id="RIGHT")
+        with monkeypatch.context() as patch:
+
+            def die(*arguments: Any, **options: Any) -> None:
+                raise Closed("the engine is killed", "here", "none")
+
+            patch.setattr(site.box.ledger, "issue_verdict", die)
+            read_until(site, lambda: len(site.box.ledger.verdicts(1)) == 2, 0.9)
+            site.restart()
+    again_as(site, "RIGHT", probability, 3)
+    right = [("RIGHT", "alert", "")] if probability > 0.5 else []
+    assert told(site) == ALERTED + right
+    (withdrawal,) = [one for one in messages(site) if "||withdrawal|" in one]
+    assert "came again under another Patient ID" in withdrawal and "not disproved" in withdrawal
+    reports = sorted(site.settings.findings_directory.glob("*/report.dcm"))
+    site.engine._issuer.render()
+    assert [dcmread(path).PatientID for path in reports] == ["WRONG"], "that of the withdrawal"
+    reports = sorted(site.settings.findings_directory.glob("*/report.dcm"))
+    assert [dcmread(path).PatientID for path in reports] == ["WRONG", "WRONG", "RIGHT"]
+    assert ["PredecessorDocumentsSequence" in dcmread(path) for path in reports] == [False, True, False]
+    # What follows for the right patient follows what that one was told, and nothing is told twice.
+    bring(site, 2, patient="RIGHT", patient_id="RIGHT", kvp=121.0)
+    read(site, 0.01, 4)
+    deliver(site)
+    back = [("RIGHT", "withdrawal", "RIGHT")] if probability > 0.5 else []
+    assert told(site) == ALERTED + right + back
+    come_back_with_a_dose_report(site, 1)
+    assert told(site) == ALERTED + right + back
+
+
+def test_what_is_no_other_patient_moves_no_alert(site: Site) -> None:
+    """An issuer that the archive added, and a Patient ID that got lost."""
+    again_as(site, "ANN", 0.9, 1)
+    again_as(site, "ANN", 0.9, 2, issuer_of_patient_id="HOSPITAL")
+    again_as(site, "", 0.9, 3)
+    assert told(site) == [("ANN", "alert", "")]
+    again_as(site, "ANN", 0.01, 4, issuer_of_patient_id="HOSPITAL")
+    assert told(site) == [("ANN", "alert", ""), ("ANN", "withdrawal", "ANN")]
+
+
+def test_an_alert_that_named_no_patient_is_told_anew_once_the_images_name_one(site: Site) -> None:
+    again_as(site, "", 0.9, 1)
+    again_as(site, "ANN", 0.9, 3)
+    assert [kind for _, kind, _ in told(site)] == ["alert", "withdrawal", "alert"]
+    assert told(site)[-1] == ("ANN", "alert", "")
+
+
+def test_of_one_number_that_two_issuers_gave_they_are_two_patients(site: Site) -> None:
+    again_as(site, "7", 0.9, 1, issuer_of_patient_id="ONE")
+    again_as(site, "7", 0.9, 3, issuer_of_patient_id="TWO")
+    assert [kind for _, kind, _ in told(site)] == ["alert", "withdrawal", "alert"]
+
+
+def test_an_alert_stands_while_only_a_part_of_its_images_has_another_patient(site: Site) -> None:
+    """Nobody knows whose it is; once all of them have one, it moves."""
+    again_as(site, "WRONG", 0.9, 1)
+    bring(site, 2, 10, patient="RIGHT", patient_id="RIGHT")
+    site.wait(1, "refused")
+    assert told(site) == [("WRONG", "alert", "")]
+    again_as(site, "RIGHT", 0.9, 3)
+    assert told(site) == [*ALERTED, ("RIGHT", "alert", "")]
+
+
+def test_an_alert_on_images_that_are_gone_keeps_none_of_another_patient(site: Site) -> None:
+    """The old one stands for the patient who had it: its images did not come again."""
+    again_as(site, "WRONG", 0.9, 1)
+    removed(site)
+    bring(site, 7, patient="WRONG", patient_id="WRONG")
+    assert ALERT_STANDS in read(site, 0.01, 2)["limitations"]
+    bring(site, 7, patient="RIGHT", patient_id="RIGHT")
+    result = read(site, 0.9, 4)
+    deliver(site)
+    assert result["positive"]
+    (withdrawn,) = [one["result"] for one in site.box.ledger.verdicts(1) if one["result"]["withdrawn"]]
+    assert withdrawn["limitations"] == [ALERT_STANDS]
+    bring(site, 7, 31, patient="RIGHT", patient_id="RIGHT")
+    assert ALERT_STANDS not in read(site, 0.01, 5)["limitations"]
+    assert told(site)[-2:] == [("RIGHT", "alert", ""), ("RIGHT", "withdrawal", "RIGHT")]
+
+
+def test_in_shadow_no_alert_moves_until_the_package_may_alert_again(site: Site) -> None:
+    """Nobody would be told of the right patient."""
+    again_as(site, "WRONG", 0.9, 1)
+    site.approve("shadow")
+    again_as(site, "RIGHT", 0.9, 2)
+    assert told(site) == [("WRONG", "alert", "")]
+    site.approve("clinical")
+    bring(site, 8, 1, modality="SR", patient="RIGHT", patient_id="RIGHT")
+    read(site, 0.9, 4)
+    assert told(site) == [*ALERTED, ("RIGHT", "alert", "")]
 
 
 @pytest.mark.parametrize("first", [0.01, 0.9])
