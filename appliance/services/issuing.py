@@ -292,7 +292,7 @@ class Issuer:
         if not withdrawn:
             return False
         verdict = replace(Verdict.from_json(standing["result"]), mode=mode)
-        due = recipients(settings, self._ledger.told(analysis_id), verdict)
+        due = recipients(settings, self._ledger.told_of_patient(analysis_id), verdict)
         return any(destination.name in withdrawn for destination, _, _ in due)
 
     def _orders(self, study_id: int) -> Sequence[Order]:
