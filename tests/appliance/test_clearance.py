@@ -182,10 +182,19 @@ class Site:
         return self.report(study)
 
     def answer(self, study: int, probability: float = 0.9) -> None:
-        """Whatever was asked of the model for that study is answered."""
+        """Whatever is asked of the model for that study is answered, until its analyses have ended.
+
+        More may be asked while the first are answered: what was asked ahead is asked again where it was another slab.
+        """
         wait_until(self.engine, lambda: len(self.asked.futures.get(study, [])) >= SLICES)
-        for future in self.asked.futures.pop(study):
-            self.answer_one(future, probability)
+
+        def ended() -> bool:
+            for future in list(self.asked.futures.get(study, [])):
+                self.answer_one(future, probability)
+            return all(one["state"] not in ("admitted", "running") for one in self.report(study)["analyses"])
+
+        wait_until(self.engine, ended)
+        self.asked.futures.pop(study)
 
     @staticmethod
     def answer_one(future: Future[Any], probability: float) -> None:
@@ -339,9 +348,7 @@ def test_another_decision_at_the_last_moment_does_no_harm(site: Site, monkeypatc
 
     monkeypatch.setattr(site.box.ledger, "issue_verdict", late)
     site.answer(study)
-    wait_until(site.engine, lambda: bool(site.asked.futures.get(study)))
-    site.answer(study)
-    assert len(site.wait(study, "issued")["verdicts"]) == 1
+    assert len(site.wait(study, "issued")["verdicts"]) == len(moved) == 1
 
 
 def test_what_was_admitted_and_waits_is_refused_before_the_model_sees_it(site: Site) -> None:
