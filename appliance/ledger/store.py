@@ -808,11 +808,11 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
             inputs: what the verdict rested on that is taken back; the analysis may have others by now.
         """
         with self._write() as connection:
-            row = connection.execute(sa.select(t.analysis).where(t.analysis.c.id == analysis_id)).mappings().one()
+            study_id = connection.scalar(sa.select(t.analysis.c.study_id).where(t.analysis.c.id == analysis_id))
             about = {"id": analysis_id, "inputs": [list(one) for one in inputs]}
             verdict_id = self._insert_verdict(connection, about, revision, verdict, issued_at, findings, late=False)
             detail = {"package": verdict.package, "revision": revision, "reason": verdict.withdrawn}
-            self._append(connection, Event.VERDICT_WITHDRAWN, row["study_id"], **detail)
+            self._append(connection, Event.VERDICT_WITHDRAWN, study_id, **detail)
             return verdict_id
 
     def _insert_verdict(

@@ -209,8 +209,8 @@ class Issuer:
 
         A provisional alert is withdrawn, and an archive that has a report gets one that says that the study was not
         analysed. An alert on a whole study stands: nobody knows better. So does one that the verdict itself left
-        standing, and the report says that again. What was told under another Patient ID never stands, once the study
-        was read under this one: whose images they are, is known better.
+        standing, and the report says that again. What was told under another Patient ID does not stand once its images
+        were read under this one: whose they are, is known better.
 
         Args:
             source: an instance of the study that patient and order are taken from where none of those is left that the

@@ -20,6 +20,7 @@ from appliance.ledger import schema as t
 from appliance.ledger.database import later
 from appliance.ledger.records import ALERT_STANDS
 from appliance.ledger.views import event_counts
+from appliance.services.telling import preview
 from appliance.show import study_view
 from tests.appliance.test_clearance import Site, messages
 from tests.appliance.test_services import wait_until
@@ -399,6 +400,15 @@ def again_as(site: Site, patient: str, probability: float, revision: int, **chan
     return result
 
 
+def previewed(site: Site) -> tuple[str, str] | None:
+    """The Patient ID and the kind of the message that the newest verdict comes to."""
+    (shown,) = preview(site.settings, site.box.ledger, 1)
+    for one in shown.messages:
+        (pid,) = [line for line in one.content.decode().split("\r") if line.startswith("PID|")]
+        return pid.split("|")[3].split("^")[0], one.kind
+    return None
+
+
 ALERTED = [("WRONG", "alert", ""), ("WRONG", "withdrawal", "WRONG")]
 
 
@@ -418,10 +428,12 @@ def test_an_alert_follows_its_images_to_the_patient_under_whom_they_come_again(
 
             patch.setattr(site.box.ledger, "issue_verdict", die)
             read_until(site, lambda: len(site.box.ledger.verdicts(1)) == 2, 0.9)
+            assert previewed(site) == ("WRONG", "withdrawal")
             site.restart()
     again_as(site, "RIGHT", probability, 3)
     right = [("RIGHT", "alert", "")] if probability > 0.5 else []
     assert told(site) == ALERTED + right
+    assert previewed(site) == (right[0][:2] if right else None)
     (withdrawal,) = [one for one in messages(site) if "||withdrawal|" in one]
     assert "came again under another Patient ID" in withdrawal and "not disproved" in withdrawal
     reports = sorted(site.settings.findings_directory.glob("*/report.dcm"))
