@@ -30,6 +30,10 @@ _FORKS: tuple[Point, ...] = (  # where aneurysms are
     (0, 12, -22),
 )
 _LOBES: tuple[Point, ...] = ((34, -36, 26), (46, 10, -16), (34, 42, 38), (26, 76, 8), (24, 60, -36))
+_AT_THE_FALX: tuple[Point, ...] = ((12, 60, 8), (12, 60, 8), (10, -36, 34))
+"""Territories of the posterior and the anterior cerebral artery: where they are lost, falx and straight sinus look
+bright beside them.
+"""
 
 
 def add(rng: np.random.Generator, head: Head, kind: str) -> None:
@@ -167,7 +171,11 @@ def _in_brain(head: Head, least_mm: float) -> Callable[[tuple[NDArray[np.intp], 
 
 
 def _lobe(rng: np.random.Generator, head: Head, least_mm: float) -> Point:
-    x, y, z = _LOBES[int(rng.integers(len(_LOBES)))]
+    return _near_one(rng, head, _LOBES, least_mm)
+
+
+def _near_one(rng: np.random.Generator, head: Head, points: tuple[Point, ...], least_mm: float) -> Point:
+    x, y, z = points[int(rng.integers(len(points)))]
     return seat(rng, head, _in_brain(head, least_mm), (_side(rng) * x, y, z), 9)
 
 
@@ -188,7 +196,7 @@ def _old_infarct(rng: np.random.Generator, head: Head) -> None:
             gone = soft(inside, 2.0) * head.brain[where.at]
             mix(head.hu[where.at], head.fluid_hu + float(rng.uniform(2, 10)), gone)
         return
-    point = _lobe(rng, head, 4)
+    point = _near_one(rng, head, _AT_THE_FALX if rng.random() < 0.5 else _LOBES, 4)
     radius = float(rng.uniform(10, 32))
     where = box(head, point, 1.9 * radius + 4)
     away = where.away(point, (1.0, 1.15, 0.9)) * np.exp(0.2 * noise(rng, where.shape, 14))
@@ -196,6 +204,9 @@ def _old_infarct(rng: np.random.Generator, head: Head) -> None:
     displace(head, None, where, np.float32(-rng.uniform(0.1, 0.4)) * lost)
     lost = lost * head.brain[where.at]
     lost *= np.clip(rng.uniform(0.6, 1.1) + 0.15 * noise(rng, where.shape, 8), 0, 1)
+    if rng.random() < 0.6:  # some of the cortex is left, and looks bright for what surrounds it
+        left = np.clip(rng.uniform(0, 0.8) + 0.5 * noise(rng, where.shape, 9), 0, 1)
+        lost *= 1 - head.grey[where.at] * np.asarray(left, dtype=np.float32)
     mix(head.hu[where.at], head.fluid_hu + float(rng.uniform(2, 8)), lost)
 
 

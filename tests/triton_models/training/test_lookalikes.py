@@ -91,6 +91,15 @@ def test_infarcts_are_dark_and_old_ones_draw_the_ventricle(clean: Head) -> None:
     assert added(clean, "old infarct", 5).ventricle.sum() > 1.005 * clean.ventricle.sum()
 
 
+def test_old_infarcts_lie_at_the_falx_as_well_as_in_the_lobes(clean: Head) -> None:
+    middle = []
+    for seed in range(12):
+        dark = change(clean, "old infarct", seed) < -6
+        if dark.sum() > 5000:  # a territory and no lacune
+            middle.append(float((np.abs(clean.midline_mm[dark]) < 12).mean()))
+    assert sum(share > 0.3 for share in middle) >= 3 and min(middle) < 0.2
+
+
 def test_contrast_lights_vessels(clean: Head) -> None:
     head = added(clean, "contrast")
     lit = (head.hu > 100) & (clean.hu < 80) & (clean.table_mm > 0)
