@@ -18,6 +18,7 @@ Z = 1.959964
 VOLUMES_ML = (1.0, 5.0, 25.0)
 THICKNESSES_MM = (1.25, 2.5, 4.0)
 ATTENUATIONS_HU = (40.0, 50.0, 60.0)
+SIGNALS_TO_NOISE = (5.0, 8.0, 12.0, 16.0)
 SMALL_ML = 5.0
 BINS = 10
 _REPLICATES = 1000
@@ -32,6 +33,8 @@ class Outcome:
         family: of the simulator's settings, "training" or "unseen"; or a look-alike, where the study was drawn for it.
         volumes_ml: of blood by subtype, within the slices; empty where no voxel of the mask bleeds.
         blood_hu: mean attenuation of the blood as it was painted; 0 where none was.
+        signal_to_noise: of the blood in the slab where it stands out most, as `evaluate.signal_to_noise` has it; 0 of
+            none.
         thickness_mm, kernel, vendor, kvp, tilt_deg: how it was scanned.
         look_alikes: what else is in it.
         age: years.
@@ -47,6 +50,7 @@ class Outcome:
     family: str
     volumes_ml: Mapping[str, float]
     blood_hu: float
+    signal_to_noise: float
     thickness_mm: float
     kernel: str
     vendor: str
@@ -230,6 +234,10 @@ def summary(outcomes: Sequence[Outcome], threshold: float, others: Sequence[Outc
             name: sensitivity(one for one in positive if low <= one.blood_hu < high)
             for name, low, high in ranges(ATTENUATIONS_HU)
         },
+        "by_signal_to_noise": {
+            name: sensitivity(one for one in positive if low <= one.signal_to_noise < high)
+            for name, low, high in ranges(SIGNALS_TO_NOISE)
+        },
         "by_thickness_mm": both(
             (name, lambda one, low=low, high=high: low <= one.thickness_mm < high)  # type: ignore[misc]
             for name, low, high in ranges(THICKNESSES_MM)
@@ -250,7 +258,7 @@ def summary(outcomes: Sequence[Outcome], threshold: float, others: Sequence[Outc
 
 
 def ranges(edges: Sequence[float]) -> list[tuple[str, float, float]]:
-    """(name, from, to) of the ranges between rising edges, and of the two beyond them."""
+    """(name, from, to) of the ranges between rising edges, and of the two beyond them; the first begins at 0."""
     names = [f"below {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(edges)),
              f"{edges[-1]:g} and more"]  # fmt: skip
     return list(zip(names, (0.0, *edges), (*edges, math.inf), strict=True))

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from appliance.inference.preprocess import SIZE, to_field, window
-from appliance.inference.slabs import plan_slabs, slab_hu
+from appliance.inference.slabs import SlabPlan, plan_slabs, slab_hu
 from dicom_io.header import FramePlane
 from dicom_io.volume import Plane, assemble
 
@@ -72,28 +72,37 @@ class Study:
     look_alikes: tuple[str, ...]
 
 
-def slabs_of(study: Study) -> Slabs:
-    """A study cut into slabs exactly as the appliance does it."""
-    scan, spacing_mm = study.scan, study.spacing_mm
+def cut(
+    scan: scanner.Scan, spacing_mm: tuple[float, float], thickness_mm: float
+) -> Iterator[tuple[SlabPlan, NDArray[np.float32], list[int]]]:
+    """Slices cut into slabs exactly as the appliance does it, foot to head: what it plans, HU on the model's field
+    (256, 256), and which slices it is averaged from."""
     volume = assemble(
         [
-            Plane(f"2.25.{n + 1}", 0, FramePlane(position, scan.orientation, spacing_mm, study.thickness_mm), n + 1)
+            Plane(f"2.25.{n + 1}", 0, FramePlane(position, scan.orientation, spacing_mm, thickness_mm), n + 1)
             for n, position in enumerate(scan.positions)
         ]
     )
     order = [(plane.instance_number or 0) - 1 for plane in volume.planes]
-    plans = plan_slabs(volume, SLAB_MM)
-    fields = np.empty((len(plans), SIZE, SIZE), dtype=np.int16)
-    covered = np.zeros((len(plans), len(SUBTYPES), MAP_SIZE, MAP_SIZE), dtype=np.uint8)
-    for plan, field, layers in zip(plans, fields, covered, strict=True):
+    for plan in plan_slabs(volume, SLAB_MM):
         planes = [order[member] for member in plan.members]
-        hu = slab_hu((scan.hu[plane] for plane in planes), str(plan.index))
-        field[:] = np.rint(np.clip(to_field(hu, spacing_mm), -1024, 4000))
+        yield plan, to_field(slab_hu((scan.hu[plane] for plane in planes), str(plan.index)), spacing_mm), planes
+
+
+def slabs_of(study: Study) -> Slabs:
+    """What training keeps of a study."""
+    scan = study.scan
+    fields, covered, thickness_mm = [], [], []
+    for plan, field, planes in cut(scan, study.spacing_mm, study.thickness_mm):
+        fields.append(np.rint(np.clip(field, -1024, 4000)).astype(np.int16))
+        layers = np.zeros((len(SUBTYPES), MAP_SIZE, MAP_SIZE), dtype=np.uint8)
         mask = scan.mask[planes]
         for kind in np.unique(mask[mask > 0]):
             blood = (mask == kind).mean(axis=0, dtype=np.float32)
-            layers[kind - 1] = np.rint(255 * shrink(to_field(blood, spacing_mm, fill=0.0)))
-    return Slabs(fields, covered, tuple(plan.thickness_mm for plan in plans))
+            layers[kind - 1] = np.rint(255 * shrink(to_field(blood, study.spacing_mm, fill=0.0)))
+        covered.append(layers)
+        thickness_mm.append(plan.thickness_mm)
+    return Slabs(np.stack(fields), np.stack(covered), tuple(thickness_mm))
 
 
 def shrink(field: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -436,7 +445,7 @@ class Variety:
         if chance[6] < 0.6:
             slow, gyri = (some[rng.integers(len(some)), :rows, :columns] for some in (self._slow, self._gyri))
             _against_bone(rng, hu, slow, gyri)
-        if chance[7] < 0.15:
+        if chance[7] < 0.2:
             slow, gyri = (some[rng.integers(len(some)), :rows, :columns] for some in (self._slow, self._gyri))
             _darken(rng, hu, blood, slow, gyri)
         if chance[8] < 0.35:
@@ -531,6 +540,8 @@ def _darken(
     rows, columns = hu.shape[:2]
     row, column = np.indices((rows, columns), dtype=np.float32)
     down, across = rng.uniform(0.25, 0.75, 2) * (rows, columns)
+    if rng.random() < 0.4:  # beside the falx, which nothing looks more like blood than
+        across = columns / 2 + rng.normal(0, 12)
     far = np.hypot(row - np.float32(down), column - np.float32(across)) / np.float32(rng.uniform(12, 35))
     place = np.clip(2.5 * (1 + 0.35 * slow - far), 0, 1)
     if rng.random() < 0.5:

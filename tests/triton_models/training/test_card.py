@@ -32,6 +32,7 @@ def outcomes(family: str, *, found: int, alarms: int) -> list[Outcome]:
             family=family,
             volumes_ml={name: volume},
             blood_hu=55.0,
+            signal_to_noise=3.0 if number < 7 else 20.0,
             thickness_mm=(1.0, 5.0)[number % 2],
             kernel=("H30s", "UB")[number // 2 % 2],
             vendor="B",
@@ -52,6 +53,7 @@ def outcomes(family: str, *, found: int, alarms: int) -> list[Outcome]:
             seed=1000 + number,
             volumes_ml={},
             blood_hu=0.0,
+            signal_to_noise=0.0,
             look_alikes=("clip",) if number < 20 else ("pineal",),
             probability=0.8 if called else 0.1,
             called_ml=3.0 if called else 0.0,
@@ -128,6 +130,7 @@ def test_a_goal_that_was_missed_is_said_to_be() -> None:
         ["1 to 5", "12 of 17"],
         ["below 1", "8 of 8"],
     ]
+    assert "noise with certainty (Rose, J Opt Soc Am 1948; 38:196): 7 of 100 studies with blood." in page
     assert rows(page, "pineal")[0].endswith("| 0.938 (0.862 to 0.973; 80) |")
     assert "There were none." in page
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import triton_models
 from appliance.bench.model import serving
@@ -165,6 +166,7 @@ def test_a_study_is_simulated_once_and_a_half_written_one_again(
     assert len(list((tmp_path / "unseen-4").glob("*.dcm"))) == len(made.hu)
     facts = evaluate._outcome_of(json.loads((tmp_path / "unseen-3" / "facts.json").read_text("utf-8")))
     assert facts.volumes_ml == pytest.approx(made.volume_ml, abs=1e-4) and facts.probability == 0 and not facts.refused
+    assert facts.signal_to_noise > 16
 
 
 def test_each_head_stands_once_without_and_once_with_blood_on_its_familys_scanners(
@@ -180,3 +182,33 @@ def test_each_head_stands_once_without_and_once_with_blood_on_its_familys_scanne
         (3, 2, True, "training"),
     ]
     assert evaluate.drawn("clip", 4) == (4, ("clip",), "neusoft")
+
+
+def square(side: int, hu: float, share: float = 1.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A brain of 30 ± 4 HU with a square of blood in it, and where that is."""
+    field = np.random.default_rng(3).normal(30, 4, (256, 256)).astype(np.float32)
+    there = np.zeros_like(field)
+    there[100 : 100 + side, 120 : 120 + side] = share
+    return field + (hu - 30) * (there > 0), there
+
+
+@pytest.mark.parametrize(("side", "hu", "expected"), [(10, 50, 25), (10, 34, 5), (4, 50, 10), (20, 50, 50)])
+def test_blood_stands_out_by_its_contrast_its_area_and_the_noise(side: int, hu: float, expected: float) -> None:
+    assert evaluate.signal_to_noise(*square(side, hu)) == pytest.approx(expected, rel=0.15)
+
+
+def test_what_does_not_stand_out_counts_nothing() -> None:
+    assert evaluate.signal_to_noise(*square(10, 20)) == 0  # darker than the brain
+    assert evaluate.signal_to_noise(*square(10, 50, share=0.3)) == 0  # nowhere two fifths of a pixel
+    bone, there = square(10, 50)
+    bone[there > 0] = 900
+    assert evaluate.signal_to_noise(bone, there) == 0  # all of it counts as bone
+    air = np.full_like(bone, -1000.0)
+    assert evaluate.signal_to_noise(air + 1050 * there, there) == 0  # nothing to stand out from
+
+
+def test_bone_beside_blood_does_not_make_it_stand_out() -> None:
+    field, there = square(10, 50)
+    alone = evaluate.signal_to_noise(field, there)
+    field[:, 125:] = 1200.0  # half of the square too
+    assert evaluate.signal_to_noise(field, there) == pytest.approx(alone, rel=0.2)

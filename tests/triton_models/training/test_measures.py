@@ -29,6 +29,7 @@ NOTHING = Outcome(
     family="unseen",
     volumes_ml={},
     blood_hu=0.0,
+    signal_to_noise=0.0,
     thickness_mm=5.0,
     kernel="STANDARD",
     vendor="A",
@@ -47,6 +48,7 @@ BLEED = replace(
     NOTHING,
     volumes_ml={"subdural": 8.0},
     blood_hu=45.0,
+    signal_to_noise=20.0,
     probability=0.9,
     called_ml=6.0,
     subtypes={"epidural": 0.1, "subdural": 0.9},
@@ -151,7 +153,9 @@ def outcomes() -> list[Outcome]:
         BLEED,
         replace(BLEED, volumes_ml={"subdural": 30.0, "epidural": 2.0}, called_ml=40.0, thickness_mm=1.0),
         replace(BLEED, volumes_ml={"epidural": 0.5}, called_ml=1.0, probability=0.5, blood_hu=50.0),
-        replace(BLEED, volumes_ml={"epidural": 4.0}, probability=0.3, called_ml=0.0, kernel="H30s"),
+        replace(
+            BLEED, volumes_ml={"epidural": 4.0}, probability=0.3, called_ml=0.0, kernel="H30s", signal_to_noise=4.9
+        ),
         NOTHING,
         replace(NOTHING, look_alikes=("pineal",)),
         replace(NOTHING, look_alikes=("pineal", "clip"), probability=0.6, kernel="H30s"),
@@ -189,6 +193,9 @@ def test_every_group_counts_its_own() -> None:
     assert of(told["by_thickness_mm"]["below 1.25"]["sensitivity"]) == (1.0, 1)
     assert {name: of(one) for name, one in told["by_blood_hu"].items() if one["n"]} == {
         "40 to 50": (pytest.approx(2 / 3, abs=1e-4), 3), "50 to 60": (1.0, 1)
+    }  # fmt: skip
+    assert {name: of(one) for name, one in told["by_signal_to_noise"].items() if one["n"]} == {
+        "below 5": (0.0, 1), "16 and more": (1.0, 3)
     }  # fmt: skip
     assert of(told["by_kernel"]["H30s"]["sensitivity"]) == (0.0, 1)
     assert of(told["by_kernel"]["H30s"]["specificity"]) == (0.0, 1)
