@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socketserver
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says how busy the machine is, and nothing of what is tested.
 settings.register_profile("scanside", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("scanside")
+
+# A server of the standard library, and so one of pynetdicom, looks this often whether it is to end: half a second by
+# default, which would be most of what the tests that start one take.
+socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -113,6 +113,7 @@ def test_echo(node: tuple[str, Recorder]) -> None:
     assert "127.0.0.1" in nobody.stderr
 
 
+@pytest.mark.slow
 def test_a_phantom_is_written_and_sent(tmp_path: Path, node: tuple[str, Recorder]) -> None:
     target, recorder = node
     made = run("phantom", "--out", tmp_path, "--bleed", "subdural", "--seed", "3", "--thickness", "8", "--json")

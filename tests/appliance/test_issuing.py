@@ -377,6 +377,7 @@ MORE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd",
     ["a\r\nb\nc\rd", "a\x00b", "a\\b", "^~\\&|=", "x" * 10_000, "x^~&|\r\n" * 2_000, "\\E\\\\.br\\|"],

@@ -643,6 +643,7 @@ def withdrawal(series: Series, reason: str) -> str:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None)
 @given(reason=st.text(st.characters(exclude_categories=["Cs"]), max_size=900))
 def test_no_reason_however_long_makes_a_message_that_is_never_sent(reason: str, plain: Series) -> None:

@@ -262,6 +262,7 @@ def test_every_series_of_a_scanner_passes(philips_phantom: Path) -> None:
     assert {28, 140} <= set(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_simulated_heads_pass(seed: int) -> None:
     made = simulate(seed, bleed="subdural" if seed % 2 else None, thickness_mm=10, size=128)

@@ -134,6 +134,7 @@ def agree(elements: Elements, dataset: Dataset) -> None:
             agree(item, expected_item)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(dataset=data_sets(), syntax=st.sampled_from(SYNTAXES), pixels=st.booleans())
 def test_what_pydicom_writes_reads_as_it_reads_it(dataset: Dataset, syntax: str, pixels: bool) -> None:
@@ -429,6 +430,7 @@ def test_character_sets(terms: bytes, value: bytes, text: str) -> None:
 # Hostile
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("vr", ["SQ", "UN"])
 @pytest.mark.parametrize("tag", [0x00400275, 0x00082218, 0x52009229], ids=["not wanted", "wanted", "functional groups"])
@@ -472,6 +474,7 @@ def test_a_length_bomb_takes_no_memory(vr: str, length: int) -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_more_items_than_any_scanner_makes() -> None:
     most = raw(0x52009230, "SQ", plain(ITEM, b"") * MAXIMUM_ITEMS)
     assert header_with(most).frames == ()
@@ -485,6 +488,7 @@ def frames(count: int, shared: bytes, frame: bytes = b"") -> bytes:
     return raw(0x00280008, "IS", number + b" " * (len(number) % 2)) + groups
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "junk", [b"1 " * 500_000, b"\xff" * 1_000_000, b"\x1b" * 1_000_000], ids=["1 ", "ff", "escape"]

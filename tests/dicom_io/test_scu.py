@@ -366,6 +366,7 @@ def test_small_messages_do_not_wait_for_delayed_acknowledgements(tmp_path: Path)
         assert time.monotonic() - started < 1.9  # over 2 s if each waits its 40 ms
 
 
+@pytest.mark.slow
 def test_a_peer_that_stops_reading_does_not_hold_the_sender_for_ever(tmp_path: Path) -> None:
     large = ct(head(12, False), 12)
     large.PixelData = bytes(24 << 20)

@@ -170,6 +170,7 @@ def test_a_renewal_is_used_by_the_next_connection_and_disturbs_no_running_one(au
         assert running.recv(1000) == b"still here"
 
 
+@pytest.mark.slow
 def test_renewals_under_load_fail_no_handshake(authority: Authority, pair: Pair) -> None:
     # Between the two files of a renewal the pair does not match: the old one must serve then.
     certificates = ServerCertificates(pair.certificate, pair.key)

@@ -32,6 +32,7 @@ def test_an_alert_under_two_control_ids_is_doubled() -> None:
     assert count("ab", [("a", "one"), ("b", "one")])["doubled"] == 1
 
 
+@pytest.mark.slow
 def test_a_listener_that_fails_at_random_gets_each_alert_once_and_in_order() -> None:
     done = CliRunner().invoke(
         app, ["bench", "alerts", "--alerts", "30", "--rounds", "1", "--faults", "--chance", "0.5", "--json"]

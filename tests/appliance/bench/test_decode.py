@@ -20,6 +20,7 @@ from dicom_io.errors import ScansideError
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_every_kind_is_decoded_exactly_by_us_and_by_others() -> None:
     told = measure(1, 2)
     by_kind: dict[str, set[str]] = {}

@@ -188,6 +188,7 @@ def test_a_worker_that_only_stumbles_gives_no_sign_of_life(ledger: Ledger, monke
         one.join()
 
 
+@pytest.mark.slow
 def test_a_hanging_destination_delays_nobody_else(ledger: Ledger) -> None:
     hanging = worker(ledger, "pacs", lambda _: (time.sleep(3.0), ("retry", "slow"))[1])
     hanging.start()

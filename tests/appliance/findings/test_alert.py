@@ -240,6 +240,7 @@ ODD = st.text("\r\n\t\x00\x0b\x1b\x85\u2028\ud800&^~|\\.brx", max_size=300).map(
 """Line breaks, control characters, delimiters and escapes, up to 12,000 of them."""
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.dictionaries(

@@ -294,6 +294,7 @@ def gate(which: int, headers: list[Header]) -> tuple[bool, dict[str, Answer]]:
     return found.admitted, {one.criterion: answer[one.outcome] for one in found.criteria}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("which", range(len(PACKAGES)))
 def test_the_gate_and_the_judge_agree_on_a_hundred_thousand_headers(which: int) -> None:

@@ -452,6 +452,7 @@ def ahead(made: Pipeline, package: Package, here: Sequence[Plane]) -> list[Futur
     return ask_for(made, package, ADMITTED, volume, contexts, files_of(here), owner=1, urgency=ARRIVING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neighbours", [0, 1])
 @settings(deadline=None, max_examples=40)
 @given(study=arriving())

@@ -413,6 +413,7 @@ def in_a_process_that_ends(steps: int, action: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 def test_wherever_the_process_ends_the_next_start_leaves_rows_and_files_that_agree(tmp_path: Path) -> None:
     box = Box(tmp_path)
     for study in (1, 2):

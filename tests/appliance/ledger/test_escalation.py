@@ -295,6 +295,7 @@ def test_a_clock_that_was_set_back_holds_no_step_back(box: Box) -> None:
     assert box.pass_time(-3600) == ["second", "mail"]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(data=st.data())
 def test_nobody_is_told_twice_or_forgotten_whatever_happens(

@@ -91,6 +91,7 @@ def made_then(path: Path, revision: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_every_revision_can_be_gone_back_to_with_all_that_it_can_hold(tmp_path: Path, revision: str) -> None:
     path = tmp_path / "ledger.sqlite"

@@ -280,6 +280,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, heard: bool) -> None:
     monkeypatch.setattr(Pull, "_request", counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heard", [False, True], ids=["before it is sent", "with the answer unread"])
 @pytest.mark.parametrize("outcome", [DONE, REFUSED], ids=["completed", "canceled"])
 def test_wherever_it_dies_it_claims_once_and_ends_once(

@@ -211,6 +211,7 @@ def test_what_cannot_be_is_answered_with_why(
     assert served.http.get("workitems").status_code == 204
 
 
+@pytest.mark.slow
 def test_a_flood_of_refusals_writes_few_rows(served: Served) -> None:
     for _ in range(A_MINUTE + 20):
         assert served.http.get("workitems/1.1").status_code == 404

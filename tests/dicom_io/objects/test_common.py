@@ -119,6 +119,7 @@ def read_by_dcmtk(path: Path) -> str:
     return found[1].rstrip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("character_set", [*NAMES, *MORE_NAMES])
 def test_names_are_read_by_others_in_every_character_set(character_set: str, tmp_path: Path) -> None:
     declared, name = {**NAMES, **MORE_NAMES}[character_set]

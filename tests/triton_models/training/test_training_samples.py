@@ -243,6 +243,7 @@ def test_neighbours_change_places_or_are_missing_but_the_middle_stays(variety: V
     assert {(-1, 0, 1), (1, 0, -1)} < seen and seen & {(0, 0, 1), (0, 0, -1), (1, 0, 0), (-1, 0, 0)}
 
 
+@pytest.mark.slow
 def test_one_seed_one_variation(variety: Variety) -> None:
     fields = np.random.default_rng(0).integers(-20, 80, (3, 256, 256)).astype(np.int16)
     covered = np.zeros((5, 64, 64), np.uint8)
