@@ -371,6 +371,33 @@ class Box:
         Raises:
             ReleaseError: it failed; with its own words.
         """
+        done = self._command(version, *arguments)
+        try:
+            answer: dict[str, Any] = json.loads(done)
+        except ValueError as error:
+            where = f"scanside {' '.join(arguments)} of {version}"
+            raise ReleaseError(f"it printed no JSON: {error}", where, "install the release again") from error
+        return answer
+
+    def require_settings(self, version: str) -> None:
+        """Look whether a release can read the settings, if there are any yet: none of its services starts otherwise.
+
+        Raises:
+            ReleaseError: it cannot; with its own words, and where those lie that it had.
+        """
+        if not self.config.exists():
+            return
+        try:
+            self._command(version, "check", "--settings-only")
+        except ReleaseError as error:
+            kept = self.config.with_name(f"scanside-{version}.toml")
+            remedy = f"change {self.config}, and see that {version} takes it: scanside check --settings-only"
+            if kept.exists():
+                remedy = f"copy what it had, {kept}, to {self.config}, or change that one"
+            raise ReleaseError(f"it cannot read the settings: {error.what}", version, remedy) from error
+
+    def _command(self, version: str, *arguments: str) -> str:
+        """What a command of a release prints, run as the user that checks."""
         command = [str(self.release(version) / "venv/bin/scanside"), "--config", str(self.config), *arguments]
         as_user: dict[str, Any] = {"user": _USER, "group": _GROUP, "extra_groups": []} if self.live else {}
         try:
@@ -384,11 +411,7 @@ class Box:
         if done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise ReleaseError(said, f"scanside {' '.join(arguments)} of {version}", "see its own words")
-        try:
-            answer: dict[str, Any] = json.loads(done.stdout)
-        except ValueError as error:
-            raise ReleaseError(f"it printed no JSON: {error}", command[0], "install the release again") from error
-        return answer
+        return done.stdout
 
 
 def clean_environment() -> dict[str, str]:

@@ -171,7 +171,8 @@ def activate(box: Box, version: str, keep: int, say: Say) -> dict[str, Any]:
     """Let an installed release run: backup, flip, units, the ledger forward, start.
 
     Raises:
-        ReleaseError: it cannot run; whatever failed before its services were started, the release before runs again.
+        ReleaseError: it cannot run, or cannot read these settings; whatever failed before its services were started,
+            the release before runs again.
         OSError: the same, of a file.
     """
     box.about(version)
@@ -187,6 +188,8 @@ def activate(box: Box, version: str, keep: int, say: Say) -> dict[str, Any]:
     origin = begun.origin if begun and begun.to == version and begun.command == "activate" else current
     if begun and begun.command == "rollback":
         raise ReleaseError(f"a rollback to {begun.to} has not ended", version, f"rollback {begun.to} first")
+    if begun is None:  # what was begun is ended first: the services may be stopped
+        box.require_settings(version)
     box.note(unfinished=Unfinished("activate", origin, version))
     say("stopping the services; the ports stay open")
     backup = None
@@ -232,8 +235,8 @@ def rollback(box: Box, version: str | None, keep: int, say: Say) -> dict[str, An
         version: None: the release that ran before.
 
     Raises:
-        ReleaseError: there is nothing to go back to, or the ledger cannot be copied or taken back; what ran then runs
-            again.
+        ReleaseError: there is nothing to go back to, or it cannot read these settings, or the ledger cannot be copied
+            or taken back; what ran then runs again.
         OSError: the same, of a file.
     """
     current, notes = box.current(), box.notes()
@@ -248,6 +251,8 @@ def rollback(box: Box, version: str | None, keep: int, say: Say) -> dict[str, An
         return {"changed": False, "version": to, "services": box.start()}
     if version_key(to) > version_key(current):
         raise ReleaseError(f"{to} is newer than {current}, which runs", to, f"activate {to}")
+    if begun is None:
+        box.require_settings(to)
     # Whose schema the ledger may have: the newest that was begun with.
     newer = max({current, *([one for one in (begun.origin, begun.to) if one] if begun else [])}, key=version_key)
     box.note(unfinished=Unfinished("rollback", newer, to))

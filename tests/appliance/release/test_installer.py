@@ -270,6 +270,28 @@ def test_a_release_whose_schema_cannot_be_made_leaves_the_old_one_running(runnin
     assert box.boots() == OLD
 
 
+@pytest.mark.parametrize("command", ["activate", "rollback"])
+def test_a_release_that_cannot_read_the_settings_stops_nothing(running: Box, command: str) -> None:
+    box = running
+    if command == "rollback":
+        box.does("activate", NEW)
+    runs, to = (OLD, NEW) if command == "activate" else (NEW, OLD)
+    settings = box.root / "etc/scanside/scanside.toml"
+    before = settings.read_text()
+    settings.write_text(before + "new_key = 1\n")
+    schema, copies = migration.revision(box.ledger), sorted((box.root / "var/lib/scanside/backups").glob("*"))
+    said = box.refuses(command, to)
+    assert "new_key" in said["what"] and said["where"] == to and str(settings) in said["remedy"]
+    (kept := settings.with_name(f"scanside-{to}.toml")).write_text(before)
+    assert str(kept) in box.refuses(command, to)["remedy"]
+    status = box.does("status")
+    assert (status["current"], status["unfinished"]) == (runs, None)
+    assert migration.revision(box.ledger) == schema
+    assert sorted((box.root / "var/lib/scanside/backups").glob("*")) == copies, "it was not even stopped"
+    shutil.copy(kept, settings)
+    assert box.does(command, to)["current"] == to
+
+
 def test_a_ledger_that_is_damaged_is_not_updated(running: Box) -> None:
     box = running
     box.ledger.write_bytes(box.ledger.read_bytes()[:5000] + b"\xff" * 3000)
