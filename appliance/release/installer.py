@@ -188,7 +188,8 @@ def activate(box: Box, version: str, keep: int, say: Say) -> dict[str, Any]:
     origin = begun.origin if begun and begun.to == version and begun.command == "activate" else current
     if begun and begun.command == "rollback":
         raise ReleaseError(f"a rollback to {begun.to} has not ended", version, f"rollback {begun.to} first")
-    if begun is None:  # what was begun is ended first: the services may be stopped
+    # Where nothing runs nothing is lost, nor is there the user that looks; what was begun has stopped it already.
+    if begun is None and current is not None:
         box.require_settings(version)
     box.note(unfinished=Unfinished("activate", origin, version))
     say("stopping the services; the ports stay open")
