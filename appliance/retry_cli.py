@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @guard
 def retry(
-    delivery: Annotated[int | None, typer.Argument(help="Number of a dead, rejected or withdrawn delivery.")] = None,
+    delivery: Annotated[int | None, typer.Argument(help="Number of a dead, rejected, withdrawn or replaced delivery.")] = None,
     study_number: Annotated[
         str | None, typer.Option("--study", help="A study whose analysis was set aside: UID or number.")
     ] = None,
@@ -33,7 +33,7 @@ def retry(
         typer.Option("--decided", help="With --since: decide anew on every study that was decided from then on."),
     ] = False,
 ) -> None:
-    """Send a dead, rejected or withdrawn delivery once more, or analyse a study that was set aside."""
+    """Send a dead, rejected, withdrawn or replaced delivery once more, or analyse a study that was set aside."""
     from appliance.ledger.doorbell import ring
     from appliance.ledger.store import Ledger
     from appliance.ledger.views import find_study

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -89,13 +90,15 @@ def run_triton(settings: Settings) -> None:
 
     Raises:
         ScansideError: the environment, a model package or its TensorRT plan is not what it must be, or a server that is
-            watched ended by itself.
+            watched ended by itself, or one runs already.
     """
     packages, broken = load_sound(settings)
     for name, problem in broken.items():
         log.error("triton: %s is not served: %s", name, problem)
     if not packages:
         raise ScansideError("there is no package to serve", "; ".join(broken.values()), "`scanside models verify`")
+    if settings.box.device != "gpu":
+        _require_free(settings)
     launch = prepare(
         settings.triton.environment,
         settings.triton_directory,
@@ -110,6 +113,22 @@ def run_triton(settings: Settings) -> None:
         _watch(settings, launch, packages)
     else:
         os.execve(launch.command[0], launch.command, launch.env)
+
+
+def _require_free(settings: Settings) -> None:
+    """Look whether a server has the ports before its backends and repository are written anew under it."""
+    for name in ("grpc_port", "http_port", "metrics_port"):
+        port: int = getattr(settings.triton, name)
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ScansideError(
+                    f"port {port} cannot be had ({error.strerror})",
+                    f"triton.{name}",
+                    "stop the Triton that runs already, or choose another port",
+                ) from error
 
 
 class _Pulse:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from appliance import supervisor
+from appliance.inference.server import Launch
 from appliance.settings import Settings
+from dicom_io.errors import ScansideError
 
 
 class Client:
@@ -98,3 +102,35 @@ def test_one_that_starts_has_more_time_but_not_for_ever(monkeypatch: pytest.Monk
         assert not ended(child, 1.0)
     with heeded(monkeypatch, lambda: "it does not answer", 0.5) as child:
         assert ended(child, 30)
+
+
+@pytest.mark.parametrize("taken", ["grpc_port", "http_port", "metrics_port"])
+def test_a_second_server_leaves_the_files_of_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken: str
+) -> None:
+    monkeypatch.setattr(supervisor, "load_sound", lambda _: ([object()], {}))
+    prepared: list[object] = []
+
+    def prepare(*words: object, **_: object) -> Launch:
+        prepared.append(words)
+        raise ScansideError("as far as that", "here", "nothing")
+
+    monkeypatch.setattr(supervisor, "prepare", prepare)
+    with socket.create_server(("127.0.0.1", 0)) as running:
+        port = running.getsockname()[1]
+        ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0, taken: port}
+        for name in ports.keys() - {taken}:
+            with socket.create_server(("127.0.0.1", 0)) as some:
+                ports[name] = some.getsockname()[1]
+        settings = Settings.model_validate({"box": {"state_directory": tmp_path}, "triton": ports})
+        with pytest.raises(ScansideError, match=f"port {port} cannot be had") as error:
+            supervisor.run_triton(settings)
+        assert error.value.where == f"triton.{taken}" and not prepared
+        # On a GPU the server is NVIDIA's: it runs, and its repository is written.
+        on_gpu = settings.model_copy(update={"box": settings.box.model_copy(update={"device": "gpu"})})
+        with pytest.raises(ScansideError, match="as far as that"):
+            supervisor.run_triton(on_gpu)
+        assert len(prepared) == 1
+    with pytest.raises(ScansideError, match="as far as that"):
+        supervisor.run_triton(settings)
+    assert len(prepared) == 2

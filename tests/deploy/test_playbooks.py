@@ -269,7 +269,7 @@ def test_every_port_that_is_configured_is_systemds(tmp_path: Path) -> None:
         return rooms.inside("a", "sh", "-c", f"systemctl is-active {' '.join(names)} || :").split()
 
     units = rooms.boxes["a"] / "etc/systemd/system"
-    settings = {"intake": {"tls": {"port": 2763}, "hl7": {"port": 2577}}}
+    settings: dict[str, Any] = {"intake": {"tls": {"port": 2763}, "hl7": {"port": 2577}}}
     configured(rooms, scanside_settings=settings, **tls)
     assert listens() == ["active", "active", "active", "inactive"]
     for name, port in zip(names, (11112, 2763, 2577), strict=False):
@@ -281,8 +281,21 @@ def test_every_port_that_is_configured_is_systemds(tmp_path: Path) -> None:
     (rooms.boxes["a"] / "var/lib/order").unlink()
     configured(rooms, scanside_settings=settings, **tls)
     assert not [one for one in rooms.noted("a", "order") if ".socket" in one or one.startswith("stop ")]
+    settings["intake"]["plain"] = False
+    configured(rooms, scanside_settings=settings, **tls)
+    assert listens() == ["inactive", "active", "active", "inactive"]
+    closed = rooms.boxes["a"] / "etc/scanside/no-plain-intake"
+    assert closed.exists()
+    (rooms.boxes["a"] / "var/lib/order").unlink()
+    configured(rooms, scanside_settings=settings, **tls)
+    assert not [one for one in rooms.noted("a", "order") if ".socket" in one or one.startswith("stop ")]
     configured(rooms)
     assert listens() == ["active", "inactive", "inactive", "inactive"]
+    assert not closed.exists()
+    # A certificate that the settings name themselves, brought as a secret.
+    own = {"intake": {"tls": {"certificate": "/etc/scanside/c.pem", "key": "/etc/scanside/k.pem"}}}
+    configured(rooms, scanside_settings=own)
+    assert listens() == ["active", "active", "inactive", "inactive"]
 
 
 def test_with_a_worklist_its_service_runs_and_reads_its_token(tmp_path: Path) -> None:

@@ -164,6 +164,11 @@ def test_the_ports_are_those_of_the_settings() -> None:
         assert read(UNITS / f"{name}.socket")["Socket"]["ListenStream"] == [str(port)]
 
 
+def test_the_port_without_tls_can_be_closed() -> None:
+    """Intake does not start beside a socket that it does not serve; one whose condition fails keeps nothing back."""
+    assert read(UNITS / "scanside-intake.socket")["Unit"]["ConditionPathExists"] == ["!/etc/scanside/no-plain-intake"]
+
+
 @pytest.mark.parametrize("name", DAEMONS)
 def test_what_fails_is_started_again_and_told(name: str) -> None:
     unit, service = read(UNITS / name)["Unit"], read(UNITS / name)["Service"]
