@@ -362,10 +362,11 @@ def _from_patterns(cells: NDArray[Any], precision: int, form: _Format) -> NDArra
     if not unused:
         return patterns.view(np.int16)
     values = (patterns << unused).view(np.int16) >> unused
-    # The bits above must be the sign's extension as far as the samples reach, or zeros; an overlay's are zeros.
+    # The bits above must be the sign's extension as far as the samples reach, or zeros; an overlay's are zeros. Not now
+    # the one and now the other: zeros above what seems negative, where others have the sign, are a value out of range.
     kept = np.uint16((1 << precision) - 1 & ~form.overlay_mask)
-    low = patterns & np.uint16((1 << form.bits_stored) - 1)
-    if not np.all((patterns == (values.view(np.uint16) & kept)) | (patterns == low)):
+    extended = np.array_equal(patterns, values.view(np.uint16) & kept)
+    if not extended and int(patterns.max()) >> form.bits_stored:
         raise DecodeError(f"it has values outside the {form.bits_stored} bits stored")
     return values
 

@@ -208,6 +208,22 @@ def test_signs_extend_from_the_bits_stored(
     np.testing.assert_array_equal(decoded.stored, pixels)
 
 
+def test_a_frame_that_writes_the_sign_now_so_and_now_otherwise_is_refused(tmp_path: Path) -> None:
+    """12 bits stored in cells of 16: -1000 with its sign's bits, and 2500, which would be read as -1596."""
+    dataset = ct(head(12, True), 12)
+    cells = np.frombuffer(dataset.PixelData, np.int16).copy()
+    cells[:4] = -1000, -1000, 40, 80
+    for ours, refused in ((2500, True), (2047, False)):
+        cells[4] = ours
+        dataset.PixelData = cells.tobytes()
+        path = save(dataset, tmp_path / f"{ours}.dcm")
+        if refused:
+            with pytest.raises(DecodeError, match="outside the 12 bits stored"):
+                decode(path)
+        else:
+            assert decode(path).stored.ravel()[:5].tolist() == [-1000, -1000, 40, 80, 2047]
+
+
 @pytest.mark.parametrize(("signed", "cell"), [(False, 0x1000), (False, 0x8001), (True, 0x1001), (True, 0xE800)])
 def test_values_outside_the_bits_stored_are_refused(tmp_path: Path, signed: bool, cell: int) -> None:
     dataset = ct(head(12, signed), 12)
