@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @guard
 def retry(
-    delivery: Annotated[int | None, typer.Argument(help="Number of a dead, rejected, withdrawn or replaced delivery.")] = None,
+    delivery: Annotated[
+        int | None, typer.Argument(help="Number of a dead, rejected, withdrawn or replaced delivery.")
+    ] = None,
     study_number: Annotated[
         str | None, typer.Option("--study", help="A study whose analysis was set aside: UID or number.")
     ] = None,

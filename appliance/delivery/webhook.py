@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 from appliance.delivery.outbox import Result, Said
 from dicom_io.errors import PeerError, ScansideError
 
-_PASSING = (408, 425, 429)
-"""Statuses of the 4xx class that another try may mend (RFC 9110, RFC 8470, RFC 6585)."""
+_PASSING = (400, 401, 403, 404, 408, 425, 429)
+"""Statuses of the 4xx class that another try may mend (RFC 9110, RFC 8470, RFC 6585): a receiver that refuses a secret
+that is being changed, or a timestamp because one of both clocks is wrong; one that is being put in place."""
 _PREFIX = "whsec_"
 
 

@@ -59,7 +59,7 @@ _ANATOMY_SCHEMES = ("SCT", "SRT")
 
 _WITHOUT_AGENT = re.compile(
     r"\b(W ?/? ?O(UT)?|WITHOUT|NON?|NOT|PRE|OHNE|VOR|SANS|SIN|SEM|SENZA|ZONDER|UTAN|UDEN|BEZ)[ -]*(IV )?"
-    r"([CK]ONTRAST\w*|CON|KM|INJ\w*|ENHANC\w*|MDC|PDC|C)\b|\bO ?KM\b|\bS ?/ ?C(ONTRAST\w*)?\b"
+    r"([CK]ONTRAST\w*|CON|KM|INJ\w*|ENHANC\w*|MDC|PDC|C|IV)\b|\bO ?KM\b|\bS ?/ ?C(ONTRAST\w*)?\b"
     r"|\b(UNENHANCED|NONCON\w*|PRECON\w*|NATIV\w*|PLAIN)\b"
 )
 _WITH_AGENT = re.compile(
@@ -67,7 +67,9 @@ _WITH_AGENT = re.compile(
     r"\+ ?(C|IV|KM)\b|\b(C|IV) ?\+|\b[CK]ONTRAST"
     r"|\bENH\b|\bENHANCED(?! (CONVERSION|CT IMAGE|MULTI))|\bCE(CT)?\b|\bKM\b|\b[MP]DC\b|\bCT[APV]\b|ANGIO|PERFUSION"
     r"|\bC/C\b|\bW ?/? ?C(ON)?\b|\bW/( |$)|\bWITH *$"
-    r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJECT"
+    r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJ"
+    # Nobody scans a head late, twice by plan, or "post" nothing, but after an agent.
+    r"|\b(DELAY\w*|TARDI\w*|VENOGR\w*|KM\w+)\b|\b[23] ?(ND|RD)? PHASE\b|\b(POST|IV)$"
     r"|\b(ARTERIAL|VENOUS|PORTAL)\b"
 )
 _WITH_AND_WITHOUT = re.compile(

@@ -94,8 +94,9 @@ def test_the_signature_is_what_the_specification_says(receiver: Receiver, hook: 
 @pytest.mark.parametrize(
     ("status", "outcome"),
     [
-        (200, "acknowledge"), (202, "acknowledge"), (301, "reject"), (308, "reject"), (400, "reject"), (401, "reject"),
-        (404, "reject"), (410, "reject"), (408, "retry"), (425, "retry"), (429, "retry"), (500, "retry"),
+        (200, "acknowledge"), (202, "acknowledge"), (301, "reject"), (308, "reject"), (400, "retry"), (401, "retry"),
+        (403, "retry"), (404, "retry"), (405, "reject"), (410, "reject"), (413, "reject"),
+        (408, "retry"), (425, "retry"), (429, "retry"), (500, "retry"),
         (503, "retry"),
     ],
 )  # fmt: skip
