@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from email import policy
 from email.message import EmailMessage
@@ -70,6 +70,15 @@ class Notice:
         lines = [wording.impression(self.verdict), wording.TRIAGE_ONLY, self.verdict.notice]
         return [*lines, *(f"Limitation: {one}" for one in self.verdict.limitations)]
 
+    @property
+    def nameless(self) -> Sequence[str]:
+        """The same for whoever may not know the patient: why a study was refused quotes ages and free text, in which
+        people write names."""
+        if not self.verdict.withdrawn:
+            return self.sentences
+        why = replace(self.verdict, withdrawn=f"on {self.box}, study {self.study} says why")
+        return replace(self, verdict=why).sentences
+
 
 def named(source: Dataset, include: Collection[str]) -> tuple[tuple[str, str], ...]:
     """The values of these identifiers that the study has, printable and on one line each."""
@@ -95,7 +104,7 @@ def render_mail(notice: Notice, sender: str, recipients: Sequence[str]) -> bytes
         f"verdict at: {notice.issued_at.isoformat(timespec='seconds')}",
         f"message: {notice.id}",
     ]
-    mail.set_content("\n".join([notice.headline, "", *notice.sentences, "", *facts]) + "\n")
+    mail.set_content("\n".join([notice.headline, "", *notice.nameless, "", *facts]) + "\n")
     return mail.as_bytes()
 
 
@@ -114,7 +123,7 @@ def render_webhook(notice: Notice) -> bytes:
         "issued_at": notice.issued_at.isoformat(timespec="microseconds"),
         "package": verdict.package,
         "package_version": verdict.package_version,
-        "text": [notice.headline, *notice.sentences],
+        "text": [notice.headline, *notice.nameless],
     }
     if not verdict.withdrawn:
         said["probability"] = round(verdict.probability, 4)

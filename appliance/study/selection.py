@@ -337,7 +337,7 @@ def _candidate(series: Series) -> _Candidate | str:
         return "not of the head"
     kernel = kernel_class(first)
     if kernel == "sharp":
-        return f"a sharp kernel ({first.convolution_kernel or first.series_description})"
+        return f"a sharp kernel ({first.convolution_kernel or 'by its description'})"
     unreadable = str if has_contrast(first) else _Unreadable  # with contrast it would not have been read anyway
     if len({(header.rows, header.columns) for header in series.headers}) > 1:
         return unreadable("images of different sizes")

@@ -178,6 +178,23 @@ def test_a_mail_names_the_study_and_nobody_beyond_what_the_site_allows(issued: I
     assert "radiologist must read" in text and "haemorrhage suspected" in text.lower()
 
 
+def test_a_mail_and_a_webhook_do_not_say_why_a_study_was_refused(tmp_path: Path) -> None:
+    """The reason quotes what technicians write into descriptions; HL7, which names the patient, says it."""
+    mail = {**MAIL, "after_seconds": 0}
+    issued = Issued(tmp_path, [ER, mail, {**HOOK, "after_seconds": 0}])
+    issued.issue(mode="clinical", provisional=True)
+    for name in ("er", "mail", "hook"):
+        issued.settle(name, "acknowledge")
+    issued.issue(False, mode="clinical", withdrawn="body_part is Kopf MUELLER HANS, label: head")
+    assert issued.alerts() == {"er": ("pending", 2), "mail": ("pending", 2), "hook": ("pending", 2)}
+    assert b"MUELLER" in issued.content("er")
+    mailed = message_from_bytes(issued.content("mail"), policy=policy.default).get_content()
+    for told in (mailed, " ".join(json.loads(issued.content("hook"))["text"])):
+        assert "MUELLER" not in told and "withdrawn" in told
+        assert f"was not analysed: on BOX, study {issued.study} says why. Nothing is said of haemorrhage." in told
+    issued.ledger.close()
+
+
 def test_a_webhook_is_json_with_what_the_site_allows(tmp_path: Path) -> None:
     everything = ["accession", "study_uid", "patient_id", "patient_name", "birth_date"]
     issued = Issued(tmp_path, [{**HOOK, "after_seconds": 0, "include": everything}])
