@@ -42,7 +42,7 @@ WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
         4: ("sending facility", "`sending_facility` of the destination"),
         5: ("receiving application", "`receiving_application`"),
         6: ("receiving facility", "`receiving_facility`"),
-        7: ("time of message", "time of the verdict, UTC, to a tenth of a millisecond"),
+        7: ("time of message", "time of the verdict, in the box's zone with its offset, to a tenth of a millisecond"),
         9: ("message type", "`ORU^R01^ORU_R01`"),
         10: ("control id", "20 characters that follow from study, package, version, revision, kind and destination"),
         11: (
@@ -76,7 +76,10 @@ WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
         2: ("placer order number", "as ORC-2"),
         3: ("filler order number", "as ORC-3"),
         4: ("service", "LOINC 24725-4 CT Head, and SNOMED CT 303653007"),
-        7: ("time of observation", "acquisition, else study, by the scanner's clock"),
+        7: (
+            "time of observation",
+            "acquisition, else study, by the scanner's clock; without an offset of its own it is in MSH-7's zone",
+        ),
         18: ("placer field 1", "Accession Number"),
         22: ("time of status", "time of the verdict"),
         24: ("section", "`CT`"),

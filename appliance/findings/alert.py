@@ -12,7 +12,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from typing import Literal
 from urllib.parse import quote
 
@@ -469,4 +469,6 @@ def _printable(value: str) -> str:
 
 
 def _timestamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y%m%d%H%M%S.%f")[:-2] + "+0000"
+    """A time in this box's zone: MSH-7's is that of all times without one (2.9.3), and those are the scanner's."""
+    local = moment.astimezone()
+    return local.strftime("%Y%m%d%H%M%S.%f")[:-2] + local.strftime("%z")[:5]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 import warnings
 from dataclasses import replace
-from datetime import timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,26 @@ def test_an_impossible_time_is_not_sent(tmp_path: Path, changes: dict[str, str],
     message = valid(alert(verdict_on(series), header))
     assert field(message.segment("OBR"), 7) == expected
     assert field(message.segment("PID"), 7) == ""
+
+
+def test_the_zone_of_the_message_is_that_of_the_times_that_name_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MSH-7's offset holds for all times of a message without one (HL7 v2.5.1, 2.9.3): the scanner's are local."""
+    series = ct_series(tmp_path, count=3)
+    header = series.header()
+    header.AcquisitionDateTime = "20260715140000"
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        said = alert(verdict_on(series), header, issued_at=datetime(2026, 7, 15, 12, 5, tzinfo=UTC))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    message = valid(said)
+    assert field(message.segment("MSH"), 7) == "20260715140500.0000+0200"
+    assert field(message.segment("OBR"), 22) == "20260715140500.0000+0200"
+    assert field(message.segment("OBR"), 7) == "20260715140000"
 
 
 def test_a_correction_replaces_and_a_withdrawal_takes_back(series: Series) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,22 @@ def test_the_first_that_is_admitted_is_read(alerted: str, admitted: set[str], ch
     said = {one.series_instance_uid: one.reason for one in selection.considered}
     for uid in asked[: asked.index(chosen)]:
         assert said[uid].startswith("it may not be read: ") and uid in said[uid]
+
+
+def test_in_the_hour_that_clocks_show_twice_the_number_tells_what_was_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 October 2026 in Berlin: 02:50 of summer, and 25 minutes later 02:15 of winter."""
+    first = head_series(30, series="1.2.3.10", acquired="20261025025000")
+    again = [replace(one, series_number=12) for one in head_series(30, series="1.2.3.2", acquired="20261025021500")]
+    assert choose(first, again)[0] == "1.2.3.10", "elsewhere that was earlier"
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert choose(first, again)[0] == "1.2.3.2"
+        as_usual = [replace(one, acquired=one.acquired.replace("1025", "1024")) for one in (*first, *again)]
+        assert choose(as_usual[:30], as_usual[30:])[0] == "1.2.3.10"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_what_may_be_of_another_region_is_no_later_scan_of_the_head() -> None:
