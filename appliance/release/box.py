@@ -402,7 +402,7 @@ class Box:
         as_user: dict[str, Any] = {"user": _USER, "group": _GROUP, "extra_groups": []} if self.live else {}
         try:
             # It inherits the lock: where the installer is killed, nothing starts beside a ledger that is being changed.
-            done = subprocess.run(
+            done: subprocess.CompletedProcess[str] = subprocess.run(
                 command, capture_output=True, text=True, cwd="/", umask=0o007, env=clean_environment(), close_fds=False,
                 **as_user,
             )  # fmt: skip
