@@ -302,6 +302,31 @@ def contrast_said(header: Header) -> tuple[str, bool]:
     return agent or "none", False
 
 
+def first_with_agent(study: Iterable[Header]) -> Header | None:
+    """The earliest image of a study that names a contrast agent and says when it was acquired.
+
+    What is acquired after it has the agent in it, whether it says so or not: a head that is scanned again after an
+    angiography. Scouts are not asked, as some devices enter there what is only planned, nor are images that are made
+    of others.
+    """
+    found: Header | None = None
+    asked: dict[str, bool] = {}
+    for one in study:
+        if one.acquired and (found is None or one.acquired < found.acquired):
+            if one.series_instance_uid not in asked:
+                original = one.image_type[:1] == ("ORIGINAL",) and "LOCALIZER" not in one.image_type
+                asked[one.series_instance_uid] = original and has_contrast(one)
+            if asked[one.series_instance_uid]:
+                found = one
+    return found
+
+
+def acquired_after(headers: Iterable[Header], first: Header | None) -> bool:
+    """Whether all of these were acquired after another image; False where their times do not say."""
+    began = min((one.acquired for one in headers), default="")
+    return first is not None and began > first.acquired
+
+
 @lru_cache(maxsize=4096)
 def _agent_in(text: str) -> tuple[bool, bool]:
     """Whether a description speaks of images without an agent, and of images with one."""
@@ -448,8 +473,10 @@ def admit(
     births = ordered.births
     every("age", ", ".join(["PatientAge, PatientBirthDate, StudyDate", *(source for _, source in births)]),
           lambda h: age_said(label, h, births))  # fmt: skip
+    agent = None if label.contrast else first_with_agent(study)
+    late = agent if acquired_after(headers, agent) else None
     every("contrast", "ContrastBolusAgent, ContrastBolusAgentSequence, SeriesDescription, ImageType, ProtocolName",
-          lambda h: _contrast(label, h))  # fmt: skip
+          lambda h: _contrast(label, h, late))  # fmt: skip
     every("kvp", "KVP", lambda h: ("", None) if h.kvp is None else (f"{h.kvp:g} kV", _in(h.kvp, label.kvp)))
     judge("slice_thickness", "SliceThickness", *_thickness(label, headers))
     distances = [after - before for before, after in pairwise(volume.offsets)]
@@ -585,8 +612,10 @@ def _body_part(header: Header) -> tuple[str, bool | None]:
     return " · ".join(filter(None, texts)), region == "head" if region else None
 
 
-def _contrast(label: Indication, header: Header) -> tuple[str, bool | None]:
+def _contrast(label: Indication, header: Header, late: Header | None) -> tuple[str, bool | None]:
     said, given = contrast_said(header)
+    if late is not None and not given:
+        return f"{said}, but acquired after series {late.series_number}, which names an agent", None
     return said, label.contrast or not given
 
 

@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from appliance.governance.indication import BOX, PICTURE, Admission, Criterion, body_region, has_contrast, scanner
+from appliance.governance.indication import (
+    BOX,
+    PICTURE,
+    Admission,
+    Criterion,
+    acquired_after,
+    body_region,
+    first_with_agent,
+    has_contrast,
+    scanner,
+)
 from appliance.governance.package import Package
 from appliance.study.grouping import Series
 from dicom_io.errors import GeometryError
@@ -83,6 +93,7 @@ class _Candidate:
     volume: Volume
     kernel: Literal["soft", "unknown"]
     thickness: float
+    after_agent: bool
 
     @property
     def cover(self) -> float:
@@ -91,9 +102,11 @@ class _Candidate:
 
     @property
     def kind(self) -> tuple[bool, bool, bool, bool]:
-        """Smaller is better: without contrast, of the head by its own word, a known soft kernel, thick."""
+        """Smaller is better: without contrast, its own or an earlier scan's, of the head by its own word, a known soft
+        kernel, thick."""
         first = self.series.first
-        return has_contrast(first), body_region(first) != "head", self.kernel != "soft", self.thickness < THICK_MM
+        contrast = has_contrast(first) or self.after_agent
+        return contrast, body_region(first) != "head", self.kernel != "soft", self.thickness < THICK_MM
 
     @property
     def acquisitions(self) -> set[int]:
@@ -195,9 +208,10 @@ def select(series: Sequence[Series], alerted: str = "", refused: Mapping[str, st
     """
     candidates: dict[str, _Candidate] = {}
     reasons: dict[str, str] = {}
+    agent = first_with_agent(header for one in series for header in one.headers)
     for one in series:
         why = (refused or {}).get(one.series_instance_uid)
-        outcome = _Unreadable(why) if why else _candidate(one)
+        outcome = _Unreadable(why) if why else _candidate(one, agent)
         if isinstance(outcome, str):
             reasons[one.series_instance_uid] = outcome
         else:
@@ -324,8 +338,12 @@ def _number(series: Considered) -> str:
     return str(series.series_number) if series.series_number is not None else "without number"
 
 
-def _candidate(series: Series) -> _Candidate | str:
-    """The series as a candidate, or the reason why it is none."""
+def _candidate(series: Series, agent: Header | None) -> _Candidate | str:
+    """The series as a candidate, or the reason why it is none.
+
+    Args:
+        agent: the study's first image with a contrast agent.
+    """
     first = series.first
     if any(header.sop_class_uid not in CT_IMAGES for header in series.headers):
         return f"not CT images ({first.sop_class_uid})"
@@ -349,7 +367,8 @@ def _candidate(series: Series) -> _Candidate | str:
     kernel = kernel_class(first)
     if kernel == "sharp":
         return f"a sharp kernel ({first.convolution_kernel or 'by its description'})"
-    unreadable = str if has_contrast(first) else _Unreadable  # with contrast it would not have been read anyway
+    late = acquired_after(series.headers, agent)
+    unreadable = str if has_contrast(first) or late else _Unreadable  # it would not have been read anyway
     if len({(header.rows, header.columns) for header in series.headers}) > 1:
         return unreadable("images of different sizes")
     # PS3.3 C.7.4.1: positions of two frames of reference have nothing to do with each other; a series has one.
@@ -367,7 +386,7 @@ def _candidate(series: Series) -> _Candidate | str:
         # Models are trained on faces that look up; a mirrored head is the same to them, a turned one is not.
         return unreadable("the head is turned in the image (prone, or on its side)")
     thicknesses = sorted(plane.geometry.thickness or 0.0 for plane in volume.planes)
-    return _Candidate(series, volume, kernel, thicknesses[len(thicknesses) // 2])
+    return _Candidate(series, volume, kernel, thicknesses[len(thicknesses) // 2], late)
 
 
 def _why(candidate: _Candidate) -> str:
@@ -379,7 +398,7 @@ def _why(candidate: _Candidate) -> str:
 
 def _why_not(mine: Sequence[float], best: Sequence[float]) -> str:
     names = (
-        "it has contrast",
+        "it has contrast, or was acquired after a series that has",
         "nothing says that it is of the head",
         "its kernel is unknown",
         "the alert rests on another series",

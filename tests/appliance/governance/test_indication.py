@@ -23,6 +23,7 @@ from appliance.governance.indication import (
     UNSEEN_ML,
     Admission,
     BoardException,
+    Criterion,
     admit,
     admit_pixels,
     age_said,
@@ -102,6 +103,32 @@ def test_the_whole_study_is_of_one_patient(others: list[dict[str, Any]], outcome
     assert found["patient"].outcome == outcome
     assert ("2 Patient IDs" in found["patient"].value) == (outcome == "violated")
     assert not any(name in found["patient"].value for name in ("ANN", "BOB"))
+
+
+@pytest.mark.parametrize(
+    ("head", "angio", "agent", "outcome"),
+    [
+        ("20260601141500", "20260601140500", "OMNIPAQUE", "unknown"),
+        ("20260601140000", "20260601140500", "OMNIPAQUE", "met"),
+        ("20260601141500", "20260601140500", "NONE", "met"),
+        ("20260601141500", "", "OMNIPAQUE", "met"),
+        ("", "20260601140500", "OMNIPAQUE", "met"),
+    ],
+)
+def test_a_head_that_was_scanned_after_an_agent_was_given_is_not_known_to_be_without(
+    head: str, angio: str, agent: str, outcome: str
+) -> None:
+    series = head_series(acquired=head)
+    study = [*series, *head_series(5, series="1.2.3.9", acquired=angio, contrast_bolus_agent=agent)]
+    volume = assemble([one for member in series for one in planes_of(member)])
+
+    def contrast(package: Package) -> Criterion:
+        criteria = admit(package, series, volume, 30, (), DAY, study=study).criteria
+        return next(one for one in criteria if one.criterion == "contrast")
+
+    found = contrast(PACKAGE)
+    assert (found.outcome, "acquired after series 9" in found.value) == (outcome, outcome != "met")
+    assert contrast(with_rules(contrast=True)).outcome == "met"
 
 
 def test_each_criterion_says_what_was_read_what_is_asked_and_where_the_label_says_so() -> None:

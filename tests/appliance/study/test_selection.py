@@ -115,6 +115,25 @@ def test_the_first_that_is_admitted_is_read(alerted: str, admitted: set[str], ch
         assert said[uid].startswith("it may not be read: ") and uid in said[uid]
 
 
+def test_a_head_that_is_scanned_after_an_agent_was_given_does_not_replace_the_one_before() -> None:
+    """As after an angiography: the agent is in the later head, whose header does not name it."""
+    plain = head_series(30, series="1.2.3.2", acquired="20260601140000")
+    late = head_series(30, series="1.2.3.5", acquired="20260601141500")
+    assert choose(plain, late)[0] == "1.2.3.5"
+    for number, changes in enumerate(({"contrast_bolus_agent": "OMNIPAQUE"}, {"series_description": "CTA NECK"})):
+        angio = head_series(40, series="1.2.3.4", acquired="20260601140500", **changes)  # type: ignore[arg-type]
+        chosen, reasons = choose(plain, late, angio)
+        assert chosen == "1.2.3.2", number
+        assert "acquired after a series that has" in reasons["1.2.3.5"]
+    scout = [replace(one, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER")) for one in angio]
+    assert choose(plain, late, scout)[0] == "1.2.3.5", "an agent that is only planned"
+    derived = [replace(one, image_type=("DERIVED", "SECONDARY")) for one in angio]
+    assert choose(plain, late, derived)[0] == "1.2.3.5"
+    untold = [replace(one, acquired="") for one in angio]
+    assert choose(plain, late, untold)[0] == "1.2.3.5"
+    assert choose(late, angio)[0] == "1.2.3.5", "for the gate to refuse"
+
+
 def test_in_the_hour_that_clocks_show_twice_the_number_tells_what_was_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """25 October 2026 in Berlin: 02:50 of summer, and 25 minutes later 02:15 of winter."""
     first = head_series(30, series="1.2.3.10", acquired="20261025025000")
