@@ -15,6 +15,7 @@ class Event(StrEnum):
     INSTANCE_DUPLICATE = "instance.duplicate"
     INSTANCE_CONFLICT = "instance.conflict"
     INSTANCE_REFUSED = "instance.refused"
+    SPOOL_SET_ASIDE = "spool.set_aside"
     STUDY_COMPLETED = "study.completed"
     STUDY_REOPENED = "study.reopened"
     STUDY_ADMITTED = "study.admitted"

@@ -96,6 +96,7 @@ class Committer:
                 self._record([one])
             return
         for one, outcome in zip(batch, outcomes, strict=True):
+            self._spool.recorded(one.incoming)
             one.outcome = outcome
         if any(outcome != "duplicate" for outcome in outcomes):
             self._ring()

@@ -60,7 +60,7 @@ class Box:
         self.ledger = Ledger(self.settings.ledger_path)
         self.spool = Spool(self.settings.spool_directory)
         self.settings.findings_directory.mkdir(exist_ok=True)
-        self.swept = self.spool.sweep(self.ledger.digests())
+        self.swept = self.spool.sweep(self.ledger.digests(), self.ledger.removed_among).removed
         self.committer = Committer(self.ledger, self.spool, lambda: None)
         self.retention = Retention(self.ledger, self.settings, self.committer.paused, lambda: self.room)
 
