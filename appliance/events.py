@@ -14,6 +14,7 @@ class Event(StrEnum):
     INSTANCE_STORED = "instance.stored"
     INSTANCE_DUPLICATE = "instance.duplicate"
     INSTANCE_CONFLICT = "instance.conflict"
+    INSTANCE_RESTORED = "instance.restored"
     INSTANCE_REFUSED = "instance.refused"
     SPOOL_SET_ASIDE = "spool.set_aside"
     STUDY_COMPLETED = "study.completed"

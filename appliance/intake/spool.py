@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,12 @@ class Swept:
     Attributes:
         removed: files that were never acknowledged; they are deleted.
         aside: files that may have been; they lie in `unknown/`.
+        named: digests that it does know, of files that were on their way when the last run ended, or were lately.
     """
 
     removed: int = 0
     aside: int = 0
+    named: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class Lane:
@@ -228,7 +230,7 @@ class Spool:
         return Incoming(lane)
 
     def publish(self, incoming: Incoming) -> None:
-        """Give a synced file the name of its digest.
+        """Give a synced file the name of its digest, if no whole file has it (`Incoming.published` says so then).
 
         Raises:
             OSError: the disk is broken.
@@ -237,7 +239,7 @@ class Spool:
         try:
             os.link(incoming.path, name)
         except FileExistsError:  # the same bytes came before
-            if is_intact(name, incoming.digest):
+            if _is_whole(name, incoming.digest):
                 return
             log.error("%s was damaged; it is replaced by the same instance, which came again", name)
             _put_in_place_of(name, incoming.path)
@@ -314,7 +316,7 @@ class Spool:
                 if not name.exists():
                     os.link(path, name)
                     named += 1
-                elif not is_intact(name, digest):  # what replaced a damaged file was not yet durable
+                elif not _is_whole(name, digest):  # what replaced a damaged file was not yet durable
                     _put_in_place_of(name, path)
                     named += 1
         for folder in folders:
@@ -388,7 +390,7 @@ class Spool:
                     path.unlink()
             for folder in {path.parent for path in paths}:
                 sync_folder(folder)
-        return Swept(gone, aside)
+        return Swept(gone, aside, frozenset(keep & in_lanes.keys()))
 
     def _set_aside(self, forgotten: Mapping[str, Path]) -> int:
         """Move files to `unknown/`, in that order, under their digests; returns how many."""
@@ -412,6 +414,14 @@ def _put_in_place_of(name: Path | str, path: Path | str) -> None:
     whole.unlink(missing_ok=True)
     whole.hardlink_to(path)
     whole.replace(name)
+
+
+def _is_whole(name: Path | str, digest: str) -> bool:
+    """As `is_intact`; a file that cannot be read is damaged. Where the whole disk is, replacing it fails as well."""
+    try:
+        return is_intact(name, digest)
+    except OSError:
+        return False
 
 
 def is_intact(path: Path | str, digest: str) -> bool:

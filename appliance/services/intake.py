@@ -134,6 +134,8 @@ def _sweep(settings: Settings, ledger: Ledger, spool: Spool) -> Swept:
             spool.set_aside()[0],
         )
         ledger.log(Event.SPOOL_SET_ASIDE, files=swept.aside)
+    # What a run that was killed had mended, and not yet written down.
+    ledger.requeue_restored(swept.named)
     return swept
 
 

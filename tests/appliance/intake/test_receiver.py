@@ -28,7 +28,7 @@ from appliance.intake.receiver import (
 )
 from appliance.intake.spool import Spool, Swept, path_of
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import event_counts, find_study
+from appliance.ledger.views import event_counts, find_study, verify_events
 from dicom_io.handlers import Answer, Refusal, Session, StoreRequest
 from dicom_io.header import read_header
 from dicom_io.performed import NewStep
@@ -457,6 +457,96 @@ def test_a_damaged_file_is_replaced_when_the_instance_comes_again(bench: Bench, 
     bench.spool.settle()
     assert bench.in_lanes() == []
     assert bench.files() == [path]
+
+
+def spoil(path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk does to a file of the spool."""
+    if how == "lost":
+        path.unlink()
+    elif how == "damaged":
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    elif how == "unreadable":
+        real, number = Path.open, path.stat().st_ino
+
+        def failing(one: Path, *arguments: Any, **named: Any) -> Any:
+            if one.stat().st_ino == number:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(one, *arguments, **named)
+
+        monkeypatch.setattr(Path, "open", failing)
+
+
+def set_aside(bench: Bench) -> None:
+    """Bring the study that arrives to an analysis that has failed for good."""
+    (arriving,) = bench.ledger.arriving_studies()
+    bench.ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+    bench.ledger.decide(arriving.id, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+    row = bench.ledger.take_analysis(["pkg"])
+    assert row is not None
+    assert bench.ledger.fail_analysis(row["id"], "the file is gone", attempts=1, pause=0.0)
+    assert bench.ledger.take_analysis(["pkg"]) is None
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "unreadable"])
+def test_what_failed_is_analysed_again_once_its_file_is_mended(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    bench.store(slice_)
+    bench.store(slice_ + b"\0")
+    bench.spool.settle()
+    set_aside(bench)
+    path = path_of(bench.spool_directory, hashlib.sha256(slice_ + b"\0").hexdigest())
+    spoil(path, how, monkeypatch)
+    rings = bench.rings
+    assert bench.store(slice_ + b"\0") == SUCCESS
+    monkeypatch.undo()
+    assert path.read_bytes() == slice_ + b"\0"
+    events = bench.events()
+    assert (events["instance.duplicate"], events["instance.restored"], events["analysis.requeued"]) == (1, 1, 1)
+    assert bench.rings == rings + 1
+    assert bench.ledger.take_analysis(["pkg"]) is not None
+    assert verify_events(bench.ledger) is None
+
+
+def test_what_failed_stays_so_when_nothing_was_mended(bench: Bench, slice_: bytes) -> None:
+    bench.store(slice_)
+    set_aside(bench)
+    rings = bench.rings
+    assert bench.store(slice_) == SUCCESS
+    assert bench.rings == rings
+    assert bench.ledger.take_analysis(["pkg"]) is None
+    assert "instance.restored" not in bench.events()
+
+
+def test_a_mended_file_counts_although_its_sender_had_to_send_it_twice(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(slice_)
+    bench.spool.settle()
+    set_aside(bench)
+    (path,) = bench.files()
+    path.unlink()
+    bench.leave_behind(slice_, monkeypatch)
+    assert bench.ledger.take_analysis(["pkg"]) is None
+    assert bench.store(slice_) == SUCCESS
+    assert bench.ledger.take_analysis(["pkg"]) is not None
+    assert bench.store(slice_) == SUCCESS
+    assert bench.events()["instance.restored"] == 1
+
+
+def test_a_file_that_was_mended_when_intake_ended_counts_at_the_next_start(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(slice_)
+    bench.spool.settle()
+    set_aside(bench)
+    (path,) = bench.files()
+    path.unlink()
+    bench.leave_behind(slice_, monkeypatch)
+    swept = bench.sweep()
+    assert bench.ledger.requeue_restored(swept.named) == 1
+    assert bench.ledger.take_analysis(["pkg"]) is not None
+    assert bench.ledger.requeue_restored(bench.sweep().named) == 0
 
 
 @pytest.mark.parametrize("size", [4096, 4097, 8192, 100_000, 1 << 20])
