@@ -102,6 +102,7 @@ class Event(StrEnum):
     TASK_LOST = "task.lost"
     RETENTION_REMOVED = "retention.removed"
     RETENTION_RELEASED = "retention.released"
+    RETENTION_SUSPENDED = "retention.suspended"
     RETENTION_EXHAUSTED = "retention.exhausted"
     BOARD_APPROVED = "board.approved"
     BOARD_SUSPENDED = "board.suspended"
