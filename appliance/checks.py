@@ -84,8 +84,13 @@ def run_checks(settings: Settings) -> list[Check]:
             except OSError as error:
                 raise ScansideError(error.strerror or str(error), str(folder), "make it writable") from error
         intake = settings.intake
-        if shortage := Spool(settings.spool_directory).shortage(intake.reserve_percent, intake.reserve_bytes):
+        spool = Spool(settings.spool_directory)
+        if shortage := spool.shortage(intake.reserve_percent, intake.reserve_bytes):
             raise ScansideError(shortage, str(settings.spool_directory), "make room, or lower intake.reserve_…")
+        unknown, aside = spool.set_aside()
+        if aside:
+            remedy = "put the right ledger back, or send them again and remove the folder"
+            raise ScansideError(f"{aside} images lie there that the ledger does not know", str(unknown), remedy)
         return str(settings.box.state_directory)
 
     def ledger() -> str:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from appliance.intake.spool import Incoming, Spool
 from appliance.ledger.ingest import NewInstance, Stored
@@ -42,6 +42,7 @@ class Committer:
         self._turn = threading.Lock()
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
+        self._unrecorded: set[str] = set()  # digests of files that got their name, and no row
 
     def commit(self, incoming: Incoming, row: NewInstance) -> Stored:
         """Make one synced file an instance; it is durable on return.
@@ -85,17 +86,24 @@ class Committer:
             self._metrics.committed(durable, time.monotonic() - began)
 
     def _record(self, batch: list[_Waiting]) -> None:
+        for one in batch:
+            mends = one.incoming.published or one.row.digest in self._unrecorded
+            one.row = replace(one.row, mends=mends)
         try:
             outcomes = self._ledger.record_instances([one.row for one in batch])
         except Exception as error:
             if len(batch) == 1:
                 batch[0].outcome = error
+                if batch[0].row.mends:
+                    self._unrecorded.add(batch[0].row.digest)
                 return
             # One that cannot be written must not take the others with it.
             for one in batch:
                 self._record([one])
             return
         for one, outcome in zip(batch, outcomes, strict=True):
+            self._spool.recorded(one.incoming)
+            self._unrecorded.discard(one.row.digest)
             one.outcome = outcome
-        if any(outcome != "duplicate" for outcome in outcomes):
+        if any(one.outcome != "duplicate" or one.row.mends for one in batch):
             self._ring()

@@ -11,16 +11,17 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.events import Event
 from appliance.intake.spool import path_of, sync_folder
-from appliance.ledger.database import later
+from appliance.ledger.database import later, now, seconds_between
 from appliance.ledger.retention import KeptStudy, Removal, Rules
 from appliance.ledger.store import Ledger
 from appliance.settings import Settings
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 30.0
 """Between two looks at the disk."""
+
+AHEAD_SECONDS = 3600.0
+"""A clock that ran ahead of the time that passed by more than this says nothing of how old a study is."""
 
 _FILES_A_PAUSE = 32
 """So many files are deleted while intake waits; with 32 it waits some milliseconds."""
@@ -96,6 +100,8 @@ class Retention:
         self._pause = pause
         self._room = room or (lambda: Room.of(settings.spool_directory))
         self._exhausted = False
+        self._began = now(), _running()
+        self._suspended = False
         day = 24 * 3600.0
         troubled = settings.retention.troubled_days
         self._rules = Rules(
@@ -112,12 +118,13 @@ class Retention:
         room = self._room()
         low = self._is_low(room)
         wanted = self._wanted(room) if low else 0
-        kept = self._ledger.kept_studies(self._rules)
+        rules, keep_seconds = self._ages()
+        kept = self._ledger.kept_studies(rules)
         free = [one for one in kept if not one.holds]
         goes = []
         freed = 0
         for one in free:
-            if self._is_aged(one) or freed < wanted or (low and not wanted):
+            if _is_aged(one, keep_seconds) or freed < wanted or (low and not wanted):
                 goes.append(one)
                 freed += one.size
         return Plan(
@@ -142,15 +149,17 @@ class Retention:
         """One round: remove what is too old, then the oldest until there is room. Returns how many studies went."""
         removed = 0
         low = self._is_low(self._room())
-        everything = low or self._keep_seconds is not None
-        kept = self._ledger.kept_studies(self._rules, selftests=not everything)
+        self._tell_of_clock()
+        rules, keep_seconds = self._ages()
+        everything = low or keep_seconds is not None
+        kept = self._ledger.kept_studies(rules, selftests=not everything)
         candidates = [one for one in kept if not one.holds]
         for one in candidates:
             if stopping is not None and stopping.is_set():
                 return removed
-            if not self._is_aged(one) and (not low or self._is_enough(self._room())):
+            if not _is_aged(one, keep_seconds) and (not low or self._is_enough(self._room())):
                 break
-            removed += self._remove(one)
+            removed += self._remove(one, rules)
         self._tell(low and not self._is_enough(self._room()))
         return removed
 
@@ -183,15 +192,19 @@ class Retention:
         intake = self._settings.intake
         return max(intake.reserve_bytes, room.total * intake.reserve_percent / 100)
 
-    def _is_aged(self, one: KeptStudy) -> bool:
-        return one.selftest or (
-            self._keep_seconds is not None
-            and one.completed_at is not None
-            and one.completed_at <= later(-self._keep_seconds)
-        )
+    def _ahead(self) -> float:
+        """By how many seconds the clock ran ahead since this process began."""
+        wall, running = self._began
+        return seconds_between(wall, now()) - (_running() - running)
 
-    def _remove(self, one: KeptStudy) -> int:
-        removal = self._ledger.remove_study(one.study_id, self._rules)
+    def _ages(self) -> tuple[Rules, float | None]:
+        """The rules, and the age at which studies go although there is room; while the clock is ahead no age counts."""
+        if self._ahead() > AHEAD_SECONDS:
+            return replace(self._rules, troubled_seconds=None), None
+        return self._rules, self._keep_seconds
+
+    def _remove(self, one: KeptStudy, rules: Rules) -> int:
+        removal = self._ledger.remove_study(one.study_id, rules)
         if removal is None:
             # Somebody took it up again since the round began.
             return 0
@@ -222,6 +235,23 @@ class Retention:
         _sync({path.parent for path in found} | {folder})
         return gone
 
+    def _tell_of_clock(self) -> None:
+        """Say once that nothing goes by its age, and once that it does again."""
+        ahead = self._ahead()
+        suspended = ahead > AHEAD_SECONDS and (self._rules.troubled_seconds, self._keep_seconds) != (None, None)
+        if suspended == self._suspended:
+            return
+        self._suspended = suspended
+        if not suspended:
+            log.info("retention: the clock is right again; studies go by their age")
+            return
+        log.error(
+            "retention: the clock was set ahead by %.1f hours; no study goes by its age until it is set right, or "
+            "intake is started again because it is right now",
+            ahead / 3600,
+        )
+        self._ledger.log(Event.RETENTION_SUSPENDED, ahead_seconds=round(ahead))
+
     def _tell(self, exhausted: bool) -> None:
         """Say once that the disk is low and nothing more may go, and once that it is over."""
         if exhausted == self._exhausted:
@@ -231,7 +261,7 @@ class Retention:
             log.info("retention: there is room again")
             return
         room = self._room()
-        held = sum(1 for one in self._ledger.kept_studies(self._rules) if one.holds)
+        held = sum(1 for one in self._ledger.kept_studies(self._ages()[0]) if one.holds)
         log.error(
             "retention: the disk runs low (%.1f GB free) and nothing more may go: %d studies are held; "
             "`scanside retention --dry-run` says why",
@@ -239,6 +269,17 @@ class Retention:
             held,
         )
         self._ledger.log(Event.RETENTION_EXHAUSTED, free_bytes=room.free, held=held)
+
+
+def _running() -> float:
+    """Seconds that the machine has run, also those in which it slept; nobody sets this clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _is_aged(one: KeptStudy, keep_seconds: float | None) -> bool:
+    return one.selftest or (
+        keep_seconds is not None and one.completed_at is not None and one.completed_at <= later(-keep_seconds)
+    )
 
 
 def _unlink(paths: Iterable[Path]) -> int:

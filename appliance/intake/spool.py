@@ -12,7 +12,8 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,21 @@ NAMES_AHEAD = 32
 SETTLE_SECONDS, SETTLE_AFTER = 5.0, 2048
 """Files that have their own names wait so long, or until they are so many, for the folders of these to be synced. After
 a kill the next start reads what waits: a second or two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a start of intake found in the spool that the ledger does not know.
+
+    Attributes:
+        removed: files that were never acknowledged; they are deleted.
+        aside: files that may have been; they lie in `unknown/`.
+        named: digests that it does know, of files that were on their way when the last run ended, or were lately.
+    """
+
+    removed: int = 0
+    aside: int = 0
+    named: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class Lane:
@@ -137,8 +153,8 @@ class Incoming:
         return self.digest
 
     def discard(self) -> None:
-        """Remove it. One that was published stays, even if its row failed: a row that was half written may yet come
-        to light after a crash, and needs its file. Without one the next start sweeps it."""
+        """Remove it. One that was published stays, with both names, even if its row failed: a row that was half
+        written may yet come to light after a crash, and needs its file. Without one the next start sweeps it."""
         self._close()
         if not self.published:
             Path(self.path).unlink(missing_ok=True)
@@ -165,7 +181,8 @@ class Spool:
 
     A file is made durable in its lane, a folder that no other association touches, so that syncing the folder waits
     for nobody. It gets its own name as a second one, which is not synced at once: where a power cut takes that back,
-    `recover` gives it again, and the name in the lane goes only once the other is durable (`settle`).
+    `recover` gives it again, and the name in the lane goes only once the other is durable and its row is (`settle`).
+    So what has no row and no name in a lane was acknowledged to a ledger that does not know it any more.
 
     Args:
         directory: made if absent.
@@ -174,6 +191,7 @@ class Spool:
     def __init__(self, directory: Path) -> None:
         self._directory, self._names = directory, str(directory)
         self._incoming = directory / "incoming"
+        self._unknown = directory / "unknown"
         self._incoming.mkdir(parents=True, exist_ok=True)
         self._lanes = itertools.count()
         self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
@@ -212,25 +230,32 @@ class Spool:
         return Incoming(lane)
 
     def publish(self, incoming: Incoming) -> None:
-        """Give a synced file the name of its digest.
+        """Give a synced file the name of its digest, if no whole file has it (`Incoming.published` says so then).
 
         Raises:
             OSError: the disk is broken.
         """
-        name = f"{self._names}/{incoming.digest[:2]}/{incoming.digest}.dcm"  # `path_of`, which takes its time
+        name = self._name(incoming)
         try:
             os.link(incoming.path, name)
         except FileExistsError:  # the same bytes came before
-            if not is_intact(name, incoming.digest):
-                log.error("%s was damaged; it is replaced by the same instance, which came again", name)
-                _put_in_place_of(name, incoming.path)
+            if _is_whole(name, incoming.digest):
+                return
+            log.error("%s was damaged; it is replaced by the same instance, which came again", name)
+            _put_in_place_of(name, incoming.path)
         incoming.published = True
-        self._named.append((incoming.path, name))
+
+    def recorded(self, incoming: Incoming) -> None:
+        """The row of a file that was published is durable: its name in the lane may go once its own one is."""
+        self._named.append((incoming.path, self._name(incoming)))
         if len(self._named) >= SETTLE_AFTER:
             self._many.set()
 
+    def _name(self, incoming: Incoming) -> str:
+        return f"{self._names}/{incoming.digest[:2]}/{incoming.digest}.dcm"  # `path_of`, which takes its time
+
     def settle(self) -> None:
-        """Make the names that were given so far durable, and take those in the lanes away that are needed no longer.
+        """Make the names of what was recorded so far durable, and take those in the lanes away that need not stay.
 
         Raises:
             OSError: the disk is broken; they will be tried again.
@@ -265,16 +290,24 @@ class Spool:
                 stopping.wait(SETTLE_SECONDS)
 
     def recover(self, known: Container[str]) -> int:
-        """Name again what a power cut took the name from; returns how many files.
+        """Name again what a power cut took the name from, or what was set aside and whose ledger is back; returns how
+        many files.
 
         For the start of every service that reads the spool. What has a row and no name of its own is of an earlier
         run, because a file is named before its row is written.
         """
-        named, folders = 0, set()
-        for path in self._incoming.glob("*/*"):
+        return self._recover(known)[0]
+
+    def _recover(self, known: Container[str]) -> tuple[int, dict[str, Path]]:
+        """As `recover`; also what lies in the lanes, by its digest."""
+        named, folders, lanes = 0, set(), {}
+        aside = (path for path in self._unknown.glob("*.dcm") if path.stem in known)
+        for path in itertools.chain(self._incoming.glob("*/*"), aside):
             with contextlib.suppress(FileNotFoundError, FileExistsError):  # another, or an association, was faster
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if path.parent != self._unknown and path.stat().st_size:  # not a name that was made ahead
+                    lanes[digest] = path
                 name = path_of(self._directory, digest)
                 if digest not in known:
                     continue
@@ -283,12 +316,12 @@ class Spool:
                 if not name.exists():
                     os.link(path, name)
                     named += 1
-                elif not is_intact(name, digest):  # what replaced a damaged file was not yet durable
+                elif not _is_whole(name, digest):  # what replaced a damaged file was not yet durable
                     _put_in_place_of(name, path)
                     named += 1
         for folder in folders:
             sync_folder(folder)
-        return named
+        return named, lanes
 
     def shortage(self, reserve_percent: float, reserve_bytes: int) -> str:
         """Why the disk should take no more, in a sentence without its full stop; '' if it may.
@@ -309,20 +342,65 @@ class Spool:
             return f"the disk's reserve of inodes is reached ({inodes:.1f} % free)"
         return ""
 
-    def sweep(self, known: Iterable[str]) -> int:
+    def set_aside(self) -> tuple[Path, int]:
+        """The folder of what no ledger knew, and how many files lie there."""
+        return self._unknown, sum(1 for _ in self._unknown.glob("*.dcm"))
+
+    def sweep(
+        self,
+        known: Iterable[str],
+        removed: Callable[[Collection[str]], Collection[str]] = lambda _: (),
+        *,
+        doubted: bool = False,
+    ) -> Swept:
         """After `recover`, delete what was never acknowledged: half-written files, and whole ones without a row.
 
-        For the start of intake, before it listens. Returns how many files went.
+        Nothing is deleted that may have been acknowledged. A file without a row that has no name in a lane was: the
+        ledger is another, or an older one. All that it does not know is then moved to `unknown/`, from where `recover`
+        takes it once a ledger knows it. For the start of intake, before it listens.
+
+        Args:
+            known: the digests that the ledger has rows of.
+            removed: those of some digests that it has marked as removed, whose files go.
+            doubted: the ledger is known to lack something, so also what looks like never acknowledged may have been.
+
+        Raises:
+            OSError: the disk is full or broken.
         """
         keep = set(known)
-        self.recover(keep)
-        gone = [path for path in self._incoming.rglob("*") if path.is_file()]
-        gone += [path for path in self._directory.glob("??/*.dcm") if path.stem not in keep]
-        removed = 0
-        for path in gone:
-            removed += path.stat().st_size > 0  # the others are names that were made ahead
-            path.unlink()
-        return removed
+        _, in_lanes = self._recover(keep)
+        lanes = [path for path in self._incoming.rglob("*") if path.is_file()]
+        stray = [path for path in self._directory.glob("??/*.dcm") if path.stem not in keep]
+        again = [path for path in self._unknown.glob("*.dcm") if path_of(self._directory, path.stem).exists()]
+        settled = {path.stem for path in stray} - in_lanes.keys()
+        aside = 0
+        if doubted or settled.difference(removed(settled)):
+            # Also what lies only in a lane: a power cut may have taken its name. What tells that the ledger forgot goes
+            # last: after a kill the next start must still see it.
+            stray.sort(key=lambda path: path.stem in settled)
+            forgotten = {digest: path for digest, path in in_lanes.items() if digest not in keep}
+            aside, stray = self._set_aside(forgotten | {path.stem: path for path in stray}), []
+        # Those in the lanes last: after a sweep that was killed the others would look like acknowledged.
+        gone = 0
+        for paths in (stray, lanes, again):
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):  # it was set aside
+                    file = path.stat()
+                    gone += file.st_nlink == 1 and file.st_size > 0  # not a second name, or one that was made ahead
+                    path.unlink()
+            for folder in {path.parent for path in paths}:
+                sync_folder(folder)
+        return Swept(gone, aside, frozenset(keep & in_lanes.keys()))
+
+    def _set_aside(self, forgotten: Mapping[str, Path]) -> int:
+        """Move files to `unknown/`, in that order, under their digests; returns how many."""
+        if forgotten:
+            self._unknown.mkdir(exist_ok=True)
+            sync_folder(self._directory)
+            for digest, path in forgotten.items():
+                path.replace(self._unknown / f"{digest}.dcm")
+            sync_folder(self._unknown)
+        return len(forgotten)
 
 
 def path_of(directory: Path, digest: str) -> Path:
@@ -336,6 +414,14 @@ def _put_in_place_of(name: Path | str, path: Path | str) -> None:
     whole.unlink(missing_ok=True)
     whole.hardlink_to(path)
     whole.replace(name)
+
+
+def _is_whole(name: Path | str, digest: str) -> bool:
+    """As `is_intact`; a file that cannot be read is damaged. Where the whole disk is, replacing it fails as well."""
+    try:
+        return is_intact(name, digest)
+    except OSError:
+        return False
 
 
 def is_intact(path: Path | str, digest: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,18 +13,23 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.database import Chain, Database, Insert, Statement, now
-from appliance.ledger.states import STUDY, step
+from appliance.ledger.states import ANALYSIS, STUDY, step
 from dicom_io.header import Header
 
 
 @dataclass(frozen=True, slots=True)
 class NewInstance:
-    """An instance whose file is safe in the spool: ``size`` bytes under its ``digest``."""
+    """An instance whose file is safe in the spool: ``size`` bytes under its ``digest``.
+
+    Attributes:
+        mends: no whole file lay there before; if there is a row already, that one was lost or damaged.
+    """
 
     header: Header
     digest: str
     size: int
     association_id: int
+    mends: bool = False
 
 
 Stored = Literal["stored", "duplicate", "conflict"]
@@ -65,6 +70,35 @@ _UPDATE_STUDY = Statement(
 _TOUCH_STUDY = Statement(
     sa.update(t.study).where(_s.id == sa.bindparam("id")).values(last_instance_at=sa.bindparam("last_instance_at"))
 )
+_a = t.analysis.c
+_FAILED = Statement(
+    sa.select(_a.id, _a.package)
+    .where(_a.study_id == sa.bindparam("study"), _a.state == sa.bindparam("state"))
+    .order_by(_a.id)
+)
+_REQUEUE = Statement(
+    sa.update(t.analysis)
+    .where(_a.id == sa.bindparam("row"))
+    .values({name: sa.bindparam(name) for name in ("state", "attempts", "due_at")})
+)
+_HOLD = Statement(sa.update(t.study).where(_s.id == sa.bindparam("study")).values(released_at=sa.null()))
+_GONE = Statement(
+    sa.select(_i.id).where(_i.study_id == sa.bindparam("study"), _i.is_current, _i.removed_at.is_not(None))
+)
+_DIGESTS_A_QUERY = 500
+
+
+def requeue_failed(connection: sqlite3.Connection, events: Chain, study_id: int) -> int:
+    """Make the failed analyses of a study pending again, in the transaction of that connection. Returns how many."""
+    failed = _FAILED.all(connection, study=study_id, state="failed")
+    state = step(ANALYSIS, "failed", "requeue")
+    for key, package in failed:
+        _REQUEUE.run(connection, row=key, state=state, attempts=0, due_at=now())
+        events.add(Event.ANALYSIS_REQUEUED, study_id, {"package": package})
+    if failed:
+        # If it fails again somebody has to see it again.
+        _HOLD.run(connection, study=study_id)
+    return len(failed)
 
 
 class Ingest(Database):
@@ -111,14 +145,35 @@ class Ingest(Database):
     def record_instances(self, arrived: Sequence[NewInstance]) -> list[Stored]:
         """Record instances whose files are already safe on disk; committed and synced on return, all or none.
 
-        The same SOP Instance UID with the same bytes changes nothing. With other bytes, both stay and the newest
-        counts. A study that was complete is reopened.
+        The same SOP Instance UID with the same bytes changes nothing; but where its file had been lost or damaged, the
+        failed analyses of its study are pending again. With other bytes, both stay and the newest counts. A study that
+        was complete is reopened.
         """
         with self._write_fast() as connection:
             batch = _Batch(connection)
             outcomes = [batch.record(new) for new in arrived]
             batch.finish()
             return outcomes
+
+    def requeue_restored(self, digests: Collection[str]) -> int:
+        """At the start of intake: files that an earlier process may have mended without coming to write it down.
+
+        Returns how many failed analyses of their studies are pending again.
+        """
+        wanted = list(digests)
+        with self._write() as connection:
+            studies = {
+                study
+                for start in range(0, len(wanted), _DIGESTS_A_QUERY)
+                for study in connection.scalars(
+                    sa.select(_i.study_id).where(_i.digest.in_(wanted[start : start + _DIGESTS_A_QUERY]))
+                )
+            }
+            raw: Any = connection.connection.driver_connection
+            events = Chain(raw)
+            count = sum(requeue_failed(raw, events, one) for one in sorted(studies) if not _GONE.all(raw, study=one))
+            events.flush()
+            return count
 
     def record_refusal(self, association_id: int, status: int, reason: str, size: int) -> None:
         """Record an instance that was not taken, with the DIMSE status that its sender got."""
@@ -157,6 +212,7 @@ class _Batch:
         self._studies: dict[str, _Study] = {}
         self._events = Chain(connection)
         self._new: dict[str, dict[str, Any]] = {}  # by SOP Instance UID, not written yet
+        self._mended: set[int] = set()  # studies of which a file was lost or damaged
 
     def record(self, new: NewInstance) -> Stored:
         header, connection = new.header, self._connection
@@ -169,6 +225,9 @@ class _Batch:
         same = [(row, counts) for row, _, digest, counts in earlier if digest == new.digest]
         if any(counts for _, counts in same):
             self._events.add(Event.INSTANCE_DUPLICATE, study.id, detail)
+            if new.mends:
+                self._events.add(Event.INSTANCE_RESTORED, study.id, detail)
+                self._mended.add(study.id)
             return "duplicate"
         values = {
             "study_id": study.id,
@@ -202,6 +261,9 @@ class _Batch:
     def finish(self) -> None:
         """Write what was kept back, and the studies that got something."""
         self._flush()
+        for key in sorted(self._mended):
+            if not _GONE.all(self._connection, study=key):
+                requeue_failed(self._connection, self._events, key)
         self._events.flush()
         for study in self._studies.values():
             if study.changed:

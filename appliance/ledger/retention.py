@@ -131,6 +131,19 @@ class Retention(Database):
         with self.read() as connection:
             return _unnamed(connection, digests)
 
+    def removed_among(self, digests: Collection[str]) -> list[str]:
+        """Those of some files in the spool that rows name, and only as removed."""
+        c = t.instance.c
+        wanted = self.unnamed_digests(digests)
+        with self.read() as connection:
+            return [
+                digest
+                for start in range(0, len(wanted), _DIGESTS_A_QUERY)
+                for digest in connection.scalars(
+                    sa.select(c.digest).distinct().where(c.digest.in_(wanted[start : start + _DIGESTS_A_QUERY]))
+                )
+            ]
+
     def removed_paths(self) -> list[str]:
         """The files of the findings that were removed, below the findings folder."""
         f = t.finding.c

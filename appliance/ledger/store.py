@@ -13,9 +13,9 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
-from appliance.ledger.database import Row, later, now, seconds_between
+from appliance.ledger.database import Chain, Row, later, now, seconds_between
 from appliance.ledger.deadlines import Deadlines
-from appliance.ledger.ingest import Ingest
+from appliance.ledger.ingest import Ingest, requeue_failed
 from appliance.ledger.ingest import NewInstance as NewInstance
 from appliance.ledger.keeping import Keeping
 from appliance.ledger.marks import Marks
@@ -610,16 +610,13 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         Raises:
             LedgerError: retention removed files of it.
         """
-        c = t.analysis.c
         with self._write() as connection:
             require_files(connection, study_id)
-            # If it fails again somebody has to see it again.
-            connection.execute(t.study.update().where(t.study.c.id == study_id).values(released_at=None))
-            keys = connection.scalars(sa.select(c.id).where(c.study_id == study_id, c.state == "failed")).all()
-            for key in keys:
-                row = self._move_analysis(connection, key, "requeue", attempts=0, due_at=now())
-                self._append(connection, Event.ANALYSIS_REQUEUED, study_id, package=row["package"])
-            return len(keys)
+            raw: Any = connection.connection.driver_connection
+            events = Chain(raw)
+            count = requeue_failed(raw, events, study_id)
+            events.flush()
+            return count
 
     def verdicts(self, analysis_id: int) -> Sequence[Row]:
         """The verdicts of an analysis, oldest first: revision, positive …"""

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
+from appliance.events import Event
 from appliance.intake.commitment import CommitmentProvider, Reporter
 from appliance.intake.receiver import Receiver
 from appliance.intake.retention import Retention
-from appliance.intake.spool import Spool
+from appliance.intake.spool import Spool, Swept
 from appliance.ledger.doorbell import Ringer
 from appliance.ledger.selftest import SELFTEST_AE
+from appliance.ledger.store import Ledger
+from appliance.operations.audit import standing
 from appliance.operations.health import LedgerMetrics, Watchdog, notify
 from appliance.operations.metrics import IntakeMetrics, SpoolMetrics, serve_metrics
 from appliance.services.orders import ask_for_orders, hear_orders, hl7_ports, tidy_orders
@@ -48,7 +51,7 @@ def run_intake(settings: Settings) -> None:
         lost = ledger.abandon_associations()
         try:
             spool = Spool(settings.spool_directory)
-            swept = spool.sweep(ledger.digests())
+            swept = _sweep(settings, ledger, spool)
         except OSError as error:
             where = f"box.state_directory ({settings.spool_directory})"
             raise ScansideError(error.strerror or str(error), where, "make the folder writable") from error
@@ -99,7 +102,7 @@ def run_intake(settings: Settings) -> None:
             settings.intake.host,
             " and ".join(map(str, server.ports)),
             lost,
-            swept,
+            swept.removed,
         )
         # What a start leaves behind stays: the collector need not look at it again while senders wait.
         gc.collect()
@@ -117,6 +120,23 @@ def run_intake(settings: Settings) -> None:
         if orders is not None:
             orders.stop(STOP_SECONDS / 4)
         spool.settle()
+
+
+def _sweep(settings: Settings, ledger: Ledger, spool: Spool) -> Swept:
+    """Delete what was never acknowledged, and set aside what a lost or older ledger has forgotten."""
+    swept = spool.sweep(ledger.digests(), ledger.removed_among, doubted=bool(standing(ledger, settings.head_path)[1]))
+    if swept.aside:
+        log.error(
+            "intake: THE LEDGER DOES NOT KNOW %d IMAGES OF THE SPOOL: it was lost, an older copy was put back, or its "
+            "chain of events is broken; they are set aside in %s: put the right ledger back and start again, or send "
+            "them again",
+            swept.aside,
+            spool.set_aside()[0],
+        )
+        ledger.log(Event.SPOOL_SET_ASIDE, files=swept.aside)
+    # What a run that was killed had mended, and not yet written down.
+    ledger.requeue_restored(swept.named)
+    return swept
 
 
 def _server_options(intake: Intake) -> ServerOptions:

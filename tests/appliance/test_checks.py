@@ -57,3 +57,13 @@ def test_a_certificate_that_cannot_be_read_fails_the_check(tmp_path: Path, port:
 def test_nobody_listening_fails_the_check(tmp_path: Path) -> None:
     check = checked(tmp_path, Authority(tmp_path).issue("box"), free_ports(1)[0])
     assert (check.ok, "scanside intake" in check.detail) == (False, True)
+
+
+def test_images_that_the_ledger_does_not_know_fail_the_check(tmp_path: Path) -> None:
+    settings = load_settings(init.write(tmp_path / "box", {}))
+    aside = settings.spool_directory / "unknown" / f"{64 * '0'}.dcm"
+    for expected in (True, False):
+        (check,) = (one for one in run_checks(settings) if one.check == "folders")
+        assert (check.ok, "does not know" in check.detail) == (expected, not expected)
+        aside.parent.mkdir(exist_ok=True)
+        aside.write_bytes(b"image")

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from appliance.governance.package import load_configured
 from appliance.inference.stream import Closed
+from appliance.intake.spool import path_of
 from appliance.ledger import schema as t
 from appliance.ledger.database import later
 from appliance.ledger.records import Verdict
@@ -535,6 +536,27 @@ def test_a_file_that_the_disk_cannot_read_costs_a_try_and_a_full_disk_none(
         future.set_exception(error)
     wait_until(engine, lambda: states(box, 1) != ["running"])
     assert states(box, 1) == [after]
+    asked.close()
+    engine.close()
+    box.ledger.close()
+
+
+def test_what_was_set_aside_for_a_damaged_file_is_analysed_when_that_comes_again(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.settings.run_directory.mkdir(exist_ok=True)
+    box.settings = box.settings.model_copy(update={"models": Models(attempts=1)})
+    bring(box, 1)
+    box.ledger.close_association(box.association, "released")
+    engine, asked = busy_engine(box)
+    wait_until(engine, lambda: states(box, 1) == ["running"] and 1 in asked.futures)
+    one = box.ledger.instances(1)[0]
+    path = path_of(box.settings.spool_directory, one.digest)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"?")
+    asked.fail(1)
+    wait_until(engine, lambda: states(box, 1) == ["failed"])
+    assert box.store(one.header, content) == "duplicate"
+    wait_until(engine, lambda: states(box, 1) == ["running"] and 1 in asked.futures)
     asked.close()
     engine.close()
     box.ledger.close()

@@ -26,9 +26,9 @@ from appliance.intake.receiver import (
     OUT_OF_RESOURCES,
     Receiver,
 )
-from appliance.intake.spool import Spool, path_of
+from appliance.intake.spool import Spool, Swept, path_of
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import event_counts, find_study
+from appliance.ledger.views import event_counts, find_study, verify_events
 from dicom_io.handlers import Answer, Refusal, Session, StoreRequest
 from dicom_io.header import read_header
 from dicom_io.performed import NewStep
@@ -110,6 +110,20 @@ class Bench:
             self.refusals.append(refusal.answer.comment)
             return refusal.answer.status
         return SUCCESS
+
+    def leave_behind(self, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An instance that was named and has no row, as a crash between the two leaves it."""
+
+        def locked(*_: object) -> NoReturn:
+            raise OperationalError("insert", {}, Exception("database is locked"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "record_instances", locked)
+            assert self.store(content) == OUT_OF_RESOURCES
+
+    def sweep(self) -> Swept:
+        """As the start of intake does."""
+        return self.spool.sweep(self.ledger.digests(), self.ledger.removed_among)
 
     def in_lanes(self) -> list[Path]:
         """The files in lanes, without those that are names only, made ahead."""
@@ -223,25 +237,123 @@ def test_the_reserve_counts_share_bytes_and_inodes(
 
 
 def test_no_success_without_a_row(bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    def locked(*_: object) -> NoReturn:
-        raise OperationalError("insert", {}, Exception("database is locked"))
-
-    monkeypatch.setattr(Ledger, "record_instances", locked)
-    assert bench.store(slice_) == OUT_OF_RESOURCES
-    monkeypatch.undo()
+    bench.leave_behind(slice_, monkeypatch)
     # The file lies there, since a row that was half written might come to light; the next start sweeps it.
     assert len(bench.files()) == 1
-    assert bench.spool.sweep(bench.ledger.digests()) == 2  # both of its names
+    assert bench.sweep() == Swept(removed=1)
     assert bench.files() == []
 
 
-def test_the_sweep_removes_only_what_was_never_acknowledged(bench: Bench, slice_: bytes) -> None:
-    bench.store(slice_)
-    orphan = path_of(bench.spool_directory, hashlib.sha256(b"orphan").hexdigest())
-    orphan.write_bytes(b"orphan")
-    (bench.spool_directory / "incoming" / "000" / "99").write_bytes(b"half")
-    assert bench.spool.sweep(bench.ledger.digests()) == 3  # with the whole one's other name
+def test_what_fails_again_and_again_lies_there_once(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.leave_behind(slice_, monkeypatch)
+    bench.leave_behind(slice_, monkeypatch)
+    assert len({path.stat().st_ino for path in (*bench.files(), *bench.in_lanes())}) == 1
+    assert bench.store(slice_) == SUCCESS
+    bench.spool.settle()
+    assert len(bench.files()) == 1
+    bench.sweep()
     assert [path.read_bytes() for path in bench.files()] == [slice_]
+
+
+def test_the_sweep_removes_only_what_was_never_acknowledged(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(slice_)
+    bench.leave_behind(slice_ + b"orphan", monkeypatch)
+    bench.spool.settle()  # which leaves the name in the lane of what has no row
+    (bench.spool_directory / "incoming" / "000" / "99").write_bytes(b"half")
+    assert bench.sweep() == Swept(removed=2)
+    assert [path.read_bytes() for path in bench.files()] == [slice_]
+
+
+def test_what_the_ledger_forgot_is_set_aside_and_comes_back_with_the_ledger(
+    bench: Bench, slice_: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ledger that is new, or older than the spool, must not cost an image that was answered with Success."""
+    for number in range(3):
+        bench.store(slice_ + bytes([number]))
+    bench.spool.settle()
+    bench.store(slice_ + b"\3")  # moments before the end
+    bench.leave_behind(slice_ + b"\4", monkeypatch)
+    (bench.spool_directory / "incoming" / "000" / "99").write_bytes(b"half")
+    other = Ledger(tmp_path / "other.sqlite")
+    spool = Spool(bench.spool_directory)
+    assert spool.sweep(other.digests(), other.removed_among) == Swept(aside=6)
+    aside = {path.stem: path.read_bytes() for path in (bench.spool_directory / "unknown").iterdir()}
+    assert set(aside.values()) == {*(slice_ + bytes([number]) for number in range(5)), b"half"}
+    assert all(hashlib.sha256(content).hexdigest() == digest for digest, content in aside.items())
+    assert spool.sweep(other.digests(), other.removed_among) == Swept()
+    other.close()
+    assert bench.spool.recover(bench.ledger.digests()) == 4
+    bench.sweep()
+    assert {path.read_bytes() for path in bench.spool_directory.glob("??/*")} == {
+        slice_ + bytes([number]) for number in range(4)
+    }
+    left = {path.read_bytes() for path in (bench.spool_directory / "unknown").iterdir()}
+    assert left == {slice_ + b"\4", b"half"}
+
+
+def test_a_setting_aside_that_is_killed_goes_on_at_the_next_start(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        bench.store(slice_ + bytes([number]))
+    bench.spool.settle()
+    bench.store(slice_ + b"\2")
+    replace, left = Path.replace, 0
+
+    def fused(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fused)
+        for kills in (0, 1, 1):
+            left = kills
+            with suppress(KeyboardInterrupt):
+                bench.spool.sweep(set())
+    bench.spool.sweep(set())
+    aside = {path.read_bytes() for path in (bench.spool_directory / "unknown").iterdir()}
+    assert aside == {slice_ + bytes([number]) for number in range(3)}
+
+
+def test_where_the_ledger_is_doubted_nothing_is_removed(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end may be cut off: what looks like never acknowledged may have been."""
+    bench.store(slice_)
+    bench.leave_behind(slice_ + b"orphan", monkeypatch)
+    assert bench.spool.sweep(bench.ledger.digests(), doubted=True) == Swept(aside=1)
+    assert [path.read_bytes() for path in bench.spool_directory.glob("??/*")] == [slice_]
+    assert [path.read_bytes() for path in (bench.spool_directory / "unknown").iterdir()] == [slice_ + b"orphan"]
+
+
+def test_a_sweep_that_is_killed_goes_on_at_the_next_start(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+    for number, kills in enumerate(range(4)):
+        bench.leave_behind(slice_ + bytes([number]), monkeypatch)
+        left = kills
+
+        def fused(path: Path, missing_ok: bool = False) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", fused)
+            bench.sweep()
+        bench.sweep()
+        assert not (bench.spool_directory / "unknown").exists()
+        assert bench.files() == []
 
 
 def test_a_name_that_a_power_cut_took_back_is_given_again(bench: Bench, slice_: bytes) -> None:
@@ -252,7 +364,7 @@ def test_a_name_that_a_power_cut_took_back_is_given_again(bench: Bench, slice_: 
     assert bench.spool.recover(set()) == 0
     assert bench.spool.recover(bench.ledger.digests()) == 1
     assert bench.files() == [named]
-    assert bench.spool.sweep(bench.ledger.digests()) == 1
+    assert bench.sweep() == Swept()
     assert named.read_bytes() == slice_
 
 
@@ -266,7 +378,7 @@ def test_a_damaged_file_whose_replacement_a_power_cut_took_back_is_replaced_agai
     path.write_bytes(slice_[:-1] + b"?")
     assert bench.spool.recover(bench.ledger.digests()) == 1
     assert path.read_bytes() == slice_
-    assert bench.spool.sweep(bench.ledger.digests()) >= 1
+    assert bench.sweep() == Swept()
     assert path.read_bytes() == slice_ and bench.files() == [path]
 
 
@@ -345,6 +457,96 @@ def test_a_damaged_file_is_replaced_when_the_instance_comes_again(bench: Bench, 
     bench.spool.settle()
     assert bench.in_lanes() == []
     assert bench.files() == [path]
+
+
+def spoil(path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk does to a file of the spool."""
+    if how == "lost":
+        path.unlink()
+    elif how == "damaged":
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    elif how == "unreadable":
+        real, number = Path.open, path.stat().st_ino
+
+        def failing(one: Path, *arguments: Any, **named: Any) -> Any:
+            if one.stat().st_ino == number:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(one, *arguments, **named)
+
+        monkeypatch.setattr(Path, "open", failing)
+
+
+def set_aside(bench: Bench) -> None:
+    """Bring the study that arrives to an analysis that has failed for good."""
+    (arriving,) = bench.ledger.arriving_studies()
+    bench.ledger.complete_study(arriving.id, arriving.last_instance_at, {"by": "test", "confidence": "high"})
+    bench.ledger.decide(arriving.id, "pkg", "1", admitted=True, reason="", admission=[], selection=[], inputs=[])
+    row = bench.ledger.take_analysis(["pkg"])
+    assert row is not None
+    assert bench.ledger.fail_analysis(row["id"], "the file is gone", attempts=1, pause=0.0)
+    assert bench.ledger.take_analysis(["pkg"]) is None
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "unreadable"])
+def test_what_failed_is_analysed_again_once_its_file_is_mended(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    bench.store(slice_)
+    bench.store(slice_ + b"\0")
+    bench.spool.settle()
+    set_aside(bench)
+    path = path_of(bench.spool_directory, hashlib.sha256(slice_ + b"\0").hexdigest())
+    spoil(path, how, monkeypatch)
+    rings = bench.rings
+    assert bench.store(slice_ + b"\0") == SUCCESS
+    monkeypatch.undo()
+    assert path.read_bytes() == slice_ + b"\0"
+    events = bench.events()
+    assert (events["instance.duplicate"], events["instance.restored"], events["analysis.requeued"]) == (1, 1, 1)
+    assert bench.rings == rings + 1
+    assert bench.ledger.take_analysis(["pkg"]) is not None
+    assert verify_events(bench.ledger) is None
+
+
+def test_what_failed_stays_so_when_nothing_was_mended(bench: Bench, slice_: bytes) -> None:
+    bench.store(slice_)
+    set_aside(bench)
+    rings = bench.rings
+    assert bench.store(slice_) == SUCCESS
+    assert bench.rings == rings
+    assert bench.ledger.take_analysis(["pkg"]) is None
+    assert "instance.restored" not in bench.events()
+
+
+def test_a_mended_file_counts_although_its_sender_had_to_send_it_twice(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(slice_)
+    bench.spool.settle()
+    set_aside(bench)
+    (path,) = bench.files()
+    path.unlink()
+    bench.leave_behind(slice_, monkeypatch)
+    assert bench.ledger.take_analysis(["pkg"]) is None
+    assert bench.store(slice_) == SUCCESS
+    assert bench.ledger.take_analysis(["pkg"]) is not None
+    assert bench.store(slice_) == SUCCESS
+    assert bench.events()["instance.restored"] == 1
+
+
+def test_a_file_that_was_mended_when_intake_ended_counts_at_the_next_start(
+    bench: Bench, slice_: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(slice_)
+    bench.spool.settle()
+    set_aside(bench)
+    (path,) = bench.files()
+    path.unlink()
+    bench.leave_behind(slice_, monkeypatch)
+    swept = bench.sweep()
+    assert bench.ledger.requeue_restored(swept.named) == 1
+    assert bench.ledger.take_analysis(["pkg"]) is not None
+    assert bench.ledger.requeue_restored(bench.sweep().named) == 0
 
 
 @pytest.mark.parametrize("size", [4096, 4097, 8192, 100_000, 1 << 20])

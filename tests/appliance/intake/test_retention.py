@@ -7,11 +7,13 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -21,6 +23,7 @@ from appliance.intake import retention as module
 from appliance.intake.committer import Committer
 from appliance.intake.retention import Retention, Room
 from appliance.intake.spool import Spool, path_of
+from appliance.ledger import database
 from appliance.ledger import schema as t
 from appliance.ledger.database import later, now
 from appliance.ledger.ingest import NewInstance
@@ -60,7 +63,7 @@ class Box:
         self.ledger = Ledger(self.settings.ledger_path)
         self.spool = Spool(self.settings.spool_directory)
         self.settings.findings_directory.mkdir(exist_ok=True)
-        self.swept = self.spool.sweep(self.ledger.digests())
+        self.swept = self.spool.sweep(self.ledger.digests(), self.ledger.removed_among).removed
         self.committer = Committer(self.ledger, self.spool, lambda: None)
         self.retention = Retention(self.ledger, self.settings, self.committer.paused, lambda: self.room)
 
@@ -211,6 +214,58 @@ def test_a_study_past_keep_days_goes_even_if_there_is_room(tmp_path: Path) -> No
     assert [one.study_id for one in box.retention.plan().goes] == [1]
     assert box.retention.step() == 1
     assert box.studies() == {"1.1": False, "1.2": True}
+
+
+def clock_ahead(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
+    """Set the wall clock, and not the one that says how long the box has run."""
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(hours=hours)
+
+    monkeypatch.setattr(database, "datetime", Shifted)
+
+
+def test_a_clock_that_jumped_ahead_removes_nothing_by_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    box = Box(tmp_path, keep_days=30, troubled_days=60)
+    box.room = PLENTY
+    box.receive(1)
+    box.finish(1, age_hours=48)
+    box.receive(2)
+    box.finish(2, age_hours=24, delivered=False)
+    assert box.retention.step() == 0
+    clock_ahead(monkeypatch, 365 * 24)
+    assert (box.retention.step(), box.retention.step()) == (0, 0)
+    assert box.studies() == {"1.1": True, "1.2": True}
+    assert sum("clock" in record.getMessage() for record in caplog.records) == 1
+    assert event_counts(box.ledger)["retention.suspended"] == 1
+    box.room = LOW  # then they go as ever, but none that has troubles
+    assert box.retention.step() == 1
+    assert box.studies() == {"1.1": False, "1.2": True}
+    clock_ahead(monkeypatch, 0.5)
+    assert box.retention.step() == 0
+    clock_ahead(monkeypatch, 365 * 24)
+    box.retention.step()
+    assert event_counts(box.ledger)["retention.suspended"] == 2
+    box.ledger.close()
+
+
+def test_time_that_passes_makes_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Box(tmp_path, keep_days=30)
+    box.room = PLENTY
+    box.receive(1)
+    box.finish(1, age_hours=48)
+    assert box.retention.step() == 0
+    passed = 60 * 24 * HOURS
+    clock_ahead(monkeypatch, passed / HOURS)
+    real = time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: real(clock) + passed)
+    assert box.retention.step() == 1
+    assert box.studies() == {"1.1": False}
+    box.ledger.close()
 
 
 def test_the_plan_names_what_would_go_and_changes_nothing(box: Box) -> None:

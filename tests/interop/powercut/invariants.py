@@ -53,7 +53,7 @@ def violations(
         found += _held_against(ledger, spool, answered)
         if start and not found:
             ledger.abandon_associations()
-            Spool(spool).sweep(ledger.digests())
+            Spool(spool).sweep(ledger.digests(), ledger.removed_among)
             found = _held_against(ledger, spool, answered)
             final = {path_of(spool, digest) for _, digest, _ in _rows(ledger)}
             found += [f"{path} was left behind" for path in spool.rglob("*") if path.is_file() and path not in final]

@@ -1,7 +1,7 @@
 """Put the state of a backup into a box whose services are stopped; what is there is kept beside it.
 
 As root on the box: python3 restore.py SOURCE. The configuration of the backup is left alone: it is the inventory's.
-Images that the box still has and the backup knows stay; the start of intake would remove the others, so they are kept
+Images that the box still has and the backup knows stay. The others, which the start of intake would set aside, are kept
 beside it, too, to be sent again.
 """
 
