@@ -258,10 +258,12 @@ class Orders(Database):
             others = (other for other in found if _one_authority(ours, _patient(other["patient"])))
             gone = [other["id"] for other in others if other["id"] != row["id"]]
         if row:  # what a later message does not say stays as it was said before
-            silent = [name for name in ("study_instance_uid", "placer", "reason") if not getattr(new, name)]
-            silent += [] if new.priority else ["priority", "urgent"]
-            silent += [] if new.birth_date else ["birth_date", "birth_message_id"]
-            silent += [] if new.onset else ["onset", "onset_earliest", "onset_latest"]
+            silent = [name for name in ("study_instance_uid", "placer") if not getattr(new, name)]
+            if row in kin:  # of somebody else nothing holds that was said of a person or a case
+                silent += [] if new.reason else ["reason"]
+                silent += [] if new.priority else ["priority", "urgent"]
+                silent += [] if new.birth_date else ["birth_date", "birth_message_id"]
+                silent += [] if new.onset else ["onset", "onset_earliest", "onset_latest"]
             if queried:
                 silent += ["priority", "urgent"] if row["urgent"] else []
                 silent += ["cancelled"] if row["cancelled"] else []

@@ -96,6 +96,30 @@ def test_two_hospitals_may_use_one_number(ledger: Ledger) -> None:
     assert [one.patient[0].value for one in orders(ledger)] == ["P2", "77"]
 
 
+ONSET = "OBX|1|TS|11368-8^^LN||20260601073000+0200\r"
+SAYS_LITTLE = orm(control="XO", patient=P2, born="", priority="").replace("fell from a ladder", "")
+
+
+def test_an_order_of_another_patient_keeps_nothing_of_the_first_one(ledger: Ledger) -> None:
+    hear(ledger, orm(priority="S", born="19500101", extra=ONSET))
+    hear(ledger, SAYS_LITTLE)
+    (order,) = orders(ledger)
+    assert order.patient == (Identifier("P2", "HOSP"),)
+    assert (order.birth_date, order.birth_source, order.priority, order.urgent, order.reason) == ("", "", "", False, "")
+    assert (order.onset, order.onset_earliest, order.onset_latest) == ("", "", "")
+
+
+@pytest.mark.parametrize("known", ["merged", "named"])
+def test_an_order_of_the_same_patient_by_another_identifier_keeps_all(ledger: Ledger, known: str) -> None:
+    hear(ledger, orm(priority="S", born="19500101", extra=ONSET, patient=P1 if known == "merged" else f"{P1}~{P2}"))
+    (before,) = orders(ledger)
+    if known == "merged":
+        hear(ledger, a40(survivor=P2, prior=P1))
+    hear(ledger, SAYS_LITTLE)
+    assert orders(ledger) == [replace(before, patient=(Identifier("P2", "HOSP"),))]
+    assert before.urgent and before.onset_earliest and before.birth_date == "19500101"
+
+
 def test_merges_are_followed_and_go_in_no_circle(ledger: Ledger) -> None:
     one, two, three = (Identifier(f"P{number}", "HOSP") for number in (1, 2, 3))
     hear(ledger, a40(survivor=P2, prior=P1))
