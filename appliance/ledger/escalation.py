@@ -243,9 +243,14 @@ def unreached(connection: sa.Connection) -> list[Row]:
     """Alerts that reached nobody, and still have not: id of the verdict, study_id, at, reason.
 
     One is over when somebody acknowledges it, when a newer verdict is negative, when nothing of it is left to send
-    because the board stopped its package, and when a person releases the study or retention removes it.
+    because the board stopped its package, and when retention removes the study or a person has released it since: a
+    release hides nothing that came after it, and a new completion takes it back.
     """
     e, v, s = t.event.c, t.verdict.c, t.study.c
+    release = t.event.alias("release").c
+    # By number: a clock that was set back since would have the release come after what it was given before.
+    seen = sa.exists().where(release.study_id == s.id, release.name == Event.RETENTION_RELEASED, release.id > e.id)
+    unseen = sa.or_(s.released_at.is_(None), s.released_at < s.completed_at, ~seen)
     query = (
         sa.select(v.id, v.analysis_id, v.revision, s.id.label("study_id"), e.at, e.detail["reason"].label("reason"))
         .select_from(
@@ -253,7 +258,7 @@ def unreached(connection: sa.Connection) -> list[Row]:
             .join(t.analysis)
             .join(t.study, s.id == t.analysis.c.study_id)
         )
-        .where(e.name == Event.ALERT_UNREACHED, s.released_at.is_(None), s.removed_at.is_(None))
+        .where(e.name == Event.ALERT_UNREACHED, unseen, s.removed_at.is_(None))
         .order_by(e.id)
     )
     newer = t.verdict.alias("newer").c
