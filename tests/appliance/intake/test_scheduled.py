@@ -18,6 +18,7 @@ from pynetdicom.sop_class import ModalityWorklistInformationFind
 from appliance import checks
 from appliance.intake.scheduled import Asker, is_about, orders_in
 from appliance.ledger.orders import Identifier, Order
+from appliance.ledger.queries import LONGEST_PAUSE
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts
 from appliance.operations.health import Watchdog
@@ -160,6 +161,15 @@ def test_it_is_asked_again_until_it_answers(tmp_path: Path, caplog: pytest.LogCa
     assert len([one for one in caplog.records if "modality worklist" in one.message]) == 1
     assert box.ledger.query_state(1) == ("found", "")
     assert [one.accession for one in box.ledger.orders_for(["A1", "A7"], "1.1")[0]] == ["A1"]
+
+
+def test_a_clock_that_was_set_back_puts_no_question_off(tmp_path: Path) -> None:
+    box = new_box(tmp_path)
+    bring(box, 1, slices=1)
+    box.ledger.asked_in_vain([1], "why not", LONGEST_PAUSE)
+    assert box.ledger.unasked_studies(0, 600.0) == [], "it has its pause"
+    box.ledger.asked_in_vain([1], "why not", 3600.0)  # as a pause is whose clock was set back since
+    assert [one.study_id for one in box.ledger.unasked_studies(0, 600.0)] == [1]
 
 
 @pytest.mark.parametrize(("answered", "event"), [(True, "order.not_found"), (False, "order.unanswered")])

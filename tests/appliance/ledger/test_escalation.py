@@ -315,6 +315,16 @@ def test_a_message_that_is_invalid_is_a_dead_letter_and_the_next_step_is_told(bo
     assert box.settle("mail", "give_up")
 
 
+def test_a_clock_that_was_set_back_silences_no_alarm(box: Box) -> None:
+    box.verdict(True, ("er",))
+    box.settle("er", "retry")
+    box.pass_time(-5)
+    assert not box.look().unreached, "a clock that is adjusted is none that was set back"
+    box.pass_time(-3600)
+    (alarm,) = unreached_alerts(box.ledger)
+    assert "the clock was set back" in alarm["reason"]
+
+
 def test_a_clock_that_was_set_back_holds_no_step_back(box: Box) -> None:
     box.verdict(True, ("er", *STEPS))
     box.settle("er", "retry")
