@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.governance.ordered import accessions
 from appliance.ledger.orders import QUERIED, Identifier, NewMessage, NewOrder, Scheduled
-from appliance.ledger.queries import Unasked
+from appliance.ledger.queries import LONGEST_PAUSE, Unasked
 from appliance.ledger.store import Ledger
 from dicom_io.errors import ScansideError
 from dicom_io.mwl import Query, asking
@@ -27,7 +27,7 @@ from dicom_io.workitem import Step, text, values
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+FIRST_PAUSE = 1.0
 AGAIN_SECONDS = 30.0
 """After an answer that has nothing of the study: the order of an emergency is often entered while it is scanned."""
 MOST_ACCESSIONS = 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import sqlite3
 import threading
 import time
@@ -60,6 +61,22 @@ def event_hash(previous: str, row: dict[str, Any]) -> str:
 def seconds_between(earlier: str, after: str) -> float:
     """Seconds from one of the ledger's times to another."""
     return (datetime.fromisoformat(after) - datetime.fromisoformat(earlier)).total_seconds()
+
+
+AHEAD_SECONDS = 60.0
+"""What was written down as past and lies further ahead is of a clock that was set back since, not only adjusted."""
+
+
+def waited(since: str, at: str) -> float:
+    """Seconds that something has waited; without end where the clock was set back since, so that it is due now and not
+    when the clock has caught up."""
+    seconds = seconds_between(since, at)
+    return math.inf if seconds < -AHEAD_SECONDS else seconds
+
+
+def has_waited(since: sa.ColumnElement[str], seconds: float) -> sa.ColumnElement[bool]:
+    """The same as a condition: it has waited for so long."""
+    return (since <= later(-seconds)) | (since > later(AHEAD_SECONDS))
 
 
 class Statement:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
-from appliance.ledger.database import Database, later, now, seconds_between
+from appliance.ledger.database import Database, has_waited, later, now, waited
 
 FORGET_SECONDS = 2 * 86_400.0
 """So long after its last instance a study whose analysis was set aside counts as late."""
@@ -63,7 +63,7 @@ class Deadlines(Database):
                 one
                 for limit, query in ((completion, _ARRIVING), (analysis, _ANALYSED), *undecided, (alert, alerted))
                 for one in (Overdue(*row) for row in connection.execute(query))
-                if seconds_between(one.since, at) > limit
+                if waited(one.since, at) > limit
             ]
         if not found:
             return []
@@ -92,7 +92,7 @@ class Deadlines(Database):
         with self.read() as connection:
             keys = {row[0] for query in (*waiting, failed) for row in connection.execute(query)}
             query = sa.select(_S.study_instance_uid, _S.last_instance_at).where(
-                _S.id.in_(keys), _S.last_instance_at <= later(-seconds)
+                _S.id.in_(keys), has_waited(_S.last_instance_at, seconds)
             )
             return {row.study_instance_uid: row.last_instance_at for row in connection.execute(query)}
 
@@ -108,7 +108,7 @@ class Deadlines(Database):
         at = now()
         with self.read() as connection:
             rows = [Overdue(*row) for row in connection.execute(_ANALYSED)]
-        found = [one for one in rows if seconds_between(one.since, at) > seconds]
+        found = [one for one in rows if waited(one.since, at) > seconds]
         if not found:
             return [], []
         with self._write() as connection:

@@ -7,6 +7,7 @@ those before it have not acknowledged the alert, or at once when they never will
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION, BoardRecords
-from appliance.ledger.database import LedgerError, Row, later, now
+from appliance.ledger.database import LedgerError, Row, has_waited, later, now, waited
 from appliance.ledger.states import DELIVERY, step
 
 _OPEN = ("pending", "sending", "held")
@@ -50,11 +51,11 @@ class Escalation(BoardRecords):
         held = sa.select(*columns).select_from(joined).where(d.destination.in_(told), d.state == "held")
         held = held.order_by(f.verdict_id, d.due_at, d.id)
         overdue = (
-            sa.select(v.id, v.analysis_id, v.revision, a.study_id)
+            sa.select(v.id, v.analysis_id, v.revision, v.issued_at, a.study_id)
             .distinct()
             .select_from(joined)
             .where(d.destination.in_(told), d.state.in_(_OPEN), v.positive, f.object.startswith("alert."))
-            .where(v.issued_at <= later(-alarm_seconds))
+            .where(has_waited(v.issued_at, alarm_seconds))
         )
         with self.read() as connection:
             if not any(connection.execute(query.limit(1)).first() for query in (held, overdue)):
@@ -70,11 +71,12 @@ class Escalation(BoardRecords):
                     reason = self._why(connection, row)
                     self._move(connection, row, "escalate", Event.DELIVERY_ESCALATED, reason, due_at=now())
                     taken.append((row["study_id"], row["destination"], reason))
-            unreached = [
-                row.study_id
-                for row in connection.execute(overdue).all()
-                if self._note_unreached(connection, row.id, f"nobody has acknowledged it in {alarm_seconds:g} s")
-            ]
+            unreached = []
+            for silent in connection.execute(overdue).all():
+                known = math.isfinite(waited(silent.issued_at, now()))
+                long = f"in {alarm_seconds:g} s" if known else "yet, and the clock was set back since"
+                if self._note_unreached(connection, silent.id, f"nobody has acknowledged it {long}"):
+                    unreached.append(silent.study_id)
         return Escalated(taken, unreached)
 
     def _due(self, connection: sa.Connection, group: list[Row], longest: float) -> list[Row]:
@@ -243,9 +245,14 @@ def unreached(connection: sa.Connection) -> list[Row]:
     """Alerts that reached nobody, and still have not: id of the verdict, study_id, at, reason.
 
     One is over when somebody acknowledges it, when a newer verdict is negative, when nothing of it is left to send
-    because the board stopped its package, and when a person releases the study or retention removes it.
+    because the board stopped its package, and when retention removes the study or a person has released it since: a
+    release hides nothing that came after it, and a new completion takes it back.
     """
     e, v, s = t.event.c, t.verdict.c, t.study.c
+    release = t.event.alias("release").c
+    # By number: a clock that was set back since would have the release come after what it was given before.
+    seen = sa.exists().where(release.study_id == s.id, release.name == Event.RETENTION_RELEASED, release.id > e.id)
+    unseen = sa.or_(s.released_at.is_(None), s.released_at < s.completed_at, ~seen)
     query = (
         sa.select(v.id, v.analysis_id, v.revision, s.id.label("study_id"), e.at, e.detail["reason"].label("reason"))
         .select_from(
@@ -253,7 +260,7 @@ def unreached(connection: sa.Connection) -> list[Row]:
             .join(t.analysis)
             .join(t.study, s.id == t.analysis.c.study_id)
         )
-        .where(e.name == Event.ALERT_UNREACHED, s.released_at.is_(None), s.removed_at.is_(None))
+        .where(e.name == Event.ALERT_UNREACHED, unseen, s.removed_at.is_(None))
         .order_by(e.id)
     )
     newer = t.verdict.alias("newer").c

@@ -107,7 +107,9 @@ class NewReport:
 class Scheduled:
     """What a modality worklist says of an order when it is asked.
 
-    It may be older than what HL7 said: it never makes an order less urgent, and takes its patient no identifier away.
+    It may be older than what HL7 said: it never makes an order less urgent, takes no cancellation back, and takes its
+    patient no identifier away. Where it names another patient, both are kept as orders of one number, which contradict
+    each other until HL7 says again whose it is.
     """
 
     order: NewOrder
@@ -246,29 +248,45 @@ class Orders(Database):
             "birth_message_id": message,
             "changed_at": now(),
         }
-        row = found[0] if found else None
+        theirs = self._names(connection, new.patient)
+        kin = [row for row in found if _one_patient(self._names(connection, _patient(row["patient"])), theirs)]
+        # A worklist may not know yet whose order it is now: only HL7 gives it to somebody else.
+        row = next(iter(kin if queried else kin or found), None)
+        gone: list[int] = []
+        if row and not queried and not new.cancelled:  # the newest word of whose it is
+            ours = _patient(row["patient"])
+            others = (other for other in found if _one_authority(ours, _patient(other["patient"])))
+            gone = [other["id"] for other in others if other["id"] != row["id"]]
         if row:  # what a later message does not say stays as it was said before
-            silent = [name for name in ("study_instance_uid", "placer", "reason") if not getattr(new, name)]
-            silent += [] if new.priority else ["priority", "urgent"]
-            silent += [] if new.birth_date else ["birth_date", "birth_message_id"]
-            silent += [] if new.onset else ["onset", "onset_earliest", "onset_latest"]
+            silent = [name for name in ("study_instance_uid", "placer") if not getattr(new, name)]
+            if row in kin:  # of somebody else nothing holds that was said of a person or a case
+                silent += [] if new.reason else ["reason"]
+                silent += [] if new.priority else ["priority", "urgent"]
+                silent += [] if new.birth_date else ["birth_date", "birth_message_id"]
+                silent += [] if new.onset else ["onset", "onset_earliest", "onset_latest"]
             if queried:
                 silent += ["priority", "urgent"] if row["urgent"] else []
+                silent += ["cancelled"] if row["cancelled"] else []
                 before = _patient(row["patient"])
-                if any(one.names(other) for one in before for other in new.patient):
-                    more = [one for one in new.patient if not any(one.names(other) for other in before)]
-                    values["patient"] = [asdict(one) for one in (*before, *more)]
+                more = [one for one in new.patient if not any(one.names(other) for other in before)]
+                values["patient"] = [asdict(one) for one in (*before, *more)]
             values |= {name: row[name] for name in silent}
         facts = ("patient", "birth_date", "cancelled", "onset_earliest", "onset_latest", "urgent", "study_instance_uid")
-        if row is None or any(row[name] != values[name] for name in facts):
+        if row is None or gone or any(row[name] != values[name] for name in facts):
             values["facts_message_id"] = message
         if row is None:
             key = int(connection.execute(t.imaging_order.insert().values(**values)).inserted_primary_key[0])  # type: ignore[index]
+            # Whose order a worklist contradicts is met by a study that has no other number than this, too.
+            unsaid = (c.id.in_([other["id"] for other in found]), c.study_instance_uid == "")
+            study = {"study_instance_uid": new.study_instance_uid, "facts_message_id": message}
+            connection.execute(t.imaging_order.update().where(*unsaid).values(**study))
         else:
             key = row["id"]
             connection.execute(t.imaging_order.update().where(c.id == key).values(**values))
+            connection.execute(t.imaging_order.delete().where(c.id.in_(gone)))
         name = Event.ORDER_CANCELLED if new.cancelled else Event.ORDER_CHANGED if row else Event.ORDER_PLACED
-        self._append(connection, name, None, order=key, message=message, urgent=bool(values["urgent"]))
+        instead = {"instead_of": gone} if gone else {}
+        self._append(connection, name, None, order=key, message=message, urgent=bool(values["urgent"]), **instead)
 
     def _update_patient(self, connection: sa.Connection, message: int, new: Update) -> None:
         for row in self._orders_of(connection, new.patient):
@@ -346,22 +364,26 @@ class Orders(Database):
 
     def names(self, patient: Patient) -> Patient:
         """Every identifier that stands for one of these after all merges, these among them."""
+        with self.read() as connection:
+            return self._names(connection, patient)
+
+    @staticmethod
+    def _names(connection: sa.Connection, patient: Patient) -> Patient:
         c = t.patient_merge.c
         known = dict.fromkeys(patient)
         waiting = list(patient)
-        with self.read() as connection:
-            for _ in range(LONGEST_CHAIN):
-                if not waiting:
-                    break
-                values = [one.value for one in waiting]
-                query = sa.select(t.patient_merge).where(c.prior_value.in_(values)).order_by(c.id)
-                found = []
-                for row in connection.execute(query).mappings():
-                    prior = Identifier(row["prior_value"], row["prior_namespace"], row["prior_universal"])
-                    if any(one.names(prior) for one in waiting):
-                        found.append(Identifier(row["value"], row["namespace"], row["universal"]))
-                waiting = [one for one in dict.fromkeys(found) if one not in known]
-                known |= dict.fromkeys(waiting)
+        for _ in range(LONGEST_CHAIN):
+            if not waiting:
+                break
+            values = [one.value for one in waiting]
+            query = sa.select(t.patient_merge).where(c.prior_value.in_(values)).order_by(c.id)
+            found = []
+            for row in connection.execute(query).mappings():
+                prior = Identifier(row["prior_value"], row["prior_namespace"], row["prior_universal"])
+                if any(one.names(prior) for one in waiting):
+                    found.append(Identifier(row["value"], row["namespace"], row["universal"]))
+            waiting = [one for one in dict.fromkeys(found) if one not in known]
+            known |= dict.fromkeys(waiting)
         return tuple(known)
 
     def identify_study(self, study_id: int, accessions: Sequence[str], orders: Sequence[int], heard: int) -> None:
@@ -489,6 +511,11 @@ def _about(columns: Any, accessions: Iterable[str], study_instance_uid: str) -> 
 
 def _patient(identifiers: Sequence[dict[str, str]]) -> Patient:
     return tuple(Identifier(**one) for one in identifiers)
+
+
+def _one_patient(ours: Patient, theirs: Patient) -> bool:
+    """Whether two patients share an identifier."""
+    return any(one.names(other) for one in ours for other in theirs)
 
 
 def _one_authority(ours: Patient, theirs: Patient) -> bool:

@@ -16,6 +16,9 @@ WAITING, FOUND, NONE, FAILED = "waiting", "found", "none", "failed"
 MOST_STUDIES = 20
 """So many are asked about on one association."""
 
+LONGEST_PAUSE = 60.0
+"""No question waits longer than so many seconds for its next try, even if the clock was set back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unasked:
@@ -37,13 +40,14 @@ class Queries(Orders):
             give_up_seconds: of those whose first image is not older than that.
         """
         s, q = t.study.c, t.order_query.c
+        due = (q.due_at <= now()) | (q.due_at > later(LONGEST_PAUSE))
         query = (
             sa.select(s.id, s.study_instance_uid, q.reason)
             .outerjoin(t.order_query, q.study_id == s.id)
             .where(
                 s.id > since,
                 s.first_instance_at > later(-give_up_seconds),
-                sa.or_(q.state.is_(None), sa.and_(q.state == WAITING, q.due_at <= now())),
+                sa.or_(q.state.is_(None), sa.and_(q.state == WAITING, due)),
                 s.study_instance_uid.not_in(sa.select(t.selftest.c.study_instance_uid)),
             )
             .order_by(s.id.desc())

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.chain import walk_all
-from appliance.ledger.database import Row, now, seconds_between
+from appliance.ledger.database import Row, now, seconds_between, waited
 from appliance.ledger.escalation import unreached
 from appliance.ledger.selftest import SELFTEST_DESTINATIONS, of_patients
 from appliance.ledger.store import Ledger
@@ -297,7 +297,7 @@ def is_late(report: dict[str, Any], budget_seconds: float) -> bool:
     # Nobody may have come to decide on it.
     decided = any(one["completion"] == report["completions"] for one in report["analyses"])
     unfinished |= report["state"] == "complete" and report["removed_at"] is None and not decided
-    overdue = seconds_between(report["last_instance_at"], now()) > budget_seconds
+    overdue = waited(report["last_instance_at"], now()) > budget_seconds
     return overdue and (open_alert or unfinished)
 
 

@@ -37,7 +37,7 @@ from appliance.inference.stream import (
 from appliance.inference.triton import TritonClient, TritonError
 from appliance.inference.verdict import left_out
 from appliance.ledger.board import BoardMoved
-from appliance.ledger.database import Row, now, seconds_between
+from appliance.ledger.database import Row, now, seconds_between, waited
 from appliance.ledger.doorbell import ring
 from appliance.ledger.records import ALERT_STANDS
 from appliance.ledger.selftest import SELFTEST_AE
@@ -581,7 +581,7 @@ class Engine:
             for one in found
             if one.subject in self._packages
             and not self.breaker.problem(one.subject)
-            and seconds_between(one.since, at) < HURRY_LIMIT * limit
+            and waited(one.since, at) < HURRY_LIMIT * limit
         }
         self._issuer.hold(bool(self._hurried))
         for one in new:

@@ -15,9 +15,10 @@ from appliance.governance.ordered import accessions, match_orders, patient_of
 from appliance.intake.hl7_listener import POLL_SECONDS, Limits, Listener, Port
 from appliance.intake.hl7_message import Rules
 from appliance.intake.hl7_receiver import OrderReceiver
-from appliance.intake.scheduled import LONGEST_PAUSE, Asker
+from appliance.intake.scheduled import Asker
 from appliance.ledger.database import later
 from appliance.ledger.orders import Identifier
+from appliance.ledger.queries import LONGEST_PAUSE
 from appliance.ledger.store import Ledger
 from appliance.operations.health import Watchdog
 from appliance.services.peers import peer_of

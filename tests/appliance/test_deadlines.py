@@ -88,6 +88,37 @@ def test_what_was_refused_or_acknowledged_is_not_overdue(ledger: Ledger) -> None
     assert overdue(ledger, "er", completion=0, analysis=0, alert=0) == []
 
 
+def set_back(ledger: Ledger, seconds: float) -> None:
+    """As if the clock had been set back by so much."""
+    with ledger._write() as connection:  # the clock itself cannot be moved
+        for place in ("study.last_instance_at", "study.completed_at", "verdict.issued_at"):
+            table, column = place.split(".")
+            connection.exec_driver_sql(
+                f"UPDATE {table} SET {column} = strftime('%Y-%m-%dT%H:%M:%f000+00:00', {column}, ?)",
+                (f"{seconds:+} seconds",),
+            )
+
+
+def test_a_clock_that_was_set_back_moves_no_deadline(ledger: Ledger) -> None:
+    study = arrive(ledger)
+    set_back(ledger, 5)
+    assert overdue(ledger) == [] and ledger.late_studies(["pkg"], 3600.0) == {}, "it was only adjusted"
+    set_back(ledger, 7200)
+    assert overdue(ledger) == [("completion", "")] and list(ledger.late_studies(["pkg"], 3600.0)) == ["1.2.3"]
+    complete(ledger, study)
+    admit(ledger, study)
+    assert overdue(ledger) == [] and ledger.mark_degraded(3600.0, "less") == ([], [])
+    set_back(ledger, 7200)
+    assert overdue(ledger) == [("analysis", "pkg")]
+    assert is_late(study_report(ledger, study), 3600.0)
+    found, new = ledger.mark_degraded(3600.0, "less")
+    assert len(found) == len(new) == 1
+    issue(ledger, study)
+    assert overdue(ledger, "er") == []
+    set_back(ledger, 7200)
+    assert overdue(ledger, "er") == [("alert", "er")] and overdue(ledger, "er") == []
+
+
 def test_the_budget_is_the_sum_of_its_deadlines() -> None:
     assert Settings().budget.seconds == 60.0
     settings = Settings.model_validate({"budget": {"completion_seconds": 5, "analysis_seconds": 3, "alert_seconds": 2}})

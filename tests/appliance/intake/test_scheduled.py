@@ -18,6 +18,7 @@ from pynetdicom.sop_class import ModalityWorklistInformationFind
 from appliance import checks
 from appliance.intake.scheduled import Asker, is_about, orders_in
 from appliance.ledger.orders import Identifier, Order
+from appliance.ledger.queries import LONGEST_PAUSE
 from appliance.ledger.store import Ledger
 from appliance.ledger.views import event_counts
 from appliance.operations.health import Watchdog
@@ -28,11 +29,12 @@ from dicom_io.mwl import MOST_ITEMS, asking
 from dicom_io.scu import Peer
 from dicom_io.workitem import from_dataset
 from tests.appliance.intake.test_retention import Box
-from tests.appliance.test_orders import AGELESS, bring, criterion, engine_of, hear, new_box
+from tests.appliance.test_orders import AGELESS, bring, criterion, decided, engine_of, hear, new_box
 from tests.appliance.test_services import states, wait_until
 from tests.hl7_support import orm
 from tests.scheduled import scheduled
 
+WORKLIST = ModalityWorklist(ae_title="RIS", host="127.0.0.1", port=1)
 Answers = Callable[[Dataset], Iterator[tuple[int | Dataset, Dataset | None]]]
 
 
@@ -161,6 +163,15 @@ def test_it_is_asked_again_until_it_answers(tmp_path: Path, caplog: pytest.LogCa
     assert [one.accession for one in box.ledger.orders_for(["A1", "A7"], "1.1")[0]] == ["A1"]
 
 
+def test_a_clock_that_was_set_back_puts_no_question_off(tmp_path: Path) -> None:
+    box = new_box(tmp_path)
+    bring(box, 1, slices=1)
+    box.ledger.asked_in_vain([1], "why not", LONGEST_PAUSE)
+    assert box.ledger.unasked_studies(0, 600.0) == [], "it has its pause"
+    box.ledger.asked_in_vain([1], "why not", 3600.0)  # as a pause is whose clock was set back since
+    assert [one.study_id for one in box.ledger.unasked_studies(0, 600.0)] == [1]
+
+
 @pytest.mark.parametrize(("answered", "event"), [(True, "order.not_found"), (False, "order.unanswered")])
 def test_giving_up_is_an_event(tmp_path: Path, answered: bool, event: str) -> None:
     box = new_box(tmp_path)
@@ -183,9 +194,12 @@ def test_old_studies_and_self_tests_are_not_asked_about(tmp_path: Path) -> None:
     assert box.ledger.unasked_studies(0, 0.0) == []
 
 
-def take(box: Box, **changes: Any) -> None:
+def take(box: Box, *patients: str, **changes: Any) -> None:
+    """The worklist's answer: one item, or one for each of these patients."""
+
     def one(_: Dataset) -> Iterator[tuple[int, Dataset | None]]:
-        yield 0xFF00, scheduled(**changes)
+        for patient in patients or ("P1",):
+            yield 0xFF00, scheduled(patient=patient, **changes)
 
     with provider(one) as peer, asked(box, lambda: peer):
         until(lambda: (box.ledger.query_state(1) or ("",))[0] == "found")
@@ -225,7 +239,7 @@ def test_without_an_accession_number_the_study_tells_orders_apart(tmp_path: Path
 def test_an_answer_after_the_decision_has_the_gate_asked_again(tmp_path: Path) -> None:
     box = new_box(tmp_path)
     bring(box, 1, **AGELESS)
-    engine, _ = engine_of(box, modality_worklist=ModalityWorklist(ae_title="RIS", host="127.0.0.1", port=1))
+    engine, _ = engine_of(box, modality_worklist=WORKLIST)
     wait_until(engine, lambda: states(box, 1) == ["refused"])
     take(box)
     wait_until(engine, lambda: states(box, 1) == ["running"])
@@ -237,10 +251,41 @@ def test_an_answer_after_the_decision_has_the_gate_asked_again(tmp_path: Path) -
 def test_another_patients_item_with_the_studys_number_keeps_it_out(tmp_path: Path) -> None:
     box = new_box(tmp_path)
     bring(box, 1)
-    take(box, patient="P2")
-    engine, _ = engine_of(box, modality_worklist=ModalityWorklist(ae_title="RIS", host="127.0.0.1", port=1))
+    take(box, "P2")
+    engine, _ = engine_of(box, modality_worklist=WORKLIST)
     wait_until(engine, lambda: states(box, 1) == ["refused"])
     assert "Patient ID of order 1" in criterion(box, "patient")["value"]
+    engine.close()
+    box.ledger.close()
+
+
+@pytest.mark.parametrize("imaged", ["P1", "P2"])
+@pytest.mark.parametrize("ordered", ["P2", ""])
+def test_where_the_hospital_names_two_patients_the_study_of_neither_is_read(
+    tmp_path: Path, imaged: str, ordered: str
+) -> None:
+    """HL7 one and the worklist the other, or the worklist both."""
+    box = new_box(tmp_path)
+    if ordered:
+        hear(box, orm(patient=f"{ordered}^^^HOSP"))
+    bring(box, 1, patient_id=imaged)
+    take(box, *(["P1"] if ordered else ["P1", "P2"]), PatientBirthDate="19610101")
+    engine, asked = engine_of(box, modality_worklist=WORKLIST)
+    wait_until(engine, lambda: states(box, 1) == ["refused"])
+    assert criterion(box, "patient")["outcome"] == "violated" and asked.futures == {}
+    engine.close()
+    box.ledger.close()
+
+
+def test_a_late_answer_of_the_worklist_lets_nobody_in_whom_hl7_keeps_out(tmp_path: Path) -> None:
+    box = new_box(tmp_path)
+    hear(box, orm(patient="P2^^^HOSP"))
+    bring(box, 1)
+    engine, _ = engine_of(box, modality_worklist=WORKLIST)
+    wait_until(engine, lambda: states(box, 1) == ["refused"])
+    take(box, PatientBirthDate="19610101")
+    wait_until(engine, lambda: event_counts(box.ledger).get("study.reconsidered") == 1 and decided(box))
+    assert states(box, 1) == ["refused"] and criterion(box, "patient")["outcome"] == "violated"
     engine.close()
     box.ledger.close()
 

@@ -30,10 +30,15 @@ class Box:
     def __init__(self, folder: Path, *, at_once: Sequence[str] = ("er",), steps: Sequence[str] = STEPS) -> None:
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.at_once, self.steps = at_once, steps
-        self.ledger.record_instances([NewInstance(header(), "d", 1, self.ledger.open_association("S", "B", "here"))])
+        self.analysis, self.revision = 0, 0
+        self.complete()
+
+    def complete(self, number: int = 1) -> None:
+        """One more instance, and the study is complete with it."""
+        association = self.ledger.open_association("S", "B", "here")
+        self.ledger.record_instances([NewInstance(header(number), f"d{number}", 1, association)])
         (arriving,) = self.ledger.arriving_studies()
         self.ledger.complete_study(1, arriving.last_instance_at, {"by": "test", "confidence": "high"})
-        self.analysis, self.revision = 0, 0
 
     def verdict(self, positive: bool, told: Sequence[str], *, held: bool = True, provisional: bool = False) -> None:
         """A further revision that tells these destinations something."""
@@ -182,6 +187,27 @@ def test_an_alarm_is_over_when_a_person_releases_the_study_and_again_one_if_it_f
     assert unreached_alerts(box.ledger) == []
 
 
+@pytest.mark.parametrize("scanned_again", [True, False])
+def test_a_release_hides_no_alarm_of_later(box: Box, scanned_again: bool) -> None:
+    box.ledger.release_study(1)
+    if scanned_again:
+        box.complete(2)
+    box.verdict(True, ("er",))
+    assert box.settle("er", "give_up")
+    assert len(unreached_alerts(box.ledger)) == 1
+    assert "scanside_alerts_unreached 1.0" in metrics_text(box.ledger)
+    box.ledger.release_study(1)
+    assert unreached_alerts(box.ledger) == []
+
+
+def test_a_new_completion_takes_the_release_of_an_alarm_back(box: Box) -> None:
+    box.verdict(True, ("er",))
+    assert box.settle("er", "reject")
+    box.ledger.release_study(1)
+    box.complete(2)
+    assert len(unreached_alerts(box.ledger)) == 1
+
+
 def test_a_negative_verdict_and_a_withdrawal_are_no_alarm(box: Box) -> None:
     box.verdict(True, ("er",))
     box.settle("er", "acknowledge")
@@ -287,6 +313,16 @@ def test_a_message_that_is_invalid_is_a_dead_letter_and_the_next_step_is_told(bo
     assert "PID is wrong" in box.deliveries()[0]["reason"]
     assert [name for _, name, _ in box.look().steps] == ["mail"]
     assert box.settle("mail", "give_up")
+
+
+def test_a_clock_that_was_set_back_silences_no_alarm(box: Box) -> None:
+    box.verdict(True, ("er",))
+    box.settle("er", "retry")
+    box.pass_time(-5)
+    assert not box.look().unreached, "a clock that is adjusted is none that was set back"
+    box.pass_time(-3600)
+    (alarm,) = unreached_alerts(box.ledger)
+    assert "the clock was set back" in alarm["reason"]
 
 
 def test_a_clock_that_was_set_back_holds_no_step_back(box: Box) -> None:

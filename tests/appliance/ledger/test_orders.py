@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
 from appliance.intake.hl7_message import Rules, read_message
+from appliance.intake.scheduled import orders_in
 from appliance.ledger.database import later
-from appliance.ledger.orders import Identifier, NewMessage, Order
+from appliance.ledger.orders import QUERIED, Identifier, NewMessage, Order, Scheduled
 from appliance.ledger.store import Ledger, NewInstance
 from appliance.ledger.views import event_counts, verify_events
 from appliance.services.heeding import Heeded
+from dicom_io.workitem import from_dataset
 from tests.builders import header
 from tests.hl7_support import a08, a40, omi, orm, oru
+from tests.scheduled import scheduled
 
 P1, P2 = "P1^^^HOSP^MR", "P2^^^HOSP^MR"
 
@@ -42,6 +46,17 @@ def hear(ledger: Ledger, text: str) -> None:
         message.reason, message.changes,
     )  # fmt: skip
     assert (ledger.take_message(new), message.reason) == ("taken", "")
+
+
+def answer(ledger: Ledger, *patients: str) -> None:
+    """What a modality worklist answers: an item of the same order for each of these patients."""
+    found = orders_in([from_dataset(scheduled(patient=one)) for one in patients], [], "")
+    changes = tuple(Scheduled(one) for one in found)
+    ledger.take_message(NewMessage("127.0.0.1", "RIS", "", QUERIED, "d", b"", "AA", "", changes))
+
+
+def patients(ledger: Ledger) -> list[list[str]]:
+    return [[one.value for one in order.patient] for order in orders(ledger)]
 
 
 def orders(ledger: Ledger, accession: str = "A1", uid: str = "") -> list[Order]:
@@ -81,6 +96,30 @@ def test_two_hospitals_may_use_one_number(ledger: Ledger) -> None:
     assert [one.patient[0].value for one in orders(ledger)] == ["P2", "77"]
 
 
+ONSET = "OBX|1|TS|11368-8^^LN||20260601073000+0200\r"
+SAYS_LITTLE = orm(control="XO", patient=P2, born="", priority="").replace("fell from a ladder", "")
+
+
+def test_an_order_of_another_patient_keeps_nothing_of_the_first_one(ledger: Ledger) -> None:
+    hear(ledger, orm(priority="S", born="19500101", extra=ONSET))
+    hear(ledger, SAYS_LITTLE)
+    (order,) = orders(ledger)
+    assert order.patient == (Identifier("P2", "HOSP"),)
+    assert (order.birth_date, order.birth_source, order.priority, order.urgent, order.reason) == ("", "", "", False, "")
+    assert (order.onset, order.onset_earliest, order.onset_latest) == ("", "", "")
+
+
+@pytest.mark.parametrize("known", ["merged", "named"])
+def test_an_order_of_the_same_patient_by_another_identifier_keeps_all(ledger: Ledger, known: str) -> None:
+    hear(ledger, orm(priority="S", born="19500101", extra=ONSET, patient=P1 if known == "merged" else f"{P1}~{P2}"))
+    (before,) = orders(ledger)
+    if known == "merged":
+        hear(ledger, a40(survivor=P2, prior=P1))
+    hear(ledger, SAYS_LITTLE)
+    assert orders(ledger) == [replace(before, patient=(Identifier("P2", "HOSP"),))]
+    assert before.urgent and before.onset_earliest and before.birth_date == "19500101"
+
+
 def test_merges_are_followed_and_go_in_no_circle(ledger: Ledger) -> None:
     one, two, three = (Identifier(f"P{number}", "HOSP") for number in (1, 2, 3))
     hear(ledger, a40(survivor=P2, prior=P1))
@@ -90,6 +129,56 @@ def test_merges_are_followed_and_go_in_no_circle(ledger: Ledger) -> None:
     assert ledger.names((Identifier("P1", "ELSEWHERE"),)) == (Identifier("P1", "ELSEWHERE"),)
     hear(ledger, a40(survivor=P1, prior="P3^^^HOSP"))
     assert set(ledger.names((three,))) == {one, two, three}
+
+
+def test_a_worklist_that_names_another_patient_than_hl7_is_known_beside_it(ledger: Ledger) -> None:
+    hear(ledger, orm(priority="S"))
+    hear(ledger, orm(control="XO", patient=P2))
+    (before,) = orders(ledger)
+    answer(ledger, "P1")
+    answer(ledger, "P1")
+    assert patients(ledger) == [["P2"], ["P1"]]
+    assert orders(ledger)[0] == replace(before, study_instance_uid="1.1"), "of that study both of them are"
+    assert event_counts(ledger)["order.placed"] == 2
+
+
+def test_a_worklist_that_names_two_patients_has_both_known(ledger: Ledger) -> None:
+    answer(ledger, "P1", "P2")
+    assert patients(ledger) == [["P1"], ["P2"]]
+
+
+@pytest.mark.parametrize("settled", ["P1", "P2"])
+def test_the_next_word_of_hl7_settles_what_it_and_the_worklist_said(ledger: Ledger, settled: str) -> None:
+    hear(ledger, orm(patient=P2))
+    hear(ledger, orm(patient="77^^^ELSEWHERE"))
+    answer(ledger, "P1")
+    study = complete(ledger, "1.1", "A1")
+    hear(ledger, orm(control="SC", patient=f"{settled}^^^HOSP"))
+    assert sorted(patients(ledger)) == [["77"], [settled]], "of another hospital it is another order"
+    assert late(ledger) == [study]
+
+
+def test_a_cancellation_is_of_one_of_two_patients_of_an_order(ledger: Ledger) -> None:
+    hear(ledger, orm(patient=P2))
+    answer(ledger, "P1")
+    hear(ledger, orm(control="CA", patient=P1))
+    assert [(one.patient[0].value, one.cancelled) for one in orders(ledger)] == [("P2", False), ("P1", True)]
+
+
+def test_a_worklist_knows_a_merged_patient_by_the_old_identifier(ledger: Ledger) -> None:
+    hear(ledger, orm(patient=P2))
+    hear(ledger, a40(survivor=P2, prior=P1))
+    answer(ledger, "P1")
+    assert patients(ledger) == [["P2", "P1"]]
+
+
+def test_a_worklist_never_takes_a_cancellation_back(ledger: Ledger) -> None:
+    hear(ledger, orm())
+    hear(ledger, orm(control="CA"))
+    answer(ledger, "P1")
+    assert [one.cancelled for one in orders(ledger)] == [True]
+    hear(ledger, orm())
+    assert [one.cancelled for one in orders(ledger)] == [False]
 
 
 def test_reports_are_found_by_number_or_study(ledger: Ledger) -> None:
