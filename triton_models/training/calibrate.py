@@ -6,7 +6,7 @@ All of it rests on calibration studies that training never saw; no figure here i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +179,40 @@ def calibrate(answers: Sequence[Answer], least_threshold: float = 0.0) -> Calibr
     logits = np.array([answer.logits for answer in answers])
     fits = [platt(logits[:, label], truth[:, label]) for label in range(logits.shape[1])]
     slope, shift = (np.array(values) for values in zip(*fits, strict=True))
-    said = sigmoid(logits * slope + shift)[:, 0]
-    negative, positive = said[~truth[:, 0]], said[truth[:, 0]]
-    chosen = round(best_threshold(list(negative), list(positive), LEAST_SPECIFICITY + MARGIN), 3)
+    return _at_its_points(answers, slope, shift, least_threshold, Calibration(slope, shift, 0.5, 0.5, {}))
+
+
+def of_shipped(calibration: Calibration, answers: Sequence[Answer], least_threshold: float = 0.0) -> Calibration:
+    """The same with operating points that are chosen on the answers of what ships, in its precision: a threshold
+    between two studies' scores in one precision may lie on the wrong side of one of them in another.
+
+    Args:
+        answers: of a model that has the calibration in its graph.
+    """
+    labels = len(calibration.slope)
+    return _at_its_points(answers, np.ones(labels), np.zeros(labels), least_threshold, calibration)
+
+
+def _at_its_points(
+    answers: Sequence[Answer],
+    slope: NDArray[np.float64],
+    shift: NDArray[np.float64],
+    least_threshold: float,
+    calibration: Calibration,
+) -> Calibration:
+    truth = np.array([answer.truth[0] for answer in answers])
+    said = sigmoid(np.array([answer.logits[0] for answer in answers]) * slope[0] + shift[0])
+    chosen = round(best_threshold(list(said[~truth]), list(said[truth]), LEAST_SPECIFICITY + MARGIN), 3)
     threshold = max(chosen, least_threshold)
     lesion_threshold, error = best_lesion_threshold(answers, slope[0], shift[0], threshold)
     figures = {**summary(answers, slope, shift, threshold), "lesion_threshold": lesion_threshold}
     figures["threshold_of_these_studies"] = chosen
     figures |= {
         "volume_error_factor": round(float(np.exp(error)), 3),
-        "slope": np.round(slope, 4).tolist(),
-        "shift": np.round(shift, 4).tolist(),
+        "slope": np.round(calibration.slope, 4).tolist(),
+        "shift": np.round(calibration.shift, 4).tolist(),
     }
-    return Calibration(slope, shift, threshold, lesion_threshold, figures)
+    return replace(calibration, threshold=threshold, lesion_threshold=lesion_threshold, figures=figures)
 
 
 def best_lesion_threshold(

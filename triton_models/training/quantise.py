@@ -36,12 +36,14 @@ class Choice:
     Attributes:
         name: "fp32" or "int8".
         model: the file.
-        figures: what the choice rests on, JSON-ready.
+        figures: what the choice rests on, JSON-ready; both precisions at the threshold of single precision.
+        answers: of what is shipped on the calibration studies, where they are its own: the calibration is in its graph.
     """
 
     name: str
     model: Path
     figures: dict[str, Any]
+    answers: Sequence[Answer] | None
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -135,4 +137,4 @@ def choose(work: Path, store: Store, studies: Store, calibration: Calibration, a
     gain = figures["int8"][key] / figures["fp32"][key]
     name = "int8" if worse <= WITHIN and gain >= FASTER else "fp32"
     figures |= {"int8_worse_by": round(worse, 4), "int8_faster_by": round(gain, 3), "shipped": name}
-    return Choice(name, models[name], figures)
+    return Choice(name, models[name], figures, told["int8"][0] if name == "int8" else None)

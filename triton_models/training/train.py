@@ -380,6 +380,8 @@ def main() -> None:
     to_onnx(network, work / "fp32.onnx", slope=calibration.slope, shift=calibration.shift)
     say("quantising")
     choice = quantise.choose(work, store, studies, calibration, answers)
+    if choice.answers is not None:
+        calibration = calibrate.of_shipped(calibration, choice.answers, arguments.least_threshold)
     clock["calibrated"] = time.monotonic()
 
     commands = {name: value for name, value in vars(arguments).items() if name not in ("out", "work", "only", "start")}
@@ -421,8 +423,8 @@ def main() -> None:
         arguments.out,
         version=VERSION,
         calibration=calibration,
-        sensitivity=choice.figures[choice.name]["sensitivity"],
-        specificity=choice.figures[choice.name]["specificity"],
+        sensitivity=calibration.figures["sensitivity"],
+        specificity=calibration.figures["specificity"],
         example=calibrate.example(studies),
     )
     (arguments.out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

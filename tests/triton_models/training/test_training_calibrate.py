@@ -100,6 +100,21 @@ def test_a_calibration_states_what_was_seen_at_its_threshold() -> None:
     assert said[50:].mean() > 0.6 > 0.4 > said[:50].mean()
 
 
+def test_the_points_of_what_ships_are_chosen_on_its_own_answers() -> None:
+    """Half way between its own studies, though single precision had them elsewhere."""
+    studies = [answer(0.0, -2.0) for _ in range(50)] + [answer(10.0, 2.0) for _ in range(50)]
+    single = calibrate.calibrate(studies)
+    eight = [answer(0.0, calibrate.logit(np.array([0.3]))[0]) for _ in range(50)]
+    eight += [answer(10.0, calibrate.logit(np.array([0.9]))[0]) for _ in range(50)]
+    made = calibrate.of_shipped(single, eight)
+    assert made.threshold == pytest.approx(0.6, abs=1e-3) != single.threshold
+    assert made.figures["sensitivity"] == made.figures["specificity"] == 1
+    assert made.figures["threshold"] == made.figures["threshold_of_these_studies"] == made.threshold
+    assert np.array_equal(made.slope, single.slope) and np.array_equal(made.shift, single.shift)
+    assert made.figures["slope"] == single.figures["slope"] and made.figures["shift"] == single.figures["shift"]
+    assert calibrate.of_shipped(single, eight, 0.7).threshold == 0.7
+
+
 def test_blood_too_little_to_see_is_none() -> None:
     assert not answer(0.001, 0).truth.any()
     assert list(np.flatnonzero(answer(0.5, 0).truth)) == [0, 5]
