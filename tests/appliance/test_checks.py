@@ -64,6 +64,6 @@ def test_images_that_the_ledger_does_not_know_fail_the_check(tmp_path: Path) -> 
     aside = settings.spool_directory / "unknown" / f"{64 * '0'}.dcm"
     for expected in (True, False):
         (check,) = (one for one in run_checks(settings) if one.check == "folders")
-        assert (check.ok, "does not know" in check.detail) == (expected, not expected)
+        assert (check.ok, "does not know" in check.detail) == (expected, not expected), check.detail
         aside.parent.mkdir(exist_ok=True)
         aside.write_bytes(b"image")

@@ -125,6 +125,7 @@ def test_the_budget_is_the_sum_of_its_deadlines() -> None:
     assert settings.budget.seconds == 10.0
 
 
+@pytest.mark.slow
 def test_delivery_holds_the_other_stages_against_their_deadlines(tmp_path: Path) -> None:
     """No engine runs here that could do it."""
     config = tmp_path / "scanside.toml"

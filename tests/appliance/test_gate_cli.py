@@ -43,6 +43,9 @@ def run(config: Path, *arguments: str | Path) -> Result:
     )
 
 
+pytestmark = pytest.mark.slow  # a folder of studies, simulated once
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     return init.write(tmp_path / "box", {})

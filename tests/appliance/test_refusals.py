@@ -272,6 +272,7 @@ def test_an_exception_that_ends_lets_pass_nothing_that_waits(
     assert when == "running" or study not in site.asked.futures, "the model did not see it"
 
 
+@pytest.mark.slow
 def test_a_provisional_alert_waits_for_all_that_the_label_asks_for(site: Site) -> None:
     """Slabs side by side leave no doubt, but the head is not covered yet: nothing is refused, and nobody told."""
     site.approve("clinical")

@@ -412,6 +412,7 @@ def previewed(site: Site) -> tuple[str, str] | None:
 ALERTED = [("WRONG", "alert", ""), ("WRONG", "withdrawal", "WRONG")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probability", [0.01, 0.9])
 @pytest.mark.parametrize("killed", [False, True])
 def test_an_alert_follows_its_images_to_the_patient_under_whom_they_come_again(

@@ -129,6 +129,7 @@ def test_a_connection_that_breaks_before_the_answer_is_tried_again(server: MailS
         send_mail(server, "box@site", ["a@site"], MAIL)
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_where_tls_or_login_is_not_as_it_has_to_be(
     server: MailServer, postbox: Postbox, tmp_path: Path
 ) -> None:

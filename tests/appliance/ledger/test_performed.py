@@ -239,5 +239,5 @@ class Model(RuleBasedStateMachine):
         } == self.known
 
 
-TestModel = Model.TestCase
+TestModel = pytest.mark.slow(Model.TestCase)
 TestModel.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)

@@ -23,6 +23,7 @@ parts = st.lists(
 """Parts of (instance number, series, which of two contents)."""
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(parts)
 def test_a_look_shows_what_is_current(

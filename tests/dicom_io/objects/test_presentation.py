@@ -19,6 +19,8 @@ from dicom_io.objects.presentation import text_box
 from tests.findings_support import Series, ct_series, dciodvfy_errors, rendered, simulated, verdict_on
 from tests.peers import program as tool
 
+pytestmark = pytest.mark.slow  # a head, simulated once
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Series, Verdict, list[Path]]:

@@ -233,6 +233,7 @@ def test_every_group_of_a_positive_report_lies_somewhere(tmp_path: Path) -> None
     assert dciodvfy_errors(path) == []
 
 
+@pytest.mark.slow
 def test_without_coordinates_in_space_it_says_the_same(tmp_path: Path) -> None:
     series, verdict = simulated(tmp_path)
     paths = {name: tmp_path / f"{name}.object" for name in ("report", "report.2d")}
