@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
+from datetime import date, datetime
 from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
@@ -67,9 +67,9 @@ _WITH_AGENT = re.compile(
     r"\+ ?(C|IV|KM)\b|\b(C|IV) ?\+|\b[CK]ONTRAST"
     r"|\bENH\b|\bENHANCED(?! (CONVERSION|CT IMAGE|MULTI))|\bCE(CT)?\b|\bKM\b|\b[MP]DC\b|\bCT[APV]\b|ANGIO|PERFUSION"
     r"|\bC/C\b|\bW ?/? ?C(ON)?\b|\bW/( |$)|\bWITH *$"
-    r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJ"
+    r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJ(ECT\w*)?\b"
     # Nobody scans a head late, twice by plan, or "post" nothing, but after an agent.
-    r"|\b(DELAY\w*|TARDI\w*|VENOGR\w*|KM\w+)\b|\b[23] ?(ND|RD)? PHASE\b|\b(POST|IV)$"
+    r"|\b(DELAY\w*|TARDI\w*|VENOGR\w*|KM\w+)\b|\b[23] ?(ND|RD)? PHASE\b|(?<!\bFOSS[AE] )\b(POST|IV)$"
     r"|\b(ARTERIAL|VENOUS|PORTAL)\b"
 )
 _WITH_AND_WITHOUT = re.compile(
@@ -322,9 +322,21 @@ def first_with_agent(study: Iterable[Header]) -> Header | None:
 
 
 def acquired_after(headers: Iterable[Header], first: Header | None) -> bool:
-    """Whether all of these were acquired after another image; False where their times do not say."""
+    """Whether all of these were acquired after another image; False where their times do not say: a plain head must not
+    be taken back for an angiography that came later, in the hour that clocks show twice."""
     began = min((one.acquired for one in headers), default="")
-    return first is not None and began > first.acquired
+    if first is None or began <= first.acquired:
+        return False
+    return not (shown_twice(began) or shown_twice(first.acquired))
+
+
+def shown_twice(acquired: str) -> bool:
+    """Whether the clocks of the box's zone show this time, YYYYMMDDHHMMSS, twice, as in a night of autumn."""
+    try:
+        local = datetime.strptime(acquired, "%Y%m%d%H%M%S")
+    except ValueError:
+        return False
+    return local.replace(fold=0).astimezone().utcoffset() != local.replace(fold=1).astimezone().utcoffset()
 
 
 @lru_cache(maxsize=4096)

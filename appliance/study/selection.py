@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from typing import Any, Literal
 
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
@@ -21,6 +20,7 @@ from appliance.governance.indication import (
     first_with_agent,
     has_contrast,
     scanner,
+    shown_twice,
 )
 from appliance.governance.package import Package
 from appliance.study.grouping import Series
@@ -118,7 +118,7 @@ class _Candidate:
         """When the last of its images was, as YYYYMMDDHHMMSS; 0 if one does not say, or if that was in the hour that
         clocks show twice in autumn: what was later there, its time does not tell."""
         said = [one.acquired for one in self.series.headers]
-        return int(max(said)) if all(said) and not _twice(max(said)) else 0
+        return int(max(said)) if all(said) and not shown_twice(max(said)) else 0
 
     def rank(
         self, longest: float, alerted: str, timed: bool
@@ -153,15 +153,6 @@ class _Candidate:
             return True
         other = self.acquisitions and best.acquisitions and not self.acquisitions & best.acquisitions
         return self.kind[:-1] == best.kind[:-1] and bool(other)
-
-
-def _twice(acquired: str) -> bool:
-    """Whether the clocks of the box's zone show this time twice."""
-    try:
-        local = datetime.strptime(acquired, "%Y%m%d%H%M%S")
-    except ValueError:
-        return False
-    return local.replace(fold=0).astimezone().utcoffset() != local.replace(fold=1).astimezone().utcoffset()
 
 
 class _Unreadable(str):

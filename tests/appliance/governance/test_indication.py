@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from dataclasses import replace
 from datetime import date, timedelta
@@ -24,11 +25,13 @@ from appliance.governance.indication import (
     Admission,
     BoardException,
     Criterion,
+    acquired_after,
     admit,
     admit_pixels,
     age_said,
     body_region,
     contrast_said,
+    first_with_agent,
     rules,
 )
 from appliance.governance.label import RULES, Age, Indication, kernel_matches, maker, narrowed, scanner_matches
@@ -129,6 +132,25 @@ def test_a_head_that_was_scanned_after_an_agent_was_given_is_not_known_to_be_wit
     found = contrast(PACKAGE)
     assert (found.outcome, "acquired after series 9" in found.value) == (outcome, outcome != "met")
     assert contrast(with_rules(contrast=True)).outcome == "met"
+
+
+@pytest.mark.parametrize(
+    ("head", "angio"), [("20261025025000", "20261025021500"), ("20261025031000", "20261025024000")]
+)
+def test_in_the_hour_that_clocks_show_twice_nobody_knows_what_came_after_an_agent(
+    monkeypatch: pytest.MonkeyPatch, head: str, angio: str
+) -> None:
+    """25 October 2026 in Berlin: a plain head at 02:50 of summer, and at 02:15 of winter, 25 minutes later, vessels."""
+    series = head_series(acquired=head)
+    given = head_series(5, series="1.2.3.9", acquired=angio, contrast_bolus_agent="OMNIPAQUE")[0]
+    assert acquired_after(series, first_with_agent([*series, given]))
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert not acquired_after(series, first_with_agent([*series, given]))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_each_criterion_says_what_was_read_what_is_asked_and_where_the_label_says_so() -> None:
@@ -487,7 +509,8 @@ def test_the_codes_of_the_head_are_those_of_the_standard() -> None:
             "NO CONTRAST", "PRE CONTRAST", "C-", "HEAD -C", "ohne KM", "nativ", "SANS INJECTION", "UNENHANCED", "NCCT",
             "AXIAL", "", "HEAD 5 (enhanced conversion)", "CCT o. KM", "Kopf ohne Kontrastmittel", "CRANIO S/C",
             "SENZA MDC", "SEM CONTRASTE", "UTAN KONTRAST", "POST OP HEAD", "POST CRANIOTOMY", "HEAD W/O IV CONTRAST",
-            "HEAD W/O IV", "SANS INJ", "POST TPA HEAD", "TETE NON INJ",
+            "HEAD W/O IV", "SANS INJ", "POST TPA HEAD", "TETE NON INJ", "HEAD INJURY", "CT HEAD INJURIES",
+            "FOSSA POST.", "Fosse post",
         )),
         ({"series_description": "AXIAL", "protocol_name": "HEAD WITH CONTRAST"}, True),
         ({"series_description": "AXIAL", "protocol_name": "HEAD W/WO CONTRAST W/O"}, False),
