@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from appliance.findings.render import package_device, render
+from appliance.findings.render import Revision, object_uid, package_device, render
 from appliance.governance.package import load_configured
 from appliance.inference.preprocess import to_field
 from appliance.inference.slabs import plan_slabs
@@ -180,18 +180,27 @@ def verdict_on(series: Series, *, positive: bool = True) -> Verdict:
     )
 
 
-def rendered(series: Series, verdict: Verdict, name: str, **changes: Any) -> Dataset:
+def rendered(
+    series: Series,
+    verdict: Verdict,
+    name: str,
+    *,
+    revision: int = 1,
+    issued_at: datetime = ISSUED,
+    uid_root: str = "2.25",
+    **changes: Any,
+) -> Dataset:
     """An object of the verdict, with defaults for all that a test does not care about."""
+    issued = Revision(verdict, revision, issued_at)
     arguments: dict[str, Any] = {
-        "revision": 1,
-        "issued_at": ISSUED,
+        "sop_instance_uid": object_uid(uid_root, issued, name),
         "sources": series.source,
         "hu_of": series.hu,
         "analysed": series.uids,
-        "uid_root": "2.25",
-        "device": package_device(verdict, uid_root="2.25", station="CT-BOX-1", manufacturer="scanside"),
+        "uid_root": uid_root,
+        "device": package_device(verdict, uid_root=uid_root, station="CT-BOX-1", manufacturer="scanside"),
     }
-    return render(name, verdict, **{**arguments, **changes})
+    return render(name, issued, **{**arguments, **changes})
 
 
 def written_objects(folder: Path) -> dict[str, Path]:

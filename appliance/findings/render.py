@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,43 @@ def class_of(object_name: str) -> str:
     return CLASSES.get(object_name) or CLASSES[kind_of(object_name)]
 
 
-def object_uid(uid_root: str, study_uid: str, package: str, version: str, revision: int, object_name: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A verdict as it was issued: what identifies the objects made of it is derived from this.
+
+    Attributes:
+        number: 1 for the first verdict of an analysis.
+        at: when it was issued (aware). It tells apart what two boxes say of one study, or one box whose ledger was lost
+            or came back from a backup and counts its revisions anew: a receiver that has an object of that UID,
+            whatever it says, takes no other (PS3.5 9).
+    """
+
+    verdict: Verdict
+    number: int
+    at: datetime
+
+    def key(self) -> tuple[str, ...]:
+        """What no other revision of any verdict has."""
+        one = self.verdict
+        issued_at = self.at.astimezone(UTC).isoformat(timespec="microseconds")
+        return one.study_instance_uid, one.package, one.package_version, str(self.number), issued_at
+
+
+def object_uid(uid_root: str, revision: Revision, object_name: str) -> str:
     """The SOP Instance UID that this object of this revision of the verdict always has."""
-    return derived_uid(uid_root, "instance", study_uid, package, version, str(revision), object_name)
+    return derived_uid(uid_root, "instance", *revision.key(), object_name)
+
+
+def series_uid(uid_root: str, revision: Revision, object_name: str, sop_instance_uid: str) -> str:
+    """The Series Instance UID of an object: one for each kind of objects of each revision.
+
+    Args:
+        sop_instance_uid: of the object. Where an earlier release named it, without the time, it named the series so.
+    """
+    key = revision.key()
+    if sop_instance_uid != object_uid(uid_root, revision, object_name):
+        key = key[:-1]
+    return derived_uid(uid_root, "series", *key, kind_of(object_name))
 
 
 def package_device(verdict: Verdict, *, uid_root: str, station: str, manufacturer: str) -> Device:
@@ -116,44 +151,45 @@ def package_device(verdict: Verdict, *, uid_root: str, station: str, manufacture
 
 def render(
     object_name: str,
-    verdict: Verdict,
+    revision: Revision,
     *,
-    revision: int,
-    issued_at: datetime,
+    sop_instance_uid: str,
     sources: Sources,
     hu_of: Hounsfield,
     analysed: Sequence[str],
     uid_root: str,
     device: Device,
-    before: Sequence[tuple[int, Verdict]] = (),
+    predecessor: tuple[str, str] | None = None,
 ) -> Dataset:
     """One object of `objects_for(verdict)`, ready to be written or sent.
 
     Args:
-        issued_at: when the verdict was issued (aware). Objects carry it in the source's time zone, or where the
-            source names none, in this machine's.
+        revision: objects carry the time of its issue in the source's time zone, or where the source names none, in
+            this machine's.
+        sop_instance_uid: what it is called.
         analysed: SOP Instance UIDs of the analysed images, in order.
         device: see `package_device`.
-        before: revision and verdict of what was issued before and was not withheld; the report says that it follows
-            the newest report of these, in the same class.
+        predecessor: SOP Instance UID and Series Instance UID of the report, in the same class, that a report follows.
 
     Returns: a data set with file meta, Explicit VR Little Endian.
     Raises: ValueError for a name that is none of this verdict's, OSError or InvalidDicomError for a source that
         is gone or damaged, GeometryError for sources that are no volume any more.
     """
+    verdict = revision.verdict
     if object_name not in objects_for(verdict):
         raise ValueError(f"{object_name!r} is no object of this verdict: {', '.join(objects_for(verdict))}")
     numbered = _NUMBERED.fullmatch(object_name)
     number = int(numbered[2]) if numbered else 1
     kind = kind_of(object_name)
-    revised = f", revision {revision}" if revision > 1 else ""
+    revised = f", revision {revision.number}" if revision.number > 1 else ""
     place = Place(
-        *_uids(uid_root, verdict, revision, object_name),
-        series_number=_SERIES_NUMBER + 10 * revision + 1 + KINDS.index(kind),
+        sop_instance_uid,
+        series_uid(uid_root, revision, object_name, sop_instance_uid),
+        series_number=_SERIES_NUMBER + 10 * revision.number + 1 + KINDS.index(kind),
         # Of the captures the summary is the first.
         instance_number=number + (kind == CAPTURE and object_name != SUMMARY) + (object_name == REPORT_2D),
         series_description=f"{verdict.package} {_TITLES[kind]}{revised} (unverified)",
-        created=issued_at.astimezone(),
+        created=revision.at.astimezone(),
     )
     algorithm = Algorithm(
         name=verdict.package,
@@ -162,19 +198,18 @@ def render(
         parameters=(f"threshold {verdict.threshold:g}", f"decoders {', '.join(verdict.codecs)}"),
     )
     if kind == REPORT:
-        earlier = [one for one in before if REPORT in objects_for(one[1])]
         return build_report(
-            _report(verdict, revision, sources, analysed, uid_root),
+            _report(revision, sources, analysed, uid_root),
             _header(sources(analysed[0])),
             procedure=codes.CT_HEAD,
             algorithm=algorithm,
-            predecessor=_uids(uid_root, earlier[-1][1], earlier[-1][0], object_name) if earlier else None,
+            predecessor=predecessor,
             device=device,
             place=place,
             in_space=object_name == REPORT,
         )
     if kind == SEGMENTATION:
-        return _segmentation(verdict, revision, sources, analysed, uid_root, algorithm, device, place)
+        return _segmentation(revision, sources, analysed, uid_root, algorithm, device, place)
     if object_name == SUMMARY:
         slabs = [verdict.slabs[index] for index in verdict.key_slabs]
         header = _header(sources(slabs[0].sop_instance_uid if slabs else analysed[0]))
@@ -230,54 +265,66 @@ def render(
 
 def render_refusal(
     object_name: str,
-    verdict: Verdict,
+    revision: Revision,
     source: Dataset,
     *,
-    issued_at: datetime,
     uid_root: str,
     device: Device,
-    revision: int = 1,
-    before: tuple[int, Verdict] | None = None,
+    predecessor: tuple[str, str] | None = None,
 ) -> Dataset:
-    """The report of a study that was not analysed: that, and why.
+    """The report of a study that was not analysed, or its picture: that, and why.
 
     Args:
-        object_name: REPORT or REPORT_2D.
-        verdict: one that is withdrawn, of the reason, and has no slabs.
+        object_name: REPORT, REPORT_2D or SUMMARY.
+        revision: its verdict is withdrawn, of the reason, and has no slabs. Above 1 where there was one that does not
+            stand any more.
         source: header of any image of the study.
-        issued_at, uid_root, device: as for `render`.
-        revision: above 1 where there was a verdict that does not stand any more.
-        before: revision and verdict of that one, which the report follows.
+        uid_root, device, predecessor: as for `render`.
 
     Returns: a data set with file meta, Explicit VR Little Endian.
     """
-    uids = _uids(uid_root, verdict, revision, object_name)
+    verdict, kind = revision.verdict, kind_of(object_name)
+    uid = object_uid(uid_root, revision, object_name)
+    place = Place(
+        uid,
+        series_uid(uid_root, revision, object_name, uid),
+        series_number=_SERIES_NUMBER + 10 * revision.number + 1 + KINDS.index(kind),
+        instance_number=1 + (object_name == REPORT_2D),
+        series_description=f"{verdict.package} {_TITLES[kind]} (not analysed)",
+        created=revision.at.astimezone(),
+    )
+    said, limitations = wording.not_analysed(verdict), (verdict.withdrawn, *verdict.limitations)
+    if kind == CAPTURE:
+        lines = ("NOT ANALYSED", said, *verdict.limitations, wording.TRIAGE_ONLY, verdict.notice)
+        return capture.build_capture(
+            capture.summary([], lines),
+            source,
+            [],
+            description=f"Not analysed by {verdict.package} {verdict.package_version}",
+            comment=f"{wording.TRIAGE_ONLY} {verdict.notice}",
+            device=device,
+            place=place,
+        )
     return build_report(
         Report(
             label="intracranial haemorrhage",
-            uid=derived_uid(uid_root, "tracking", *_uids(uid_root, verdict, revision, REPORT)),
+            uid=derived_uid(uid_root, "tracking", *revision.key(), "study"),
             finding=None,
             result=codes.NOT_ANALYSED,
-            impression=wording.not_analysed(verdict),
+            impression=said,
             quantities=(),
             findings=(),
             comments=(wording.TRIAGE_ONLY, verdict.notice),
-            limitations=(verdict.withdrawn, *verdict.limitations),
+            limitations=limitations,
             images=(),
             complete=False,
         ),
         source,
         procedure=codes.CT_HEAD,
         algorithm=Algorithm(verdict.package, verdict.package_version, device.manufacturer),
-        predecessor=_uids(uid_root, before[1], before[0], object_name) if before else None,
+        predecessor=predecessor,
         device=device,
-        place=Place(
-            *uids,
-            series_number=_SERIES_NUMBER + 10 * revision + 1,
-            instance_number=1 + (object_name == REPORT_2D),
-            series_description=f"{verdict.package} report (not analysed)",
-            created=issued_at.astimezone(),
-        ),
+        place=place,
         in_space=object_name == REPORT,
     )
 
@@ -313,15 +360,6 @@ def _picture(verdict: Verdict, slab: SlabResult, hu_of: Hounsfield) -> NDArray[n
     return capture.key_image(hu, slab.outlines, wording.banner(verdict, slab))
 
 
-def _uids(uid_root: str, verdict: Verdict, revision: int, object_name: str) -> tuple[str, str]:
-    """SOP Instance UID and Series Instance UID of an object."""
-    key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-    return (
-        object_uid(uid_root, *key, revision, object_name),
-        derived_uid(uid_root, "series", *key, str(revision), kind_of(object_name)),
-    )
-
-
 def _concept(slab: SlabResult) -> codes.Concept:
     """What a slab's region is called: its likeliest subtype, or haemorrhage where none is likely.
 
@@ -332,8 +370,7 @@ def _concept(slab: SlabResult) -> codes.Concept:
 
 
 def _segmentation(
-    verdict: Verdict,
-    revision: int,
+    revision: Revision,
     sources: Sources,
     analysed: Sequence[str],
     uid_root: str,
@@ -345,17 +382,17 @@ def _segmentation(
     headers = {uid: read_header(path) for uid, path in paths.items()}
     volume = assemble([plane for header in headers.values() for plane in planes_of(header)])
     slices: dict[codes.Concept, list[Marked]] = {}
+    verdict = revision.verdict
     for slab, planes in zip(verdict.slabs, slices_of(verdict, volume), strict=True):
         if slab.outlines:
             slices.setdefault(_concept(slab), []).extend(
                 Marked(_image(headers[one.sop_instance_uid], one.frame), one.geometry, slab.outlines) for one in planes
             )
-    tracking = (uid_root, "tracking", verdict.study_instance_uid, verdict.package, verdict.package_version)
     first = headers[analysed[0]]
     return build_segmentation(
         [
             Segment(
-                uid=derived_uid(*tracking, str(revision), "segment", concept.value),
+                uid=derived_uid(uid_root, "tracking", *revision.key(), "segment", concept.value),
                 concept=concept,
                 description=(
                     f"{concept.meaning} suspected by {wording.judged_by(verdict)}. The lesion map does not tell types "
@@ -389,8 +426,8 @@ def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
     return float(values.RescaleSlope), float(values.RescaleIntercept)
 
 
-def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequence[str], uid_root: str) -> Report:
-    tracking = (uid_root, "tracking", verdict.study_instance_uid, verdict.package, verdict.package_version)
+def _report(revision: Revision, sources: Sources, analysed: Sequence[str], uid_root: str) -> Report:
+    verdict, tracking = revision.verdict, (uid_root, "tracking", *revision.key())
     paths = {uid: sources(uid) for uid in analysed}
     headers = {uid: read_header(path) for uid, path in paths.items()}
     findings = []
@@ -403,7 +440,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
             findings.append(
                 ReportFinding(
                     label=f"{label}: {wording.kinds(slab.probabilities)}",
-                    uid=derived_uid(*tracking, str(revision), label),
+                    uid=derived_uid(*tracking, label),
                     concept=_concept(slab),
                     image=image,
                     quantities=(
@@ -415,7 +452,7 @@ def _report(verdict: Verdict, revision: int, sources: Sources, analysed: Sequenc
             )
     return Report(
         label="intracranial haemorrhage",
-        uid=derived_uid(*tracking, str(revision), "study"),
+        uid=derived_uid(*tracking, "study"),
         finding=codes.INTRACRANIAL_HEMORRHAGE if verdict.positive else None,
         result=codes.SUSPECTED if verdict.positive else codes.NONE_FOUND,
         actionable=codes.ACTIONABLE_1 if verdict.positive else None,

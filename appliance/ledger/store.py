@@ -731,6 +731,36 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         with self.read() as connection:
             return int(connection.scalar(query if before is None else query.where(v.revision < before)) or 0)
 
+    def earlier_finding(self, analysis_id: int, name: str, before: int) -> Row | None:
+        """The newest finding of that name which a revision below that one brought this patient, and not in shadow:
+        uid, and the revision, issued_at and result of its verdict. None if there is none.
+        """
+        v = t.verdict.c
+        query = (
+            sa.select(t.finding.c.uid, v.revision, v.issued_at, v.result)
+            .join_from(t.finding, t.verdict)
+            .where(v.analysis_id == analysis_id, t.finding.c.object == name)
+            .where(v.revision < before, v.revision > self.patient_since(analysis_id, before))
+            .where(sa.func.coalesce(v.result["mode"].as_string(), "") != "shadow")
+            .order_by(v.revision.desc())
+            .limit(1)
+        )
+        with self.read() as connection:
+            return connection.execute(query).mappings().first()
+
+    def was_positive(self, analysis_id: int, before: int) -> bool:
+        """Whether a whole study's verdict, of a revision below that one, told this patient's archives of a bleed."""
+        v = t.verdict.c
+        query = (
+            sa.select(v.id)
+            .where(v.analysis_id == analysis_id, v.positive)
+            .where(v.revision < before, v.revision > self.patient_since(analysis_id, before))
+            .where(sa.func.coalesce(v.result["mode"].as_string(), "") != "shadow")
+            .where(~sa.func.coalesce(v.result["provisional"].as_boolean(), sa.false()))
+        )
+        with self.read() as connection:
+            return connection.execute(query.limit(1)).first() is not None
+
     def last_instance_at(self, study_id: int) -> str:
         """When the newest instance of a study was stored."""
         with self.read() as connection:

@@ -19,12 +19,15 @@ from appliance.findings.render import (
     KINDS,
     REPORT,
     REPORT_2D,
+    SUMMARY,
+    Revision,
     kind_of,
     object_uid,
     objects_for,
     package_device,
     render,
     render_refusal,
+    series_uid,
 )
 from appliance.governance.board import APPROVAL, INTEGRITY
 from appliance.governance.indication import Admission
@@ -38,7 +41,7 @@ from appliance.ledger.doorbell import ring
 from appliance.ledger.orders import Order
 from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT, Verdict
 from appliance.ledger.store import Inputs, Ledger, NewFinding, Notice, StoredInstance
-from appliance.services.routing import needs_2d, report_form, routed
+from appliance.services.routing import forms_not_analysed, needs_2d, needs_summary, routed
 from appliance.services.selftest import selftest_settings
 from appliance.services.telling import Issued, Known, Message, marks, message, messages, recipients
 from appliance.settings import Hl7Destination, ImageDestination, Settings
@@ -151,19 +154,20 @@ class Issuer:
             self.take_back(moved, source, ANOTHER_PATIENT)
         revision = len(self._ledger.verdicts(row["id"])) + 1
         issued_at = now()
-        key = (row["study_instance_uid"], verdict.package, verdict.package_version)
+        this = Revision(verdict, revision, datetime.fromisoformat(issued_at))
         findings = []
         if not (stands or shadow):
             issued = Issued(row["study_id"], verdict, revision, issued_at, self._identity(source))
             findings = self._alerts(settings, row["id"], issued)
         archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
-        routes = {one.name: routed(one, verdict) for one in archives}
+        pictured = not verdict.positive and self._ledger.was_positive(row["id"], revision)
+        routes = {one.name: routed(one, verdict, pictured=pictured) for one in archives}
         spare_2d = any(map(needs_2d, archives))
         for name in objects_for(verdict):
             kind = kind_of(name)
             takers = {one: urgencies[name] for one, urgencies in routes.items() if name in urgencies}
             if takers or (spare_2d if name == REPORT_2D else kind in _ALWAYS):
-                uid = object_uid(self._settings.box.uid_root, *key, revision, name)
+                uid = object_uid(self._settings.box.uid_root, this, name)
                 names = () if shadow else tuple(takers)
                 findings.append(NewFinding(name, uid, None, names, URGENCY[kind], urgencies=takers))
         last = self._ledger.last_instance_at(row["study_id"])
@@ -236,13 +240,13 @@ class Issuer:
             return
         settings = self._told(study_id)
         package = self._packages.get(verdict.package)
-        archives = [one for one in settings.destination if isinstance(one, ImageDestination) and REPORT in one.objects]
+        archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
         findings = []
         if verdict.mode != SHADOW or settings is not self._settings:
             issued = Issued(study_id, withdrawn, revision, issued_at, self._identity(source))
             findings = [] if stands else self._alerts(settings, standing["analysis_id"], issued)
             if package and archives and REPORT in objects_for(verdict):
-                findings += self._not_analysed(package, issued, archives, (standing["revision"], verdict))
+                findings += self._not_analysed(package, issued, archives, standing)
         if not (verdict.positive or findings or moved):
             return  # nobody was told of it
         self._ledger.withdraw_verdict(
@@ -337,14 +341,20 @@ class Issuer:
         package: Package,
         issued: Issued,
         archives: Sequence[ImageDestination],
-        before: tuple[int, Verdict] | None = None,
+        standing: Row | None = None,
     ) -> list[NewFinding]:
-        """Write the report that each of the archives can take; what to deliver."""
+        """Write the report in each form in which an archive can take it; what to deliver.
+
+        Args:
+            standing: the verdict that does not stand any more.
+        """
+        analysis_id, pictured = (standing["analysis_id"], bool(standing["positive"])) if standing else (None, False)
+        spare = {REPORT_2D: any(map(needs_2d, archives)), SUMMARY: any(map(needs_summary, archives))}
         findings = []
-        for name in (REPORT, REPORT_2D):
-            takers = tuple(one.name for one in archives if report_form(one) == name)
-            if takers or (name == REPORT_2D and any(map(needs_2d, archives))):
-                findings.append(self._refused(name, package, issued, takers, before))
+        for name in (REPORT, REPORT_2D, SUMMARY):
+            takers = tuple(one.name for one in archives if name in forms_not_analysed(one, pictured=pictured))
+            if takers or spare.get(name):
+                findings.append(self._refused(name, package, issued, takers, analysis_id))
         return findings
 
     def _refused(
@@ -353,24 +363,22 @@ class Issuer:
         package: Package,
         issued: Issued,
         archives: tuple[str, ...],
-        before: tuple[int, Verdict] | None,
+        analysis_id: int | None,
     ) -> NewFinding:
         """Write the report of a study that was not analysed; what to deliver, or why it never will be."""
         box, verdict = self._settings.box, issued.verdict
-        key = (verdict.study_instance_uid, verdict.package, verdict.package_version)
-        uid = object_uid(box.uid_root, *key, issued.revision, name)
+        this = Revision(verdict, issued.revision, datetime.fromisoformat(issued.at))
+        uid = object_uid(box.uid_root, this, name)
         try:
             made = render_refusal(
                 name,
-                verdict,
+                this,
                 issued.header,
-                issued_at=datetime.fromisoformat(issued.at),
                 uid_root=box.uid_root,
                 device=package_device(
                     verdict, uid_root=box.uid_root, station=box.name, manufacturer=package.manufacturer
                 ),
-                revision=issued.revision,
-                before=before,
+                predecessor=None if analysis_id is None else self._predecessor(analysis_id, name, this.number),
             )
             path = _folder(issued.study_id, issued.verdict.package, issued.revision) / f"{name}.dcm"
             _write_durably(self._settings.findings_directory / path, part10(made))
@@ -434,20 +442,24 @@ class Issuer:
                 self._began = None
         self._ledger.abandon_findings(attempts)
 
+    def _predecessor(self, analysis_id: int, name: str, revision: int) -> tuple[str, str] | None:
+        """SOP Instance UID and Series Instance UID of the report that one of that revision follows, if there is one.
+
+        Nobody has that of a verdict in shadow, and what was told under another Patient ID is of no concern to this one.
+        """
+        row = self._ledger.earlier_finding(analysis_id, name, revision)
+        if row is None:
+            return None
+        earlier = Revision(Verdict.from_json(row["result"]), row["revision"], datetime.fromisoformat(row["issued_at"]))
+        return row["uid"], series_uid(self._settings.box.uid_root, earlier, name, row["uid"])
+
     def _render_one(self, row: Row) -> None:
         verdict = Verdict.from_json(row["result"])
         instances = self.files(row["study_id"], row["inputs"])
-        since = self._ledger.patient_since(row["analysis_id"], row["revision"])
-        before = [
-            (one["revision"], Verdict.from_json(one["result"]))
-            for one in (self._ledger.verdicts(row["analysis_id"]) if kind_of(row["object"]) == REPORT else ())
-            if since < one["revision"] < row["revision"]
-        ]
         dataset = render(
             row["object"],
-            verdict,
-            revision=row["revision"],
-            issued_at=datetime.fromisoformat(row["issued_at"]),
+            Revision(verdict, row["revision"], datetime.fromisoformat(row["issued_at"])),
+            sop_instance_uid=row["uid"],
             sources=lambda uid: verified(self.spooled(instances[uid]), instances[uid].digest),
             hu_of=lambda uid, frame: decode_verified(self.spooled(instances[uid]), instances[uid].digest).hu[frame],
             analysed=tuple(instances),
@@ -458,11 +470,10 @@ class Issuer:
                 station=self._settings.box.name,
                 manufacturer=self._packages[row["package"]].manufacturer,
             ),
-            # Nobody has the report of a verdict in shadow.
-            before=[one for one in before if one[1].mode != SHADOW],
+            predecessor=self._predecessor(row["analysis_id"], row["object"], row["revision"])
+            if kind_of(row["object"]) == REPORT
+            else None,
         )
-        if dataset.SOPInstanceUID != row["uid"]:
-            raise ScansideError("the rendered object has another UID than its row", row["object"], "report this fault")
         path = _folder(row["study_id"], verdict.package, row["revision"]) / f"{row['object']}.dcm"
         _write_durably(self._settings.findings_directory / path, part10(dataset))
         self._ledger.rendered(row["id"], row["study_id"], str(path))

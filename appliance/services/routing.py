@@ -10,11 +10,14 @@ _FORMS = (REPORT, REPORT_2D, SUMMARY)
 """What says the same, the fullest first."""
 
 
-def routed(destination: ImageDestination, verdict: Verdict) -> dict[str, int]:
+def routed(destination: ImageDestination, verdict: Verdict, *, pictured: bool = False) -> dict[str, int]:
     """The objects that go to a destination from the start → the urgency of each, by the order of its `objects`.
 
     Of the forms of a report it gets one. Of a negative study there is nothing to show, so its picture only stands in
-    for a report.
+    for a report, or against pictures.
+
+    Args:
+        pictured: an earlier verdict was positive, and pictures of it went where they are wanted.
     """
     wanted: dict[str, int] = {kind: 10 * place for place, kind in enumerate(destination.objects, start=1)}
     form = report_form(destination)
@@ -25,11 +28,23 @@ def routed(destination: ImageDestination, verdict: Verdict) -> dict[str, int]:
             urgency = urgency if name == form else None
         elif name == SUMMARY and form == SUMMARY:
             urgency = wanted.get(CAPTURE, wanted[REPORT])
-        elif name == SUMMARY and form and not verdict.positive:
+        elif name == SUMMARY and form and not (verdict.positive or pictured):
             urgency = None
         if urgency is not None and class_of(name) in destination.sop_classes:
             found[name] = urgency
     return found
+
+
+def forms_not_analysed(destination: ImageDestination, *, pictured: bool) -> tuple[str, ...]:
+    """In what form a destination is told from the start that a study was not analysed.
+
+    Args:
+        pictured: an earlier verdict was positive; where its pictures went, one goes that takes them back.
+    """
+    form = report_form(destination)
+    shown = CAPTURE in destination.objects and class_of(SUMMARY) in destination.sop_classes
+    both = (form, SUMMARY if shown and (pictured or not form) else "")
+    return tuple(dict.fromkeys(name for name in both if name))
 
 
 def report_form(destination: ImageDestination) -> str:
@@ -58,3 +73,8 @@ def classes_of(destination: ImageDestination) -> dict[str, tuple[str, ...]]:
 def needs_2d(destination: ImageDestination) -> bool:
     """Whether a destination may come to need reports without coordinates in space."""
     return REPORT in destination.objects and class_of(REPORT_2D) in destination.sop_classes
+
+
+def needs_summary(destination: ImageDestination) -> bool:
+    """Whether a destination may come to need reports as pictures."""
+    return REPORT in destination.objects and class_of(SUMMARY) in destination.sop_classes

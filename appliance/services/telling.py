@@ -274,7 +274,8 @@ def _plain(issued: Issued) -> pydicom.Dataset:
 
 def _identity(destination: AlertDestination | WorklistTarget, issued: Issued, kind: Kind) -> str:
     verdict = issued.verdict
-    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(issued.revision), kind)
+    # With the time of issue: who counts revisions anew, as after a ledger was lost, must not be taken for a repeat.
+    key = (verdict.study_instance_uid, verdict.package, verdict.package_version, str(issued.revision), issued.at, kind)
     return message_control_id(*key, destination.name)
 
 

@@ -17,11 +17,11 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import ComprehensiveSRStorage
 
-from appliance.findings.render import render
+from appliance.findings.render import Revision, render
 from appliance.findings.validate import fault
-from appliance.governance.indication import Admission
+from appliance.governance.indication import Admission, Criterion
 from appliance.governance.package import load_configured
-from appliance.ledger.records import Verdict
+from appliance.ledger.records import ANOTHER_PATIENT, Verdict
 from appliance.ledger.views import event_counts, study_report, troubles
 from appliance.services.issuing import Issuer
 from appliance.services.routing import in_place_of
@@ -31,7 +31,7 @@ from appliance.study.selection import select
 from dicom_io.header import read_header
 from tests.appliance.intake.test_retention import Box
 from tests.builders import head_series
-from tests.findings_support import Series, ct_series, verdict_on
+from tests.findings_support import Series, ct_series, dciodvfy_errors, verdict_on
 
 EVERYTHING = ["selection", "presentation", "segmentation", "capture", "report"]
 PICTURES = ["capture.summary", "capture.1", "capture.2"]
@@ -202,11 +202,11 @@ def test_of_all_pictures_that_wait_those_of_a_positive_study_come_first_and_none
     asked: list[tuple[int, str]] = []
     make = render
 
-    def drawn(name: str, verdict: Verdict, *, revision: int, **how: Any) -> pydicom.Dataset:
-        asked.append((revision, name))
+    def drawn(name: str, revision: Revision, **how: Any) -> pydicom.Dataset:
+        asked.append((revision.number, name))
         if name == "capture.1" and len(asked) < 10:
             raise ValueError("no ink")
-        return make(name, verdict, revision=revision, **how)
+        return make(name, revision, **how)
 
     monkeypatch.setattr("appliance.services.issuing.render", drawn)
     issued.issuer.render()
@@ -413,4 +413,98 @@ def test_headers_of_nothing_but_odd_text_hold_no_alert_and_no_object_back(
     assert fault(text) == "" and "not analysed" in text
     assert "reduced message" not in caplog.text
     assert issued.delivered("er") == ["alert.er"] and "report" in issued.delivered("all")
+    issued.box.ledger.close()
+
+
+def _follows(issued: Issued, revision: int) -> list[int]:
+    """The revisions whose reports that revision's names as the ones that it follows."""
+    number = {str(issued.report(one).SOPInstanceUID): one for one in range(1, revision)}
+    studies = issued.report(revision).get("PredecessorDocumentsSequence", [])
+    return [
+        number[one.ReferencedSOPInstanceUID]
+        for study in studies
+        for series in study.ReferencedSeriesSequence
+        for one in series.ReferencedSOPSequence
+    ]
+
+
+def test_a_report_follows_the_one_that_said_that_nothing_was_analysed(issued: Issued) -> None:
+    negative = replace(verdict_on(issued.series, positive=False), slabs=(), mode="clinical")
+    issued.issue(negative)
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, "a patient of two names")
+    issued.arrive()
+    issued.issue(negative)
+    assert [_follows(issued, revision) for revision in (1, 2, 3)] == [[], [1], [2]]
+    (series,) = issued.report(3).PredecessorDocumentsSequence[0].ReferencedSeriesSequence
+    assert series.SeriesInstanceUID == issued.report(2).SeriesInstanceUID
+
+
+def _negative(issued: Issued) -> Verdict:
+    return replace(verdict_on(issued.series, positive=False), slabs=(), mode="clinical")
+
+
+@pytest.mark.parametrize("objects", [["report", "capture"], ["report"], ["capture"]])
+def test_an_archive_that_takes_pictures_alone_sees_that_a_negative_study_was_not_analysed(
+    tmp_path: Path, objects: list[str]
+) -> None:
+    issued = Issued(tmp_path, classes=["SecondaryCaptureImageStorage"], plain=objects)
+    issued.issue(_negative(issued))
+    assert issued.delivered("plain") == ["capture.summary"]
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, "a patient of two names")
+    assert issued.delivered("plain") == ["capture.summary"]
+    first, second = issued.report(1, "capture.summary"), issued.report(2, "capture.summary")
+    assert "not analysed" in second.SeriesDescription and "Not analysed" in second.DerivationDescription
+    assert second.pixel_array.shape[1] == first.pixel_array.shape[1]
+    assert first.PatientID == second.PatientID and first.StudyInstanceUID == second.StudyInstanceUID
+    path = issued.box.settings.findings_directory.glob("*-2/capture.summary.dcm")
+    assert dciodvfy_errors(next(path)) == []
+    issued.box.ledger.close()
+
+
+def test_an_archive_that_declines_reports_sees_that_a_negative_study_was_not_analysed(issued: Issued) -> None:
+    issued.issue(_negative(issued))
+    for name in ("report", "report.2d"):
+        issued.decline("plain", name)
+    assert issued.delivered("plain") == ["capture.summary"]
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, "a patient of two names")
+    for name in ("report", "report.2d"):
+        issued.decline("plain", name)
+    assert issued.delivered("plain") == ["capture.summary"]
+
+
+def test_pictures_of_a_bleed_are_followed_by_one_that_none_was_found(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    assert issued.delivered("plain") == ["report", *PICTURES]
+    issued.arrive()
+    issued.issue(_negative(issued))
+    assert issued.delivered("plain") == ["report", "capture.summary"]
+
+
+def test_pictures_under_another_patient_id_are_followed_by_one_that_takes_them_back(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.delivered("plain")
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, ANOTHER_PATIENT)
+    assert issued.delivered("plain") == ["report", "capture.summary"]
+    assert "not analysed" in issued.report(2, "capture.summary").SeriesDescription
+
+
+def test_an_archive_that_hears_of_refusals_and_takes_pictures_alone_gets_one(tmp_path: Path) -> None:
+    issued = Issued(tmp_path, classes=["SecondaryCaptureImageStorage"], plain=["report"])
+    archive = issued.box.settings.destination[0].model_copy(update={"refusals": True})
+    settings = issued.box.settings.model_copy(update={"destination": [archive]})
+    (package, *_) = load_configured(Settings())
+    (source, *_) = issued.box.ledger.instances(1)
+    told = Issuer(settings, issued.box.ledger, [package]).refusal(
+        1,
+        package,
+        "clinical",
+        Admission((Criterion("age", "PatientAge", "009Y", "18 years or older", "refused"),)),
+        source,
+    )
+    assert told is not None
+    assert [(one.object, one.destinations) for one in told.findings] == [("capture.summary", ("plain",))]
     issued.box.ledger.close()

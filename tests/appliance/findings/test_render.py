@@ -4,22 +4,33 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataset import Dataset
 
 from appliance.findings import wording
-from appliance.findings.render import key_png, object_uid, objects_for, slices_of
+from appliance.findings.render import (
+    Revision,
+    key_png,
+    object_uid,
+    objects_for,
+    package_device,
+    series_uid,
+    slices_of,
+)
 from appliance.inference.slabs import plan_slabs
 from appliance.ledger.records import SlabResult
 from dicom_io.header import FramePlane
 from dicom_io.objects.common import part10
+from dicom_io.objects.uids import derived_uid
 from dicom_io.volume import Plane, assemble
 from tests.builders import AXIAL
-from tests.findings_support import Series, ct_series, renamed, rendered, verdict_on
+from tests.findings_support import ISSUED, Series, ct_series, renamed, rendered, verdict_on
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +121,38 @@ def test_each_object_is_its_own_instance_and_each_revision_another(series: Serie
 def test_the_instance_uid_is_the_one_that_the_ledger_can_compute(series: Series) -> None:
     verdict = verdict_on(series)
     made = rendered(series, verdict, "capture.2", uid_root="1.2.826.0.1.3680043.8.498", revision=3)
-    assert made.SOPInstanceUID == object_uid(
-        "1.2.826.0.1.3680043.8.498", series.study_uid, "ich_reference", "0.1.0", 3, "capture.2"
-    )
+    issued = Revision(verdict, 3, ISSUED)
+    assert made.SOPInstanceUID == object_uid("1.2.826.0.1.3680043.8.498", issued, "capture.2")
     assert made.InstanceNumber == 3  # the summary is the first
     assert rendered(series, verdict, "capture.summary").InstanceNumber == 1
+
+
+def _uids(dataset: Dataset) -> set[str]:
+    """All UIDs in a data set that the box gave; those of the images are of another root."""
+    elements = (element for element in dataset.iterall() if element.VR == "UI")
+    return {str(element.value) for element in elements if str(element.value).startswith("2.25.")}
+
+
+@pytest.mark.parametrize("name", ["report", "capture.1", "segmentation", "presentation.1", "selection"])
+def test_what_two_boxes_say_of_one_study_are_two_objects(name: str, series: Series) -> None:
+    """Or what one says whose ledger was lost and counts anew: an archive keeps the first object of a UID for good."""
+    verdict = verdict_on(series)
+    device = package_device(verdict, uid_root="2.25", station="CT", manufacturer="scanside")
+    one, other = (
+        _uids(rendered(series, verdict, name, device=device, issued_at=ISSUED + timedelta(microseconds=late)))
+        for late in (0, 1)
+    )
+    assert one and one & other <= {device.uid}
+
+
+def test_what_an_earlier_release_named_keeps_its_names(series: Series) -> None:
+    """Its objects that were not made yet, and its reports that later ones follow."""
+    verdict = verdict_on(series)
+    key = (series.study_uid, "ich_reference", "0.1.0", "2")
+    old = derived_uid("2.25", "instance", *key, "report")
+    made = rendered(series, verdict, "report", revision=2, sop_instance_uid=old)
+    assert (made.SOPInstanceUID, made.SeriesInstanceUID) == (old, derived_uid("2.25", "series", *key, "report"))
+    assert made.SeriesInstanceUID == series_uid("2.25", Revision(verdict, 2, ISSUED), "report", old)
 
 
 @pytest.mark.parametrize(

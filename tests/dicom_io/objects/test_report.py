@@ -304,13 +304,15 @@ def test_a_report_names_the_one_before(tmp_path: Path) -> None:
     series = ct_series(tmp_path)
     verdict = verdict_on(series)
     first = rendered(series, verdict, "report")
+    uids = (first.SOPInstanceUID, first.SeriesInstanceUID)
     path = tmp_path / "report.object"
-    path.write_bytes(part10(rendered(series, verdict, "report", revision=2, before=[(1, verdict)])))
+    path.write_bytes(part10(rendered(series, verdict, "report", revision=2, predecessor=uids)))
     done = subprocess.run([tool("dsrdump"), str(path)], capture_output=True, text=True, check=True)
     assert re.search("Predecessor Docs *: 1", done.stdout)
     [study] = pydicom.dcmread(path).PredecessorDocumentsSequence
     [document] = study.ReferencedSeriesSequence[0].ReferencedSOPSequence
     assert document.ReferencedSOPInstanceUID == first.SOPInstanceUID
+    assert study.ReferencedSeriesSequence[0].SeriesInstanceUID == first.SeriesInstanceUID
     assert dciodvfy_errors(path) == []
 
 
