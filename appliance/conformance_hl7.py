@@ -44,7 +44,10 @@ WRITTEN: dict[str, dict[int, tuple[str, str]]] = {
         6: ("receiving facility", "`receiving_facility`"),
         7: ("time of message", "time of the verdict, in the box's zone with its offset, to a tenth of a millisecond"),
         9: ("message type", "`ORU^R01^ORU_R01`"),
-        10: ("control id", "20 characters that follow from study, package, version, revision, time of issue, kind and destination"),
+        10: (
+            "control id",
+            "20 characters that follow from study, package, version, revision, time of issue, kind and destination",
+        ),
         11: (
             "processing id",
             "`processing_id`; `T` for a package not in clinical mode; a withdrawal has that of what it takes back",
