@@ -141,9 +141,10 @@ def test_an_archive_that_wants_it_gets_one_report_that_finds_nothing_out(tmp_pat
     (delivery,) = study_report(box.ledger, 1)["deliveries"]
     assert (delivery["object"], delivery["destination"], delivery["state"]) == ("report", "pacs", "pending")
     paths = {path.stem: path for path in box.settings.findings_directory.rglob("*.dcm")}
-    assert set(paths) == {"report", "report.2d"}
+    assert set(paths) == {"report", "report.2d", "capture.summary"}
     assert dcmread(paths["report"]).SOPInstanceUID == delivery["uid"]
     assert dcmread(paths["report.2d"]).SOPClassUID == ComprehensiveSRStorage
+    assert dciodvfy_errors(paths.pop("capture.summary")) == []
     for path in paths.values():
         made = dcmread(path)
         assert (made.CompletionFlag, made.VerificationFlag) == ("PARTIAL", "UNVERIFIED")
