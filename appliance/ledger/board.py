@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
+from appliance.ledger.contradiction import takes_back
 from appliance.ledger.database import Database, Row
 from appliance.ledger.states import DELIVERY, step
 
@@ -102,7 +103,10 @@ class BoardRecords(Database):
         return stopped
 
     def _withdraw(self, connection: sa.Connection, condition: sa.ColumnElement[bool], reason: str) -> int:
-        """Take pending deliveries back; returns how many. What tells that an alert does not hold still goes."""
+        """Take pending deliveries back, because their package was stopped; returns how many.
+
+        What tells that an alert or an object does not hold which somebody has still goes.
+        """
         d, f = t.delivery.c, t.finding.c
         query = (
             sa.select(d.id, d.destination, d.state, f.object, t.analysis.c.study_id)
@@ -111,17 +115,25 @@ class BoardRecords(Database):
             .where(t.verdict.c.positive | ~(f.object.startswith("alert.") | f.object.startswith("worklist.")))
             .order_by(d.id)
         )
-        rows = connection.execute(query).all()
+        rows = [row for row in connection.execute(query).mappings().all() if not takes_back(connection, row["id"])]
         for row in rows:
-            state = step(DELIVERY, row.state, "withdraw")
-            connection.execute(t.delivery.update().where(d.id == row.id).values(state=state, reason=reason))
-            self._append(
-                connection,
-                Event.DELIVERY_WITHDRAWN,
-                row.study_id,
-                delivery=row.id,
-                object=row.object,
-                destination=row.destination,
-                reason=reason,
-            )
+            self._take_away(connection, row, reason)
         return len(rows)
+
+    def _take_away(self, connection: sa.Connection, row: Row, reason: str) -> None:
+        """Withdraw a delivery that has not left.
+
+        Args:
+            row: its id, state, object, destination and study_id.
+        """
+        state = step(DELIVERY, row["state"], "withdraw")
+        connection.execute(t.delivery.update().where(t.delivery.c.id == row["id"]).values(state=state, reason=reason))
+        self._append(
+            connection,
+            Event.DELIVERY_WITHDRAWN,
+            row["study_id"],
+            delivery=row["id"],
+            object=row["object"],
+            destination=row["destination"],
+            reason=reason,
+        )

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION
+from appliance.ledger.contradiction import denied, told_since
 from appliance.ledger.database import LedgerError, Row, later, now, seconds_between
 from appliance.ledger.escalation import Escalation
 from appliance.ledger.records import ALERT_STANDS
@@ -107,7 +108,8 @@ class Outbox(Escalation):
         """Start the most urgent due delivery to a destination: its row with uid, object, path, study_id.
 
         What is due of a package that the board stopped is withdrawn instead: it was on its way when that happened. So
-        is a notice that a study was not analysed, once it was: it would reach the destination after the alert.
+        is a notice that a study was not analysed, once it was: it would reach the destination after the alert; and so
+        are pictures that a later verdict denied.
 
         Args:
             longest_pause: no delivery waits longer than so many seconds for its next try, even if the clock was
@@ -142,10 +144,14 @@ class Outbox(Escalation):
                 if row is None or not row["due"]:
                     return None
                 stopped = self.stopped(connection, row["package"], row["version"])
-                if not stopped and row["object"].startswith("refusal."):
-                    stopped = self._analysed_since(connection, row["analysis_id"])
-                if not stopped or not self._withdraw(connection, d.id == row["id"], stopped):
+                if stopped and self._withdraw(connection, d.id == row["id"], stopped):
+                    continue
+                refusal = row["object"].startswith("refusal.")
+                untrue = self._analysed_since(connection, row["analysis_id"]) if refusal else ""
+                untrue = untrue or denied(connection, row["finding_id"])
+                if not untrue:
                     break
+                self._take_away(connection, row, untrue)
             self._move_delivery(
                 connection, row["id"], "take", attempts=row["attempts"] + 1, sent_at=row["sent_at"] or now()
             )
@@ -371,12 +377,9 @@ class Outbox(Escalation):
         Raises:
             LedgerError: there is such a verdict.
         """
-        v = t.verdict.c
-        query = sa.select(
-            *(v.revision, v.result["limitations"].label("limitations")),
-            v.result["withdrawn"].as_string().label("withdrawn"),
-        ).where(v.analysis_id == row.analysis_id, v.revision > row.revision, v.positive != row.positive)
-        for newer in connection.execute(query.order_by(v.revision.desc())):
+        for newer in told_since(connection, row.analysis_id, row.revision):
+            if newer.positive == row.positive:
+                continue
             if row.positive and ALERT_STANDS in (newer.limitations or ()):
                 continue
             why = f"revision {newer.revision} is positive, which contradicts it"
@@ -398,7 +401,7 @@ class Outbox(Escalation):
         Raises:
             LedgerError: there is no such delivery, it is under way or acknowledged, its destination is not configured,
                 retention removed its object, a newer revision of it went there since, which it would overtake, or a
-                newer verdict says the contrary of what it says.
+                newer verdict that was told says the contrary of what it says.
         """
         d, f, v, a = t.delivery.c, t.finding.c, t.verdict.c, t.analysis.c
         columns = (
@@ -433,6 +436,8 @@ class Outbox(Escalation):
                 )
             if row.object.startswith(("alert.", "worklist.")):
                 self._refuse_contradicted(connection, row, where)
+            if why := denied(connection, row.finding_id):
+                raise LedgerError(why, where, "leave it: it would show what no longer holds, and nothing would follow")
             if row.object.startswith("refusal.") and (why := self._analysed_since(connection, row.analysis_id)):
                 raise LedgerError(why, where, "leave it: it would say that nothing is said of haemorrhage")
             self._move_delivery(connection, delivery_id, "requeue", attempts=0, due_at=now())

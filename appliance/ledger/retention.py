@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from appliance.events import Event
 from appliance.ledger import schema as t
+from appliance.ledger.contradiction import denied
 from appliance.ledger.database import Database, LedgerError, Row, later, now
 
 _FINISHED = ("refused", "issued")
@@ -307,13 +308,13 @@ def superseded() -> sa.Exists:
 def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iterable[tuple[int, str, bool]]:
     """Deliveries that have not succeeded: (study, reason, whether they were given up).
 
-    One that was given up does not count once a newer revision of the same object goes to the same place: it cannot be
-    sent again, and the newer one answers for both.
+    One that was given up does not count once a newer revision of the same object goes to the same place, or a later
+    verdict denied it: it cannot be sent again, and the newer one answers for both.
     """
     d, f, a = t.delivery.c, t.finding.c, t.analysis.c
     joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis).join(t.study)
     query = (
-        sa.select(a.study_id, f.object, d.destination, d.state)
+        sa.select(a.study_id, d.finding_id, f.object, d.destination, d.state)
         .select_from(joined)
         .where(
             kept,
@@ -325,6 +326,8 @@ def _deliveries(connection: sa.Connection, kept: sa.ColumnElement[bool]) -> Iter
     )
     rows: Iterable[Row] = connection.execute(query).mappings()
     for row in rows:
+        if row["state"] in _UNSUCCESSFUL and denied(connection, row["finding_id"]):
+            continue
         reason = f"its {row['object']} to {row['destination']} is {row['state']}"
         yield row["study_id"], reason, row["state"] in _UNSUCCESSFUL
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION
+from appliance.ledger.contradiction import denied
 from appliance.ledger.retention import superseded
 from appliance.ledger.selftest import SELFTEST_DESTINATIONS, of_patients
 from appliance.ledger.store import Ledger
@@ -96,8 +97,8 @@ def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[in
 
     Returns:
         Studies whose analysis was set aside; deliveries that are dead or were rejected, and those that the board
-        withdrew of a package that may send again, unless a newer revision answers for them. No self-tests, and nothing
-        whose files retention has removed.
+        withdrew of a package that may send again, unless a newer revision answers for them or denied them. No
+        self-tests, and nothing whose files retention has removed.
     """
     e, a, d, s = t.event.c, t.analysis.c, t.delivery.c, t.study.c
     f, v, newer = t.finding.c, t.verdict.c, t.verdict.alias().c
@@ -122,7 +123,7 @@ def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[in
     )
     later_verdict = sa.exists().where(newer.analysis_id == v.analysis_id, newer.revision > v.revision)
     withdrawn = (
-        sa.select(d.id, a.package, VERSION)
+        sa.select(d.id, d.finding_id, a.package, VERSION)
         .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
         .where(d.state == "withdrawn", f.removed_at.is_(None), of_patients(a.study_id), ~superseded())
         # A notice that a study was not analysed is withdrawn as well when it was after all.
@@ -132,7 +133,11 @@ def set_aside_since(ledger: Ledger, since: datetime) -> tuple[list[int], list[in
     with ledger.read() as connection:
         failed = list(connection.scalars(deliveries))
         rows = connection.execute(withdrawn).all()
-        again = [row.id for row in rows if not ledger.stopped(connection, row.package, row.version)]
+        again = [
+            row.id
+            for row in rows
+            if not ledger.stopped(connection, row.package, row.version) and not denied(connection, row.finding_id)
+        ]
         return list(connection.scalars(analyses)), sorted(failed + again)
 
 

@@ -51,7 +51,7 @@ DELIVERY: Final = {
     # Its object could not be made.
     ("pending", "give_up"): "dead",
     # The package that it speaks for was suspended or retired before it left; or it says that a study was not analysed,
-    # which was done since.
+    # which was done since; or a later verdict denied it.
     ("pending", "withdraw"): "withdrawn",
     ("pending", "take"): "sending",
     ("sending", "acknowledge"): "acknowledged",

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import ComprehensiveSRStorage
 
+from appliance.events import Event
 from appliance.findings.render import Revision, render
 from appliance.findings.validate import fault
 from appliance.governance.indication import Admission, Criterion
 from appliance.governance.package import load_configured
-from appliance.ledger.records import ANOTHER_PATIENT, Verdict
+from appliance.ledger.database import LedgerError
+from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT, Verdict
+from appliance.ledger.retention import Rules
+from appliance.ledger.standing import set_aside_since
 from appliance.ledger.views import event_counts, study_report, troubles
 from appliance.services.issuing import Issuer
 from appliance.services.routing import in_place_of
@@ -62,7 +67,7 @@ class Issued:
             destinations.append(Hl7Destination(kind="hl7", name="er", host="h", port=1))
         self.box.settings = self.box.settings.model_copy(update={"destination": destinations})
         (folder / "series").mkdir()
-        self.series: Series = ct_series(folder / "series", change=change)
+        self.series: Series = ct_series(folder / "series", change=change, count=5)
         self.issuer = Issuer(self.box.settings, self.box.ledger, load_configured(Settings()))
         self.left = list(self.series.files.values())
         for _ in range(3):
@@ -508,3 +513,98 @@ def test_an_archive_that_hears_of_refusals_and_takes_pictures_alone_gets_one(tmp
     assert told is not None
     assert [(one.object, one.destinations) for one in told.findings] == [("capture.summary", ("plain",))]
     issued.box.ledger.close()
+
+
+def _sent(issued: Issued, destination: str, verdict: int) -> dict[str, tuple[int, str]]:
+    """Object of a verdict → number and state of its delivery there."""
+    rows = study_report(issued.box.ledger, 1)["deliveries"]
+    mine = [one for one in rows if one["destination"] == destination and one["verdict_id"] == verdict]
+    return {one["object"]: (one["id"], one["state"]) for one in mine}
+
+
+def test_pictures_that_still_wait_when_a_later_verdict_denies_them_never_leave(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.arrive()
+    issued.issue(_negative(issued))
+    assert issued.delivered("plain") == ["report", "report", "capture.summary"]
+    assert issued.delivered("all") == ["capture.summary", "report", "report"]
+    for archive in ("plain", "all"):
+        first = _sent(issued, archive, 1)
+        assert {name for name, (_, state) in first.items() if state == "acknowledged"} == {"report"}
+        assert {state for name, (_, state) in first.items() if name != "report"} == {"withdrawn"}
+        with pytest.raises(LedgerError, match="revision 2 is negative"):
+            issued.box.ledger.requeue_delivery(first["capture.1"][0], ["plain", "all"])
+    assert issued.states("plain")["capture.1"][1] == "revision 2 is negative, which contradicts it"
+    assert set_aside_since(issued.box.ledger, datetime(2020, 1, 1, tzinfo=UTC)) == ([], [])
+
+
+def test_pictures_of_a_second_bleed_leave_and_those_of_the_first_do_not(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.arrive()
+    issued.issue(_negative(issued))
+    issued.arrive()
+    issued.issue(seen(issued))
+    issued.delivered("plain")
+    assert {state for _, state in _sent(issued, "plain", 3).values()} == {"acknowledged"}
+    assert _sent(issued, "plain", 1)["capture.1"][1] == "withdrawn"
+
+
+@pytest.mark.parametrize("change", [{"mode": "shadow"}, {"limitations": (ALERT_STANDS,)}])
+def test_pictures_leave_if_who_denies_them_tells_nobody_or_lets_them_stand(
+    issued: Issued, change: dict[str, Any]
+) -> None:
+    issued.issue(seen(issued))
+    issued.arrive()
+    issued.issue(replace(_negative(issued), **change))
+    assert set(PICTURES) <= set(issued.delivered("plain"))
+
+
+def test_nothing_of_another_patient_leaves_but_what_takes_it_back(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, ANOTHER_PATIENT)
+    (_, back) = issued.box.ledger.verdicts(1)
+    assert issued.delivered("plain") == ["report", "capture.summary"]
+    assert {state for _, state in _sent(issued, "plain", 1).values()} == {"withdrawn"}
+    assert set(_sent(issued, "plain", back["id"])) == {"report", "capture.summary"}
+    with pytest.raises(LedgerError, match="another Patient ID"):
+        issued.box.ledger.requeue_delivery(_sent(issued, "plain", 1)["capture.1"][0], ["plain", "all"])
+
+
+def test_a_picture_that_could_not_leave_before_it_was_denied_holds_no_study(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    for _ in range(1 + len(PICTURES)):
+        row = issued.box.ledger.take_delivery("plain")
+        assert row is not None
+        issued.box.ledger.settle_delivery(row, "acknowledge" if row["object"] == "report" else "give_up")
+    issued.delivered("all")
+    rules = Rules([], 3, 0.0)
+    assert any("capture.1 to plain is dead" in why for why in issued.box.ledger.kept_studies(rules)[0].holds)
+    issued.arrive()
+    issued.issue(_negative(issued))
+    issued.delivered("plain")
+    issued.delivered("all")
+    assert not any("is dead" in why for why in issued.box.ledger.kept_studies(rules)[0].holds)
+
+
+@pytest.mark.parametrize("had", ["acknowledge", "retry", "reject", None])
+@pytest.mark.parametrize("told", [False, True])
+def test_who_has_or_may_have_a_finding_hears_that_it_does_not_hold_though_the_board_stopped_the_package(
+    issued: Issued, had: Any, told: bool
+) -> None:
+    ledger = issued.box.ledger
+    issued.issue(seen(issued))
+    if had:
+        row = ledger.take_delivery("plain")
+        assert row is not None and row["object"] == "report"
+        ledger.settle_delivery(row, had, wait_seconds=0.0)
+    issued.arrive()
+    issued.issue(_negative(issued))
+    if told:
+        issued.delivered("plain")
+        issued.arrive()
+        issued.issue(_negative(issued))
+    ledger.record_decision(Event.BOARD_SUSPENDED, verdict_on(issued.series).package, who="Dr A", reason="drift")
+    due = set(issued.delivered("plain"))
+    assert due == ({"report", "capture.summary"} if had in ("acknowledge", "retry") and not told else set())
+    assert issued.delivered("all") == []

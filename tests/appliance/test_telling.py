@@ -842,3 +842,15 @@ def test_a_withdrawal_names_the_first_message_on_the_study(tmp_path: Path) -> No
     made.issue()
     assert f"||{first}|" in made.content("er").decode() and "CORRECTION" in made.content("er").decode()
     made.ledger.close()
+
+
+def test_a_rejected_alert_is_sent_again_though_a_later_verdict_in_shadow_was_negative(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    issued.settle("er", "reject")
+    issued.issue(False, mode="shadow")
+    again(issued, "er")
+    assert issued.alerts()["er"] == ("pending", 1)
+    issued.settle("er", "reject")
+    issued.issue(False, mode="clinical")
+    with pytest.raises(LedgerError, match="is negative, which contradicts it"):
+        again(issued, "er")
