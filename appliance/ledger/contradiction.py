@@ -7,6 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT
 
@@ -55,12 +56,10 @@ def denied(connection: sa.Connection, finding_id: int) -> str:
 
 
 def takes_back(connection: sa.Connection, delivery_id: int) -> bool:
-    """Whether an object tells its destination that one does not hold which it has, or may have, of an earlier verdict.
-
-    What was tried may have arrived, unless it was rejected; what was then sent again may have all the same.
-    """
+    """Whether an object tells its destination that one does not hold which it has, or may have, of an earlier verdict
+    on the same patient."""
     d, f, v = t.delivery.c, t.finding.c, t.verdict.c
-    joined = t.delivery.join(t.finding).join(t.verdict)
+    joined = t.delivery.join(t.finding).join(t.verdict).join(t.analysis)
     query = sa.select(d.destination, f.object, v.analysis_id, v.revision, v.positive, _WITHDRAWN).select_from(joined)
     row = connection.execute(query.where(d.id == delivery_id)).one()
     if row.positive or row.object.startswith(_MESSAGES):
@@ -69,17 +68,38 @@ def takes_back(connection: sa.Connection, delivery_id: int) -> bool:
         sa.select(d.state, f.object, v.positive, _WITHDRAWN)
         .select_from(joined)
         .where(d.destination == row.destination, v.analysis_id == row.analysis_id, v.revision < row.revision)
-        .where(d.sent_at.is_not(None), d.state.not_in(("rejected", "replaced")))
+        .where(d.sent_at.is_not(None), d.state.not_in(("rejected", "replaced")) | unanswered())
         .order_by(v.revision.desc(), d.id)
     )
     for one in connection.execute(earlier):
         if one.object.startswith(_MESSAGES):
             continue
+        if one.withdrawn == ANOTHER_PATIENT:
+            return False  # what came before is of another one
         if one.positive or (row.withdrawn and not one.withdrawn):
             return True
         if one.state in ("acknowledged", "stored", "asked"):
             return False  # it has been told
     return False
+
+
+def unanswered() -> sa.ColumnElement[bool]:
+    """That some try of a delivery had no answer, so that nobody knows whether it arrived; for a query of deliveries and
+    their analyses.
+
+    Not by its attempts, which begin anew when somebody sends it again.
+    """
+    e = t.event.c
+
+    def times(*names: Event) -> sa.ScalarSelect[int]:
+        mine = (
+            e.study_id == t.analysis.c.study_id,
+            e.name.in_(names),
+            e.detail["delivery"].as_integer() == t.delivery.c.id,
+        )
+        return sa.select(sa.func.count()).where(*mine).correlate(t.delivery, t.analysis).scalar_subquery()
+
+    return times(Event.DELIVERY_SENDING) > times(Event.DELIVERY_REJECTED, Event.DELIVERY_REPLACED)
 
 
 def _is_report(name: str) -> bool:

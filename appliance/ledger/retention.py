@@ -272,17 +272,21 @@ def _failures(connection: sa.Connection, rules: Rules, kept: sa.ColumnElement[bo
 
 
 def _unmade(connection: sa.Connection, rules: Rules, kept: sa.ColumnElement[bool]) -> Iterable[tuple[int, str, bool]]:
-    """Findings without a file: (study, reason, whether they were given up)."""
+    """Findings without a file: (study, reason, whether they were given up).
+
+    One that was given up does not count once a later verdict denied it.
+    """
     f, a = t.finding.c, t.analysis.c
     query = (
-        sa.select(a.study_id, f.object, f.attempts)
+        sa.select(f.id, a.study_id, f.object, f.attempts)
         .select_from(t.finding.join(t.verdict).join(t.analysis).join(t.study))
         .where(kept, f.path.is_(None), f.removed_at.is_(None))
         .order_by(f.id)
     )
     for row in connection.execute(query):
         given_up = row.attempts >= rules.attempts
-        yield row.study_id, f"its {row.object} {'could not be' if given_up else 'is not'} made", given_up
+        if not (given_up and denied(connection, row.id)):
+            yield row.study_id, f"its {row.object} {'could not be' if given_up else 'is not'} made", given_up
 
 
 def superseded() -> sa.Exists:

@@ -13,6 +13,7 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
+from appliance.ledger.contradiction import unanswered
 from appliance.ledger.database import Chain, Row, later, now, seconds_between
 from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.ingest import Ingest, requeue_failed
@@ -665,14 +666,7 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
         Args:
             what: how the names of the findings begin: "alert." or "worklist.".
         """
-        d, e = t.delivery.c, t.event.c
-
-        # Not by its attempts, which begin anew when somebody sends it again.
-        def times(name: Event) -> sa.ScalarSelect[int]:
-            mine = (e.study_id == t.analysis.c.study_id, e.name == name, e.detail["delivery"].as_integer() == d.id)
-            return sa.select(sa.func.count()).where(*mine).correlate(t.delivery, t.analysis).scalar_subquery()
-
-        unanswered = times(Event.DELIVERY_SENDING) > times(Event.DELIVERY_REJECTED)
+        d = t.delivery.c
         query = (
             sa.select(
                 d.destination,
@@ -684,7 +678,7 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
             )
             .select_from(t.delivery.join(t.finding).join(t.verdict).join(t.analysis))
             .where(t.verdict.c.analysis_id == analysis_id, t.finding.c.object.startswith(what))
-            .where(d.state.not_in(_ENDED) | d.sent_at.is_not(None), (d.state != "rejected") | unanswered)
+            .where(d.state.not_in(_ENDED) | d.sent_at.is_not(None), (d.state != "rejected") | unanswered())
             .order_by(t.verdict.c.revision)
         )
         answers: dict[str, list[Told]] = {}

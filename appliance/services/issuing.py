@@ -348,7 +348,9 @@ class Issuer:
         Args:
             standing: the verdict that does not stand any more.
         """
-        analysis_id, pictured = (standing["analysis_id"], bool(standing["positive"])) if standing else (None, False)
+        analysis_id = standing["analysis_id"] if standing else None
+        # Not by the newest alone: pictures may be there that a negative verdict was to take back which never left.
+        pictured = analysis_id is not None and self._ledger.was_positive(analysis_id, issued.revision)
         spare = {REPORT_2D: any(map(needs_2d, archives)), SUMMARY: any(map(needs_summary, archives))}
         findings = []
         for name in (REPORT, REPORT_2D, SUMMARY):

@@ -608,3 +608,15 @@ def test_who_has_or_may_have_a_finding_hears_that_it_does_not_hold_though_the_bo
     due = set(issued.delivered("plain"))
     assert due == ({"report", "capture.summary"} if had in ("acknowledge", "retry") and not told else set())
     assert issued.delivered("all") == []
+
+
+def test_pictures_of_a_bleed_are_taken_back_with_a_negative_verdict_that_never_left(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.delivered("plain")
+    issued.arrive()
+    issued.issue(_negative(issued))
+    while (row := issued.box.ledger.take_delivery("plain")) is not None:
+        issued.box.ledger.settle_delivery(row, "give_up")
+    (_, negative) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(negative, None, "a patient of two names")
+    assert "capture.summary" in issued.delivered("plain")
