@@ -324,6 +324,16 @@ def studies_of(step: Mapping[str, Any]) -> list[str]:
     return [uid for uid in dict.fromkeys(found) if uid]
 
 
+def of_patient(step: Mapping[str, Any], patient_id: str, issuer: str) -> bool:
+    """Whether a step may be of that patient: by Patient ID, and by its issuer where both are told. What names none, or
+    is asked about none, may be of anybody.
+    """
+    theirs, of = text(step, "PatientID").strip(), text(step, "IssuerOfPatientID").strip()
+    if not theirs or not patient_id.strip():
+        return True
+    return theirs == patient_id.strip() and (not of or not issuer.strip() or of == issuer.strip())
+
+
 def event_report(event: int, step: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Step:
     """The information of an event report (PS3.4 Table CC.2.4-1).
 

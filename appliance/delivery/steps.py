@@ -1,7 +1,7 @@
 """One try at showing a verdict on somebody else's worklist: the priority and the comments of the study's reading there.
 
 It raises only, and takes back only what it raised, unless somebody has set a priority since. A step that somebody has
-claimed is theirs.
+claimed is theirs, and one that names another patient than the images is not touched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from appliance.delivery.worklist import read_mark
 from appliance.ledger.marks import MAXIMUM_COMMENT, RAISED, Mark
 from dicom_io.scu import Peer
 from dicom_io.ups_user import GONE, LOCKED, Pull, is_done, pulling, said
-from dicom_io.workitem import FINAL, SCHEDULED, Step, put, studies_of, text, values
+from dicom_io.workitem import FINAL, SCHEDULED, Step, of_patient, put, studies_of, text, values
 
 COMMENT = "CommentsOnTheScheduledProcedureStep"
 PRIORITY = "ScheduledProcedureStepPriority"
@@ -51,16 +51,16 @@ def show_there(
     mark = read_mark(path)
     with pulling(peer, calling_ae, timeout) as there:
         found = [one for one in there.of_study(mark.study_instance_uid) if _is_reading(one, mark, reading)]
-        if not found:
-            nothing = "it has no reading of this study"
-            # The order of an emergency, and so its reading, is often entered later.
-            return ("retry", f"{nothing} yet") if mark.standing else ("acknowledge", nothing)
         done = []
         for one in found:
             outcome, words = _show(there, text(one, "SOPInstanceUID"), mark, memory)
             if outcome == "retry":
                 return "retry", words
-            done.append(words)
+            done += [words] if words else []
+        if not done:
+            nothing = f"it has no reading of this study{' for this patient' if found else ''}"
+            # The order of an emergency, and so its reading, is often entered later.
+            return ("retry", f"{nothing} yet") if mark.standing else ("acknowledge", nothing)
         return "acknowledge", "; ".join(done)
 
 
@@ -71,11 +71,14 @@ def _is_reading(step: Step, mark: Mark, reading: Collection[str]) -> bool:
 
 
 def _show(there: Pull, uid: str, mark: Mark, memory: Memory) -> Result:
+    """What became of one step, in words; "" where it names another patient."""
     status, step = there.get(uid)
     if status in GONE:
         return "acknowledge", "a step is gone"
     if not step:
         return "retry", f"N-GET was answered with {said(status)}"
+    if not of_patient(step, *mark.patient):
+        return "acknowledge", ""
     state, priority = text(step, "ProcedureStepState"), text(step, PRIORITY)
     if state != SCHEDULED:
         return "acknowledge", "it has ended and stays as it is" if state in FINAL else "somebody has claimed it"

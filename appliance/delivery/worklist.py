@@ -22,6 +22,7 @@ def read_mark(path: Path) -> Mark:
         standing=said["standing"],
         text=said["text"],
         step=said["step"],
+        moved=said.get("moved", False),  # not in what an earlier release wrote
     )
 
 

@@ -60,6 +60,13 @@ def value_of(source: Dataset | None, keyword: str) -> str:
     return "" if value is None else str(value).strip()
 
 
+def accession_of(source: Dataset) -> str:
+    """The accession number of a study; where it has none, that of the request it was made for (PS3.3 C.7.3.1.1)."""
+    return value_of(source, "AccessionNumber") or value_of(
+        _first_item(source, "RequestAttributesSequence"), "AccessionNumber"
+    )
+
+
 def study_link(template: str, source: Dataset) -> str:
     """The address of a study in a viewer; "" where the study lacks what the address needs.
 
@@ -204,7 +211,7 @@ def _order(source: Dataset, sent: str) -> list[str]:
     placer = value_of(source, "PlacerOrderNumberImagingServiceRequest") or value_of(
         request, "PlacerOrderNumberImagingServiceRequest"
     )
-    accession = value_of(source, "AccessionNumber") or value_of(request, "AccessionNumber")
+    accession = accession_of(source)
     issuer = _first_item(source, "IssuerOfAccessionNumberSequence")
     # OBR-3 is required; without an accession the study's UID is the one number that everybody has.
     filler = _fitting(_components(_text(accession), *_authority(issuer))) if accession else ""
@@ -256,7 +263,7 @@ def _unfitting(source: Dataset) -> list[str]:
     fields = {
         "patient ID with its issuer": (_identified(source), f"{value_of(source, 'PatientID')} {_issuer_said(source)}"),
         "patient's name": (_spelt(source), value_of(source, "PatientName")),
-        "accession number": (_text(value_of(source, "AccessionNumber")), value_of(source, "AccessionNumber")),
+        "accession number": (_text(accession_of(source)), accession_of(source)),
         "admission ID": (_text(value_of(source, "AdmissionID")), value_of(source, "AdmissionID")),
     }
     return [

@@ -8,12 +8,15 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from appliance.findings.alert import value_of
+from appliance.findings.alert import accession_of, value_of
 from appliance.findings.notice import Notice
+from appliance.ledger.records import ANOTHER_PATIENT
 from dicom_io.workitem import Step, code, put
 
 LINE = 1000
 """Longest line that is put among an item's comments."""
+ACCESSION = 16
+"""Longest accession number, an SH (PS3.5 6.2). Cut off it would name another order."""
 
 
 def mark_text(notice: Notice, late_seconds: float | None) -> str:
@@ -42,6 +45,7 @@ def render_mark(notice: Notice, header: Dataset, mode: str, item_uid: str, late_
         "package": notice.verdict.package,
         "mode": "suggest" if notice.is_test else mode,
         "standing": notice.verdict.positive,
+        "moved": notice.verdict.withdrawn == ANOTHER_PATIENT,
         "text": mark_text(notice, late_seconds),
         "step": reading_step(header, notice.verdict.study_instance_uid, item_uid, notice.issued_at),
     }
@@ -60,15 +64,19 @@ def reading_step(header: Dataset, study_instance_uid: str, item_uid: str, at: da
     put(step, "InputReadinessState", "CS", "READY")
     put(step, "ScheduledWorkitemCodeSequence", "SQ", code("110005", "DCM", "Interpretation"))
     put(step, "StudyInstanceUID", "UI", study_instance_uid)
-    name, birth, sex = (_text(header, keyword) for keyword in ("PatientName", "PatientBirthDate", "PatientSex"))
-    put(step, "PatientName", "PN", *([{"Alphabetic": name.split("=")[0]}] if name.split("=")[0] else []))
+    birth, sex = (_text(header, keyword) for keyword in ("PatientBirthDate", "PatientSex"))
+    put(step, "PatientName", "PN", *_name(_text(header, "PatientName", 3 * 64 + 2)))
     put(step, "PatientID", "LO", *_given(_text(header, "PatientID")))
     put(step, "IssuerOfPatientID", "LO", *_given(_text(header, "IssuerOfPatientID")))
     put(step, "PatientBirthDate", "DA", *_given(birth if len(birth) == 8 and birth.isdecimal() else ""))
     put(step, "PatientSex", "CS", *_given(sex if sex in ("F", "M", "O") else ""))
     request: Step = {}
     put(request, "StudyInstanceUID", "UI", study_instance_uid)
-    put(request, "AccessionNumber", "SH", *_given(_text(header, "AccessionNumber")[:16]))
+    accession = _accession(header)
+    fits = len(accession) <= ACCESSION
+    put(request, "AccessionNumber", "SH", *_given(accession if fits else ""))
+    if not fits:
+        put(step, "CommentsOnTheScheduledProcedureStep", "LT", f"The accession number is too long here: {accession}")
     put(request, "IssuerOfAccessionNumberSequence", "SQ")
     put(request, "RequestedProcedureID", "SH")
     put(request, "RequestedProcedureDescription", "LO", *_given(description))
@@ -79,13 +87,33 @@ def reading_step(header: Dataset, study_instance_uid: str, item_uid: str, at: da
     return step
 
 
-def _text(header: Dataset, keyword: str) -> str:
-    """A value as printable text of at most 64 characters; '' if there is none that can be told."""
+def _name(value: str) -> list[dict[str, str]]:
+    """A person's name with those of its three groups that are there (PS3.18 F.2.2)."""
+    groups = zip(("Alphabetic", "Ideographic", "Phonetic"), value.split("="), strict=False)
+    found = {group: one.strip()[:64] for group, one in groups if one.strip()}
+    return [found] if found else []
+
+
+def _accession(header: Dataset) -> str:
+    """The accession number, that of the request where the study has none, as it is in an alert."""
+    try:
+        value = accession_of(header)
+    except Exception:  # an image's header may hold anything
+        return ""
+    return _printable(value)[:64]
+
+
+def _text(header: Dataset, keyword: str, longest: int = 64) -> str:
+    """A value as printable text of at most so many characters; '' if there is none that can be told."""
     try:
         value = value_of(header, keyword)
     except Exception:  # an image's header may hold anything; the item is made without it
         return ""
-    return "".join(one if one.isprintable() and one != "\\" else " " for one in value).strip()[:64]
+    return _printable(value)[:longest]
+
+
+def _printable(value: str) -> str:
+    return "".join(one if one.isprintable() and one != "\\" else " " for one in value).strip()
 
 
 def _given(value: str) -> tuple[str, ...]:

@@ -337,6 +337,9 @@ mark = Table(
     Column("standing", Boolean, nullable=False),
     Column("text", String, nullable=False),
     Column("done", String, nullable=False),  # what it changed, in words
+    # Whom the images named; "" of a mark that names nobody, or that an earlier release carried out.
+    Column("patient_id", String, nullable=False, server_default=""),
+    Column("issuer_of_patient_id", String, nullable=False, server_default=""),
     UniqueConstraint("study_instance_uid", "package"),
 )
 

@@ -381,7 +381,8 @@ def _changes(
     notice = Notice(identity, kind, settings.box.name, issued.study_id, verdict, issued.revision, at, ())
     match destination:
         case WorklistDestination() | UpsDestination():
-            item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid)
+            # Another one at every message: that of another patient, or of a lost ledger, may be there.
+            item = derived_uid(settings.box.uid_root, "workitem", verdict.study_instance_uid, identity)
             content = render_mark(notice, header, destination.mode, item, known.late_seconds)
             return [Change(destination, identity, f"{identity}.json", content)]
         case OrderDestination():

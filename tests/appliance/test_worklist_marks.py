@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,7 +28,7 @@ from appliance.services.issuing import Issuer
 from appliance.services.lateness import mark_late
 from appliance.settings import Settings, SettingsError, load_settings
 from dicom_io.header import read_header
-from dicom_io.workitem import read_json, text, to_dataset
+from dicom_io.workitem import read_json, text, to_dataset, values
 from tests.appliance.intake.test_retention import Box
 from tests.appliance.ledger.test_store import admit, arrive, complete, issue
 from tests.findings_support import Series, ct_series, verdict_on
@@ -53,7 +54,7 @@ class Shown:
         (folder / "series").mkdir()
 
         def change(dataset: pydicom.Dataset) -> None:
-            dataset.PatientID, dataset.AccessionNumber, dataset.PatientName = "PID-7", "ACC-1", "Doe^Jane"
+            dataset.PatientID, dataset.AccessionNumber, dataset.PatientName = "P-1", "ACC-1", "Doe^Jane"
             for keyword, value in header.items():
                 setattr(dataset, keyword, value)
 
@@ -162,7 +163,7 @@ def test_the_item_that_the_box_makes_says_whose_study_it_is(shown: Shown) -> Non
     dataset = to_dataset(shown.ledger.workitem(uid)["step"])
     (request,) = dataset.ReferencedRequestSequence
     assert (request.StudyInstanceUID, request.AccessionNumber) == (shown.series.study_uid, "ACC-1")
-    assert (dataset.PatientID, dataset.PatientName) == ("PID-7", "Doe^Jane")
+    assert (dataset.PatientID, dataset.PatientName) == ("P-1", "Doe^Jane")
 
 
 @pytest.mark.parametrize("mode", ["evaluation", ""])
@@ -400,3 +401,79 @@ def test_within_the_budget_nothing_is_marked_and_no_item_is_made(tmp_path: Path)
     time.sleep(0.01)
     assert mark_late(settings, ledger) and line(ledger) == ""
     assert len(ledger.find_workitems({}, 10)) == 1
+
+
+def _again(shown: Shown, patient: str) -> None:
+    """The images come again under another Patient ID; the study is complete once more with the next answer."""
+    shown.study = 0
+    for path in list(shown.series.files.values())[:3]:
+        dataset = pydicom.dcmread(path)
+        dataset.PatientID = patient
+        dataset.save_as(path)
+        assert shown.box.store(read_header(path), path.read_bytes()) == "conflict"
+
+
+def test_images_that_come_again_under_another_patient_id_leave_the_wrong_patient_off_the_list(shown: Shown) -> None:
+    shown.issue()
+    shown.carry_out()
+    _again(shown, "P-2")
+    shown.issue()
+    shown.carry_out()
+    found = shown.ledger.find_workitems({}, 10)
+    states = {text(one, "PatientID"): text(one, "ProcedureStepState") for one in found}
+    assert states == {"P-1": "CANCELED", "P-2": "SCHEDULED"}
+    (right,) = [one for one in found if text(one, "PatientID") == "P-2"]
+    assert text(right, "ScheduledProcedureStepPriority") == raised(shown, "MEDIUM")
+    _again(shown, "P-3")
+    shown.issue(positive=False)
+    shown.carry_out()
+    assert {text(one, "ProcedureStepState") for one in shown.ledger.find_workitems({}, 10)} == {"CANCELED"}
+
+
+@pytest.mark.parametrize(
+    ("header", "accession", "comment"),
+    [
+        ({"AccessionNumber": "A" * 16}, "A" * 16, ""),
+        ({"AccessionNumber": "A" * 17}, "", "A" * 17),
+        ({"AccessionNumber": ""}, "R-1", ""),
+        ({"AccessionNumber": "A-1"}, "A-1", ""),
+    ],
+)
+def test_an_item_names_the_order_whole_or_not_at_all(
+    tmp_path: Path, header: dict[str, str], accession: str, comment: str
+) -> None:
+    request = pydicom.Dataset()
+    request.AccessionNumber = "R-1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the value is too long
+        shown = Shown(tmp_path, "suggest", RequestAttributesSequence=[request], **header)
+    shown.issue()
+    shown.carry_out()
+    (item,) = shown.ledger.find_workitems({}, 10)
+    (asked,) = values(item, "ReferencedRequestSequence")
+    assert text(asked, "AccessionNumber") == accession
+    said = text(item, "CommentsOnTheScheduledProcedureStep")
+    assert (f"The accession number is too long here: {comment}" in said) == bool(comment)
+    shown.ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("Yamada^Tarou=山田^太郎=やまだ^たろう", {"Alphabetic", "Ideographic", "Phonetic"}),
+        ("=山田^太郎", {"Ideographic"}),
+        ("==やまだ^たろう", {"Phonetic"}),
+        ("Doe^Jane", {"Alphabetic"}),
+    ],
+)
+def test_an_item_names_the_patient_in_each_script_that_the_images_have(
+    tmp_path: Path, name: str, groups: set[str]
+) -> None:
+    shown = Shown(tmp_path, "suggest", SpecificCharacterSet="ISO_IR 192", PatientName=name)
+    shown.issue()
+    shown.carry_out()
+    (item,) = shown.ledger.find_workitems({}, 10)
+    (said,) = values(item, "PatientName")
+    assert {one for one, value in said.items() if value} == groups
+    assert set(filter(None, name.split("="))) == set(said.values())
+    shown.ledger.close()

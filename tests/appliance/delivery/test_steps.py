@@ -21,7 +21,7 @@ from dicom_io.errors import PeerError
 from dicom_io.scu import Peer
 from dicom_io.ups import UpsServer
 from dicom_io.ups_user import Pull
-from dicom_io.workitem import from_dataset, text
+from dicom_io.workitem import Step, from_dataset, put, text
 from tests.foreign_worklist import ForeignWorklist, ai_task, code
 
 READING = frozenset({"110005^DCM"})
@@ -44,10 +44,18 @@ class List:
         self.there = ForeignWorklist(*(steps or (reading(),)))
 
     def show(
-        self, uid: str, standing: bool = True, mode: str = "reprioritise", package: str = "pkg", study: str = "1.1"
+        self,
+        uid: str,
+        standing: bool = True,
+        mode: str = "reprioritise",
+        package: str = "pkg",
+        study: str = "1.1",
+        patient: str = "",
     ) -> Result:
+        step: Step = {}
+        put(step, "PatientID", "LO", *([patient] if patient else []))
         said = {"uid": uid, "study_instance_uid": study, "package": package, "mode": mode, "standing": standing,
-                "text": "suspected" if standing else "withdrawn", "step": {}}  # fmt: skip
+                "text": "suspected" if standing else "withdrawn", "step": step}  # fmt: skip
         path = self.folder / f"{uid}.json"
         path.write_text(json.dumps(said))
         peer = Peer("MANAGER", "127.0.0.1", self.there.port)
@@ -178,3 +186,14 @@ def test_it_is_a_worklist_of_the_settings() -> None:
     settings = Settings(destination=[one])  # type: ignore[list-item]
     (found,) = settings.worklist_destinations
     assert isinstance(found, UpsDestination)
+
+
+def test_a_step_of_another_patient_is_not_touched(tmp_path: Path) -> None:
+    there = List(tmp_path, reading(PatientID="P-1"))
+    assert there.show("M1", patient="P-2") == ("retry", "it has no reading of this study for this patient yet")
+    assert there.priority() == "MEDIUM" and len(there.comment()) == 2
+    assert there.show("M2", patient="P-1") == ("acknowledge", "raised from MEDIUM to HIGH")
+    assert there.show("M3", standing=False, patient="P-2")[0] == "acknowledge"
+    assert there.priority() == "HIGH", "what is taken back was said of another one"
+    there.there.stop()
+    there.ledger.close()

@@ -27,11 +27,19 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def mark(uid: str, standing: bool = True, mode: Any = "reprioritise", package: str = "pkg") -> Mark:
-    step = workitem(STUDY)
-    put(step, "SOPInstanceUID", "UI", "2.25.1")
+def mark(
+    uid: str,
+    standing: bool = True,
+    mode: Any = "reprioritise",
+    package: str = "pkg",
+    item: str = "2.25.1",
+    moved: bool = False,
+    **changes: Any,
+) -> Mark:
+    step = workitem(STUDY, **changes)
+    put(step, "SOPInstanceUID", "UI", item)
     said = "suspected" if standing else "withdrawn"
-    return Mark(uid, STUDY, package, mode, standing, f"{package}: {said}", step)
+    return Mark(uid, STUDY, package, mode, standing, f"{package}: {said}", step, moved)
 
 
 def priority(ledger: Ledger, uid: str) -> str:
@@ -217,3 +225,71 @@ def test_it_never_stands_lower_than_the_hospital_put_it(ledger: Ledger) -> None:
                 assert now == theirs
 
     holds()
+
+
+def states(ledger: Ledger) -> dict[str, tuple[str, str, str]]:
+    """Item → the patient whom it names, its state and its priority."""
+    found = ledger.find_workitems({}, 10)
+    keywords = ("PatientID", "ProcedureStepState", "ScheduledProcedureStepPriority")
+    return {text(one, "SOPInstanceUID"): tuple(text(one, keyword) for keyword in keywords) for one in found}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_who_gets_the_images_in_the_end_is_on_the_list_and_who_had_them_is_not(ledger: Ledger, told: bool) -> None:
+    ledger.mark_study(mark("m1"), READING)
+    if told:
+        said = ledger.mark_study(mark("m2", standing=False, moved=True), READING)
+        assert "canceled: the images came again under another Patient ID" in said
+    ledger.mark_study(mark("m3", item="2.25.2", PatientID="P-2"), READING)
+    assert states(ledger) == {
+        "2.25.1": ("P-1", "CANCELED", "HIGH" if not told else "MEDIUM"),
+        "2.25.2": ("P-2", "SCHEDULED", "HIGH"),
+    }
+    assert comment(ledger, "2.25.2") == [f"{PREFIX}pkg: suspected"]
+    ledger.mark_study(mark("m4", standing=False, item="2.25.2", moved=True, PatientID="P-2"), READING)
+    ledger.mark_study(mark("m5", item="2.25.3"), READING)
+    assert {one: state for one, (_, state, _) in states(ledger).items()} == {
+        "2.25.1": "CANCELED", "2.25.2": "CANCELED", "2.25.3": "SCHEDULED",
+    }  # fmt: skip
+
+
+def test_what_somebody_has_claimed_for_another_patient_stays_theirs(ledger: Ledger) -> None:
+    ledger.mark_study(mark("m1"), READING)
+    ledger.change_state("2.25.1", IN_PROGRESS, "1.9", "READER")
+    ledger.mark_study(mark("m2", standing=False, moved=True), READING)
+    ledger.mark_study(mark("m3", item="2.25.2", PatientID="P-2"), READING)
+    assert states(ledger) == {"2.25.1": ("P-1", IN_PROGRESS, "HIGH"), "2.25.2": ("P-2", "SCHEDULED", "HIGH")}
+    assert comment(ledger, "2.25.1") == [f"{PREFIX}pkg: withdrawn"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "same"),
+    [
+        ({"PatientID": "P-2"}, False),
+        ({"PatientID": "P-1", "IssuerOfPatientID": "ELSEWHERE"}, False),
+        ({"PatientID": "P-1", "IssuerOfPatientID": "HERE"}, True),
+        ({"PatientID": "P-1 "}, True),
+        ({"PatientID": None}, True),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_item_of_the_hospital_is_raised_only_if_it_may_be_of_that_patient(
+    ledger: Ledger, theirs: dict[str, Any], same: bool, first: bool
+) -> None:
+    one = mark("m1", PatientID="P-1", IssuerOfPatientID="HERE")
+    if first:
+        ledger.create_workitem("1.1", workitem(STUDY, "LOW", **theirs), "RIS", READING)
+        ledger.mark_study(one, READING)
+    else:
+        ledger.mark_study(one, READING)
+        ledger.create_workitem("1.1", workitem(STUDY, "LOW", **theirs), "RIS", READING)
+    assert priority(ledger, "1.1") == ("HIGH" if same else "LOW")
+    assert comment(ledger, "1.1") == ([f"{PREFIX}pkg: suspected"] if same else [])
+    own = states(ledger).get("2.25.1")
+    assert own in (None, ("P-1", "CANCELED", "HIGH")) if same else own == ("P-1", "SCHEDULED", "HIGH")
+
+
+def test_a_mark_that_names_nobody_shows_on_every_item(ledger: Ledger) -> None:
+    ledger.create_workitem("1.1", workitem(STUDY), "RIS", READING)
+    ledger.mark_study(replace(mark("m1", mode="suggest"), step={}), READING)
+    assert comment(ledger, "1.1") == [f"{PREFIX}pkg: suspected"]
