@@ -36,16 +36,16 @@ def denied(connection: sa.Connection, finding_id: int) -> str:
     """Why an object must not leave any more; '' if it may.
 
     A picture of a bleed that was denied since would be shown without a word that it is: pictures do not follow one
-    another as reports do. What was made of the images under another Patient ID is nobody's, but for what takes that
-    back.
+    another as reports do. What was made of the images under another Patient ID is nobody's. What takes something back is
+    never denied.
     """
     v = t.verdict.c
     query = sa.select(t.finding.c.object, v.analysis_id, v.revision, v.positive, _WITHDRAWN)
     row = connection.execute(query.join_from(t.finding, t.verdict).where(t.finding.c.id == finding_id)).one()
-    if row.object.startswith(_MESSAGES):
+    if row.object.startswith(_MESSAGES) or row.withdrawn:
         return ""
     for newer in told_since(connection, row.analysis_id, row.revision):
-        if newer.withdrawn == ANOTHER_PATIENT and row.withdrawn != ANOTHER_PATIENT:
+        if newer.withdrawn == ANOTHER_PATIENT:
             return f"revision {newer.revision} withdrew it: {ANOTHER_PATIENT}"
         if not row.positive or newer.positive or _is_report(row.object) or ALERT_STANDS in (newer.limitations or ()):
             continue

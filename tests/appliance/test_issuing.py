@@ -620,3 +620,14 @@ def test_pictures_of_a_bleed_are_taken_back_with_a_negative_verdict_that_never_l
     (_, negative) = issued.box.ledger.verdicts(1)
     issued.issuer.take_back(negative, None, "a patient of two names")
     assert "capture.summary" in issued.delivered("plain")
+
+
+def test_a_report_that_nothing_was_analysed_goes_to_the_patient_whose_the_images_were_thought_to_be(
+    issued: Issued,
+) -> None:
+    issued.issue(_negative(issued))
+    issued.delivered("plain")
+    issued.issuer.take_back(issued.box.ledger.verdicts(1)[-1], None, "a patient of two names")
+    issued.issuer.take_back(issued.box.ledger.verdicts(1)[-1], None, ANOTHER_PATIENT)
+    assert issued.delivered("plain") == ["report"]
+    assert _follows(issued, 2) == [1]
