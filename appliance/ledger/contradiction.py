@@ -36,8 +36,8 @@ def denied(connection: sa.Connection, finding_id: int) -> str:
     """Why an object must not leave any more; '' if it may.
 
     A picture of a bleed that was denied since would be shown without a word that it is: pictures do not follow one
-    another as reports do. What was made of the images under another Patient ID is nobody's. What takes something back is
-    never denied.
+    another as reports do. What was made of the images under another Patient ID is nobody's. What takes something back
+    is never denied.
     """
     v = t.verdict.c
     query = sa.select(t.finding.c.object, v.analysis_id, v.revision, v.positive, _WITHDRAWN)

@@ -160,7 +160,7 @@ class Issuer:
             issued = Issued(row["study_id"], verdict, revision, issued_at, self._identity(source))
             findings = self._alerts(settings, row["id"], issued)
         archives = [one for one in settings.destination if isinstance(one, ImageDestination)]
-        pictured = not verdict.positive and self._ledger.was_positive(row["id"], revision)
+        pictured = self._pictured(row["id"], verdict, revision)
         routes = {one.name: routed(one, verdict, pictured=pictured) for one in archives}
         spare_2d = any(map(needs_2d, archives))
         for name in objects_for(verdict):
@@ -349,8 +349,7 @@ class Issuer:
             standing: the verdict that does not stand any more.
         """
         analysis_id = standing["analysis_id"] if standing else None
-        # Not by the newest alone: pictures may be there that a negative verdict was to take back which never left.
-        pictured = analysis_id is not None and self._ledger.was_positive(analysis_id, issued.revision)
+        pictured = analysis_id is not None and self._pictured(analysis_id, issued.verdict, issued.revision)
         spare = {REPORT_2D: any(map(needs_2d, archives)), SUMMARY: any(map(needs_summary, archives))}
         findings = []
         for name in (REPORT, REPORT_2D, SUMMARY):
@@ -358,6 +357,16 @@ class Issuer:
             if takers or spare.get(name):
                 findings.append(self._refused(name, package, issued, takers, analysis_id))
         return findings
+
+    def _pictured(self, analysis_id: int, verdict: Verdict, revision: int) -> bool:
+        """Whether pictures of a bleed may be there that a verdict denies.
+
+        By all that came before it: those may be there, too, that an earlier negative one was to take back which never
+        left.
+        """
+        if verdict.positive or ALERT_STANDS in verdict.limitations:
+            return False
+        return self._ledger.was_positive(analysis_id, revision)
 
     def _refused(
         self,
