@@ -13,8 +13,12 @@ from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT
 
 _MESSAGES = ("alert.", "worklist.", "refusal.")
 """How the names of findings begin that are no objects: a message follows those before it, see `Ledger.told`."""
-_MODE = sa.func.coalesce(t.verdict.c.result["mode"].as_string(), "").label("mode")
 _WITHDRAWN = sa.func.coalesce(t.verdict.c.result["withdrawn"].as_string(), "").label("withdrawn")
+
+
+def in_shadow(verdict: sa.FromClause) -> sa.ColumnElement[bool]:
+    """That nobody was told of a verdict."""
+    return sa.func.coalesce(verdict.c.result["mode"].as_string(), "") == "shadow"
 
 
 def told_since(connection: sa.Connection, analysis_id: int, revision: int) -> Sequence[Any]:
@@ -26,7 +30,7 @@ def told_since(connection: sa.Connection, analysis_id: int, revision: int) -> Se
     v = t.verdict.c
     query = (
         sa.select(v.revision, v.positive, v.result["limitations"].label("limitations"), _WITHDRAWN)
-        .where(v.analysis_id == analysis_id, v.revision > revision, _MODE.element != "shadow")
+        .where(v.analysis_id == analysis_id, v.revision > revision, ~in_shadow(t.verdict))
         .order_by(v.revision.desc())
     )
     return connection.execute(query).all()

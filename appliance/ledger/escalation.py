@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION, BoardRecords
+from appliance.ledger.contradiction import in_shadow
 from appliance.ledger.database import LedgerError, Row, has_waited, later, now, waited
 from appliance.ledger.states import DELIVERY, step
 
@@ -225,9 +226,13 @@ def reached(connection: sa.Connection, verdict: Row) -> bool:
     Of a clinical verdict only by a clinical one: who had a test message was not alerted.
     """
     d, f, v = t.delivery.c, t.finding.c, t.verdict.c
-    earlier = t.verdict.alias("negative").c
+    denial = t.verdict.alias("negative")
+    earlier = denial.c
     negative = sa.select(sa.func.coalesce(sa.func.max(earlier.revision), 0)).where(
-        earlier.analysis_id == verdict["analysis_id"], ~earlier.positive, earlier.revision < verdict["revision"]
+        earlier.analysis_id == verdict["analysis_id"],
+        ~earlier.positive,
+        ~in_shadow(denial),
+        earlier.revision < verdict["revision"],
     )
     query = (
         sa.select(d.id)
@@ -244,9 +249,9 @@ def reached(connection: sa.Connection, verdict: Row) -> bool:
 def unreached(connection: sa.Connection) -> list[Row]:
     """Alerts that reached nobody, and still have not: id of the verdict, study_id, at, reason.
 
-    One is over when somebody acknowledges it, when a newer verdict is negative, when nothing of it is left to send
-    because the board stopped its package, and when retention removes the study or a person has released it since: a
-    release hides nothing that came after it, and a new completion takes it back.
+    One is over when somebody acknowledges it, when a newer verdict is negative that is not in shadow, when nothing of
+    it is left to send because the board stopped its package, and when retention removes the study or a person has
+    released it since: a release hides nothing that came after it, and a new completion takes it back.
     """
     e, v, s = t.event.c, t.verdict.c, t.study.c
     release = t.event.alias("release").c
@@ -263,10 +268,11 @@ def unreached(connection: sa.Connection) -> list[Row]:
         .where(e.name == Event.ALERT_UNREACHED, unseen, s.removed_at.is_(None))
         .order_by(e.id)
     )
-    newer = t.verdict.alias("newer").c
+    denial = t.verdict.alias("newer")
+    newer = denial.c
     negated = (
         sa.select(newer.id)
-        .where(newer.analysis_id == v.analysis_id, newer.revision > v.revision, ~newer.positive)
+        .where(newer.analysis_id == v.analysis_id, newer.revision > v.revision, ~newer.positive, ~in_shadow(denial))
         .exists()
     )
     left = (

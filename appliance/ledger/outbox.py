@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import VERSION
-from appliance.ledger.contradiction import denied, told_since
+from appliance.ledger.contradiction import denied, in_shadow, told_since
 from appliance.ledger.database import LedgerError, Row, later, now, seconds_between
 from appliance.ledger.escalation import Escalation
 from appliance.ledger.records import ALERT_STANDS
@@ -363,9 +363,11 @@ class Outbox(Escalation):
         """
         v = t.verdict.c
         query = sa.select(v.revision, v.result["withdrawn"].as_string().label("withdrawn"))
-        query = query.where(v.analysis_id == analysis_id).order_by(v.revision.desc()).limit(1)
-        newest = connection.execute(query).one()
-        return "" if newest.withdrawn else f"the study was analysed since (revision {newest.revision})"
+        query = query.where(v.analysis_id == analysis_id, ~in_shadow(t.verdict)).order_by(v.revision.desc()).limit(1)
+        newest = connection.execute(query).first()
+        return (
+            "" if newest is None or newest.withdrawn else f"the study was analysed since (revision {newest.revision})"
+        )
 
     @staticmethod
     def _refuse_contradicted(connection: sa.Connection, row: Any, where: str) -> None:

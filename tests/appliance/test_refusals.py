@@ -416,6 +416,14 @@ def test_a_refusal_that_was_rejected_is_not_sent_again_after_the_verdict(hearing
     assert refusal_of(hearing)["state"] == "rejected"
 
 
+def test_a_refusal_that_was_rejected_is_sent_again_after_a_verdict_that_nobody_heard_of(hearing: Site) -> None:
+    assert try_er(hearing, "reject") == ("refusal.er", 1)
+    hearing.approve("shadow")
+    whole(hearing, 0.9)
+    hearing.box.ledger.requeue_delivery(refusal_of(hearing)["id"], ["er", "pacs"])
+    assert refusal_of(hearing)["state"] == "pending"
+
+
 def test_that_nothing_was_read_is_told_where_that_is_so_in_the_end(hearing: Site) -> None:
     """Nobody else tells the team: it was told nothing of the negative answer that is taken back."""
     whole(hearing, 0.01)

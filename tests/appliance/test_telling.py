@@ -28,7 +28,7 @@ from appliance.governance.package import load_configured
 from appliance.ledger.database import LedgerError
 from appliance.ledger.records import ALERT_STANDS, Verdict
 from appliance.ledger.store import Ledger
-from appliance.ledger.views import event_counts, study_report
+from appliance.ledger.views import event_counts, study_report, unreached_alerts
 from appliance.services.issuing import Issuer
 from appliance.services.telling import try_template
 from appliance.settings import Hl7Destination, Settings, SettingsError, load_settings
@@ -854,3 +854,15 @@ def test_a_rejected_alert_is_sent_again_though_a_later_verdict_in_shadow_was_neg
     issued.issue(False, mode="clinical")
     with pytest.raises(LedgerError, match="is negative, which contradicts it"):
         again(issued, "er")
+
+
+def test_an_alert_that_reached_nobody_is_shown_still_after_a_negative_verdict_in_shadow(issued: Issued) -> None:
+    issued.issue(mode="clinical")
+    for name in ("er", "mail", "hook"):
+        issued.settle(name, "reject")
+        issued.ledger.escalate(["er", "mail", "hook"], 120.0, 300.0)
+    assert len(unreached_alerts(issued.ledger)) == 1
+    issued.issue(False, mode="shadow")
+    assert len(unreached_alerts(issued.ledger)) == 1
+    issued.issue(False, mode="clinical")
+    assert unreached_alerts(issued.ledger) == []
