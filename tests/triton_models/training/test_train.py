@@ -255,3 +255,22 @@ def test_heads_that_may_not_be_trained_on_are_refused(tmp_path: Path, also: str,
     ran = train(tmp_path, "--also", also)
     assert ran.returncode == 2
     assert also in ran.stderr and why in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16 sse", "True"),
+        ("flags\t\t: fpu amx_bf16", "True"),
+        ("flags\t\t: fpu avx2\nbugs\t\t: avx512_bf16", "False"),
+        ("Features\t: fp asimd", "False"),
+        (None, "False"),
+    ],
+)
+def test_it_convolves_in_half_where_the_processor_does(tmp_path: Path, said: str | None, expected: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if said is not None:
+        cpuinfo.write_text(said)
+    asked = f"from pathlib import Path; print(train.convolves_in_half(Path({str(cpuinfo)!r})))"
+    run = [PYTHON, "-c", f"from triton_models.training import train; {asked}"]
+    assert subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == expected
