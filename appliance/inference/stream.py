@@ -479,27 +479,34 @@ class Pipeline:
 
     def _run_apart(self, batch: Sequence[_Job], error: Exception) -> None:
         """After a failure, each study by itself: what harms the server must cost no other study a try."""
-        owners = list(dict.fromkeys(job.owner for job in batch))
+        owners, package = list(dict.fromkeys(job.owner for job in batch)), batch[0].package
         if len(owners) == 1:
-            self._fail_study(owners[0], error)
+            self._fail_study(owners[0], package, error)
             return
         for place, owner in enumerate(owners):
             try:
-                self._client.wait_ready(RECOVERY_SECONDS, [batch[0].package])
+                self._client.wait_ready(RECOVERY_SECONDS, [package])
             except Exception as gone:
                 for left in owners[place:]:
-                    self._fail_study(left, gone)
+                    self._fail_study(left, package, gone)
                 return
             try:
                 self._run([job for job in batch if job.owner == owner])
             except Exception as own:
-                self._fail_study(owner, own)
+                self._fail_study(owner, package, own)
 
-    def _fail_study(self, owner: int, error: Exception) -> None:
-        """Whoever asked gives the study up for now: its other slabs must not harm the server as well."""
+    def _fail_study(self, owner: int, package: Package, error: Exception) -> None:
+        """Whoever asked gives the study up for now: its other slabs must not harm the server as well.
+
+        Those of another package are of another model, which may be well.
+        """
+
+        def gives_up(job: _Job) -> bool:
+            return job.owner == owner and job.package.name == package.name
+
         with self._lock:
-            left = [job for job in self._known.values() if job.owner == owner and not job.future.done()]
-            self._ready = [entry for entry in self._ready if entry[2].owner != owner]
+            left = [job for job in self._known.values() if gives_up(job) and not job.future.done()]
+            self._ready = [entry for entry in self._ready if not gives_up(entry[2])]
             heapq.heapify(self._ready)
             self._lock.notify_all()
         for job in left:

@@ -315,6 +315,26 @@ def test_a_study_that_harms_the_server_gives_up_what_it_still_asks_for(alone: Pa
     assert model.waited == harmed, "after each failure the server is given time before the next batch"
 
 
+def test_a_model_that_fails_fails_no_other_packages_slabs_of_the_study(alone: Package) -> None:
+    class Half(Model):
+        def infer(
+            self, package: Package, parts: Sequence[Sequence[NDArray[np.float32]]], *, urgent: bool = False
+        ) -> Output:
+            output = super().infer(package, parts, urgent=urgent)
+            if package.name == "broken":
+                raise TritonError("this model fails", "here", "none")
+            return output
+
+    with pipeline(model := Half(), Files(), running=False) as made:
+        failing = ask(made, replace(alone, name="broken"), frame(10))
+        while not model.waiting:
+            time.sleep(0.01)
+        sound = ask(made, alone, frame(20))
+        model.gate.set()
+        assert isinstance(failing.exception(30), TritonError)
+        assert sound.exception(30) is None
+
+
 def test_a_package_is_not_held_up_by_what_lies_ready_for_another(alone: Package) -> None:
     """Its model takes one slab at a time; of the other's, two batches of 16 lie ready."""
     small = replace(alone, name="small", model=replace(alone.model, maximum_batch=1))
