@@ -117,12 +117,15 @@ def study_report(ledger: Ledger, study_id: int) -> dict[str, Any]:
 
 
 def decisions(ledger: Ledger, first: date, last: date) -> list[dict[str, Any]]:
-    """What the gate decided on the studies that were complete within those days (UTC): package, state, admission."""
+    """What the gate decided on the studies that were complete within those days (UTC): package, state, admission.
+
+    Those of self-tests are left out.
+    """
     a, s = t.analysis.c, t.study.c
     query = (
         sa.select(a.study_id, a.package, a.state, a.admission)
         .join(t.study)
-        .where(s.completed_at >= first.isoformat(), s.completed_at < (last + timedelta(1)).isoformat())
+        .where(s.completed_at >= first.isoformat(), s.completed_at < (last + timedelta(1)).isoformat(), ~s.selftest)
         .order_by(a.id)
     )
     with ledger.read() as connection:

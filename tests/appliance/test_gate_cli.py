@@ -22,6 +22,7 @@ from appliance.cli import app
 from appliance.governance.board import make_exception, suspend
 from appliance.governance.indication import BoardException, admit
 from appliance.governance.package import Package, load_configured
+from appliance.ledger.selftest import SELFTEST_AE
 from appliance.ledger.store import Ledger, NewInstance
 from appliance.services.dry_run import judge, read_folder
 from appliance.settings import Settings, load_settings
@@ -286,10 +287,10 @@ def test_a_folder_without_dicom_is_an_error(config: Path, tmp_path: Path) -> Non
 # --- report ---------------------------------------------------------------------------------------------
 
 
-def decided(ledger: Ledger, number: int, package: Package, **changes: Any) -> None:
+def decided(ledger: Ledger, number: int, package: Package, *, caller: str = "S", **changes: Any) -> None:
     """A study that a box received, completed and decided on."""
     series = [replace(one, **changes) for one in head_series(study=f"1.{number}", series=f"1.{number}.1")]
-    association = ledger.open_association("S", "B", "127.0.0.1")
+    association = ledger.open_association(caller, "B", "127.0.0.1")
     ledger.record_instances([NewInstance(one, f"{number}-{place}", 9, association) for place, one in enumerate(series)])
     ledger.close_association(association, "released")
     (arriving,) = ledger.arriving_studies()
@@ -333,6 +334,17 @@ def test_the_report_counts_by_scanner_and_warns_of_one_that_is_always_refused(co
     for words in ("absent", "80 to 140 kV", PACKAGE.indication.clauses["kvp"]):
         assert set(words.split()) <= set(study.split())
     assert "PatientAge" in study
+
+
+def test_the_report_leaves_the_studies_of_self_tests_out(config: Path) -> None:
+    ledger = Ledger(load_settings(config).ledger_path)
+    decided(ledger, 1, PACKAGE, manufacturer="SIEMENS", kvp=None)
+    ledger.begin_selftest("1.2", expected=True, alert_port=1, object_port=2)
+    decided(ledger, 2, PACKAGE, manufacturer="SIEMENS", caller=SELFTEST_AE)
+    assert ledger.selftest(2) is not None
+    ledger.close()
+    (one,) = json.loads(run(config, "report", "--json").stdout)["scanners"]
+    assert (one["admitted"], one["refused"], one["every_study_refused"]) == (0, 1, True)
 
 
 def test_without_a_ledger_there_is_no_report(config: Path) -> None:
