@@ -10,6 +10,7 @@ from functools import partial
 
 from pydicom import uid
 from pydicom.uid import ImplicitVRLittleEndian
+from sqlalchemy.exc import SQLAlchemyError
 
 from appliance.governance.board import read_board
 from appliance.governance.package import Package, load_configured
@@ -346,3 +347,5 @@ def _check(name: str, action: Callable[[], str]) -> Check:
         return Check(name, True, action())
     except (ScansideError, OSError, ValueError) as error:
         return Check(name, False, str(error))
+    except SQLAlchemyError as error:  # a damaged ledger; below its first line is the statement
+        return Check(name, False, str(error).splitlines()[0])

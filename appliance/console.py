@@ -44,6 +44,14 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             err.print(f"[bold red]scanside:[/] {escape(where)}{escape(error.strerror or str(error))}", soft_wrap=True)
             raise typer.Exit(1) from error
+        except Exception as error:
+            from sqlalchemy.exc import SQLAlchemyError  # most commands need no ledger, and it loads slowly
+
+            if not isinstance(error, SQLAlchemyError):
+                raise
+            said = str(error).splitlines()[0]  # below it is the statement
+            err.print(f"[bold red]scanside:[/] the ledger: {escape(said)}", soft_wrap=True, highlight=False)
+            raise typer.Exit(1) from error
 
     return guarded
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from sqlalchemy.exc import DatabaseError, OperationalError
+
 from appliance.events import Event
 from appliance.governance.board import read_board
 from appliance.ledger.board import DECISIONS
@@ -57,8 +59,15 @@ class Auditor:
 
     def step(self) -> bool:
         """Check some events more; True if there are more that were not checked since the start."""
-        if self.fault:
-            return self._again()
+        try:
+            return self._again() if self.fault else self._advance()
+        except DatabaseError as error:
+            if isinstance(error, OperationalError):  # it is locked, or the disk is full: that passes
+                raise
+            self._break(_unreadable(error))
+            return False
+
+    def _advance(self) -> bool:
         wrong = self._look_at_decisions()  # first, so that the head that is noted is not older than they are
         count, fault = self._new.advance()
         fault = fault or wrong
@@ -116,13 +125,13 @@ class Auditor:
         return bool(self.fault) and count == CHUNK
 
     def _break(self, fault: Fault) -> None:
-        said = str(fault)
-        if said != self.fault:
-            self.fault = said
-            self._ledger.log(Event.AUDIT_BROKEN, event=fault.event, event_name=fault.name, what=fault.what)
+        said, before = str(fault), self.fault
+        self.fault = said
         log.error("audit: THE LEDGER WAS TAMPERED WITH OR DAMAGED, approvals are not trusted: %s", said)
         self._due = self._clock() + BROKEN_SECONDS
         self._old = Walk(self._ledger)
+        if said != before:  # last, as a damaged ledger may not take it
+            self._ledger.log(Event.AUDIT_BROKEN, event=fault.event, event_name=fault.name, what=fault.what)
 
     def _tell(self) -> None:
         log.info("audit: the chain of events is whole, head %d:%s", self._new.head.event, self._new.head.hash)
@@ -139,8 +148,11 @@ def standing(ledger: Ledger, path: Path) -> tuple[int, str]:
     A running engine walks the whole chain; what it found is known here too.
     """
     noted, fault = _read(path)
-    last, count = newest(ledger, (Event.AUDIT_BROKEN, Event.AUDIT_RESTORED))
-    fault = fault or glance(ledger, noted) or named(ledger, DECISIONS)[1]
+    try:
+        last, count = newest(ledger, (Event.AUDIT_BROKEN, Event.AUDIT_RESTORED))
+        fault = fault or glance(ledger, noted) or named(ledger, DECISIONS)[1]
+    except DatabaseError as error:
+        return 0, str(_unreadable(error))
     if fault:
         return count, str(fault)
     if last is not None and last["name"] == Event.AUDIT_BROKEN:
@@ -188,6 +200,11 @@ def write_head(path: Path, head: Head) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _unreadable(error: DatabaseError) -> Fault:
+    """What is known of a ledger of which SQLite cannot read a page."""
+    return Fault(0, "", f"the ledger cannot be read: {error.orig}")
 
 
 def _read(path: Path) -> tuple[Collection[Head], Fault | None]:

@@ -12,7 +12,10 @@ import pytest
 from appliance import init
 from appliance.checks import Check, run_checks
 from appliance.demo.orthanc import free_ports
+from appliance.events import Event
+from appliance.ledger.store import Ledger
 from appliance.settings import load_settings
+from tests.appliance.operations.test_audit import damage
 from tests.dicom_io.certificates import Authority, Pair
 
 
@@ -67,3 +70,16 @@ def test_images_that_the_ledger_does_not_know_fail_the_check(tmp_path: Path) -> 
         assert (check.ok, "does not know" in check.detail) == (expected, not expected), check.detail
         aside.parent.mkdir(exist_ok=True)
         aside.write_bytes(b"image")
+
+
+def test_a_damaged_ledger_fails_its_checks_and_hides_no_other(tmp_path: Path) -> None:
+    settings = load_settings(init.write(tmp_path / "box", {}))
+    sound = [one.check for one in run_checks(settings)]
+    ledger = Ledger(settings.ledger_path)
+    for number in range(40):
+        ledger.log(Event.SERVICE_STARTED, number=f"word-{number}-", filler="x" * 1000)
+    damage(ledger, settings.ledger_path, "word-39-")
+    found = {one.check: one for one in run_checks(settings)}
+    assert list(found) == sound
+    assert (found["audit"].ok, "malformed" in found["audit"].detail) == (False, True)
+    assert found["models"].ok

@@ -287,6 +287,52 @@ def test_what_was_mended_is_trusted_again(ledger: Ledger, path: Path, head: Path
     assert auditor.fault == ""
 
 
+def damage(ledger: Ledger, path: Path, marker: str) -> None:
+    """Spoil the page of the file that holds these words, as a failing disk does."""
+    ledger.close()  # what it read before is not read again from memory
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    raw.close()
+    content = bytearray(path.read_bytes())
+    page = content.index(marker.encode()) // 4096 * 4096
+    content[page : page + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+def test_a_ledger_that_can_be_read_no_longer_is_broken(
+    ledger: Ledger, path: Path, head: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(40):
+        ledger.log(Event.SERVICE_STARTED, number=f"word-{number}-", filler="x" * 1000)
+    clock = Clock()
+    auditor = Auditor(ledger, head, clock)
+    settle(auditor)
+    damage(ledger, path, "word-10-")
+    clock.now += audit.PATROL_SECONDS
+    auditor.step()
+    assert "cannot be read" in auditor.fault
+    assert "malformed" in auditor.fault
+    assert caplog.text.count("TAMPERED WITH OR DAMAGED") == 1
+    clock.now += audit.BROKEN_SECONDS
+    auditor.step()
+    assert "cannot be read" in auditor.fault
+    assert "cannot be read" in standing(ledger, head)[1]
+    raw = sqlite3.connect(path)
+    assert raw.execute("select count(*) from event where name = 'audit.broken'").fetchone() == (1,)
+    raw.close()
+
+
+def test_the_command_says_of_a_damaged_ledger_that_it_is_not_whole(tmp_path: Path, ledger: Ledger, path: Path) -> None:
+    for number in range(40):
+        ledger.log(Event.SERVICE_STARTED, number=f"word-{number}-", filler="x" * 1000)
+    damage(ledger, path, "word-10-")
+    (tmp_path / "scanside.toml").write_text(f'[box]\nstate_directory = "{tmp_path}"\n')
+    result = CliRunner().invoke(app, ["--config", str(tmp_path / "scanside.toml"), "audit", "verify"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "malformed" in result.output
+
+
 @pytest.mark.parametrize("pair", [(7, 8), (3, 11), (1, 2), (11, 12), (4, 5)])
 def test_swapped_events_are_found_at_the_first(ledger: Ledger, path: Path, head: Path, pair: tuple[int, int]) -> None:
     clock = Clock()
