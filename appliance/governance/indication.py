@@ -64,7 +64,8 @@ _WITHOUT_AGENT = re.compile(
 )
 _WITH_AGENT = re.compile(
     # "Enhanced" is also what DICOM calls its multi-frame objects, and conversions to them say so.
-    r"\+ ?(C|IV|KM)\b|\b(C|IV) ?\+|\b[CK]ONTRAST"
+    # Protocols are named in one word, too: "HeadContrast", and "HeadNonContrast".
+    r"\+ ?(C|IV|KM)\b|\b(C|IV) ?\+|(?<!NON|PRE|OUT)(?<!NO|WO)(?<!OHNE|SANS)[CK]ONTRAST|\bIV CON\b"
     r"|\bENH\b|\bENHANCED(?! (CONVERSION|CT IMAGE|MULTI))|\bCE(CT)?\b|\bKM\b|\b[MP]DC\b|\bCT[APV]\b|ANGIO|PERFUSION"
     r"|\bC/C\b|\bW ?/? ?C(ON)?\b|\bW/( |$)|\bWITH *$"
     r"|\bPOST ?-?(CON|IV|INJ|GD|GAD|C\b)|\b(W|WITH|MIT|AVEC|CON|NACH|APR[EÈ]S) (IV\b|INJ)|\bINJ(ECT\w*)?\b"

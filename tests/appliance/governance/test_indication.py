@@ -496,6 +496,7 @@ def test_the_codes_of_the_head_are_those_of_the_standard() -> None:
         *(({"contrast_bolus_agent": agent}, True) for agent in ("OMNIPAQUE", "IV", "Y", "ORAL & IV", "APPLIED",
           "NON IONIC", "Non ionic iodinated 350", "NO 350")),
         *(({"series_description": text}, True) for text in (
+            "HeadContrast 5.0", "HEADCONTRAST", "HEAD IV CON", "KopfKontrast",
             "HEAD +C", "HEAD C+", "POST CONTRAST", "Post-Con", "HEAD W CONTRAST", "with contrast", "mit KM", "nach KM",
             "W/O & W CONTRAST", "CTA HEAD", "CT ANGIO", "PERFUSION", "ENHANCED", "AVEC INJECTION", "ARTERIAL", "5mm +C",
             "Kopf mit Kontrast", "KONTRASTMITTEL", "TESTA CON MDC", "CRANE APRES PDC", "CRANE IV+", "CRANIO C/C",
@@ -505,6 +506,9 @@ def test_the_codes_of_the_head_are_those_of_the_standard() -> None:
             "Schädel KMgabe", "CRANE TARDIF",
         )),
         *(({"series_description": text}, False) for text in (
+            "HeadNonContrast", "HeadNoContrast", "HeadWithoutContrast", "HeadPreContrast", "KopfOhneKontrast",
+            "HEADWOCONTRAST",
+            "HEAD NO IV CON", "HEAD W/O IV CON", "CCT Kontrolle", "HEAD CONTROL",
             "HEAD W/O", "HEAD W/O CONTRAST", "WITHOUT CONTRAST", "NON-CONTRAST", "NON CON", "NONCONTRAST",
             "NO CONTRAST", "PRE CONTRAST", "C-", "HEAD -C", "ohne KM", "nativ", "SANS INJECTION", "UNENHANCED", "NCCT",
             "AXIAL", "", "HEAD 5 (enhanced conversion)", "CCT o. KM", "Kopf ohne Kontrastmittel", "CRANIO S/C",
