@@ -11,11 +11,12 @@ import hashlib
 import json
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from appliance.events import Event
 from appliance.governance.board import read_board
@@ -62,7 +63,7 @@ class Auditor:
         try:
             return self._again() if self.fault else self._advance()
         except DatabaseError as error:
-            if isinstance(error, OperationalError):  # it is locked, or the disk is full: that passes
+            if not _is_damage(error):  # it is locked, or the disk is full: that passes
                 raise
             self._break(_unreadable(error))
             return False
@@ -200,6 +201,13 @@ def write_head(path: Path, head: Head) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _is_damage(error: DatabaseError) -> bool:
+    """Whether SQLite says that a page is not what it wrote, or that the disk cannot read it."""
+    code = getattr(error.orig, "sqlite_errorcode", 0)
+    damaged = code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return damaged or code in (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_CORRUPTFS)  # EIO is the latter
 
 
 def _unreadable(error: DatabaseError) -> Fault:

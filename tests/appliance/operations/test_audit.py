@@ -6,9 +6,11 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner, Result
 
 from appliance.cli import app
@@ -320,6 +322,32 @@ def test_a_ledger_that_can_be_read_no_longer_is_broken(
     raw = sqlite3.connect(path)
     assert raw.execute("select count(*) from event where name = 'audit.broken'").fetchone() == (1,)
     raw.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "broken"),
+    [
+        (sqlite3.SQLITE_IOERR_CORRUPTFS, True),  # what SQLite makes of EIO
+        (sqlite3.SQLITE_IOERR_READ, True),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, False),  # a full disk: that passes
+        (sqlite3.SQLITE_BUSY, False),
+    ],
+)
+def test_a_disk_that_cannot_read_breaks_the_chain_and_one_that_is_full_does_not(
+    ledger: Ledger, head: Path, monkeypatch: pytest.MonkeyPatch, code: int, broken: bool
+) -> None:
+    auditor = Auditor(ledger, head)
+    settle(auditor)
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = code
+
+    def fail(*_: object) -> None:
+        raise sa.exc.OperationalError("", None, error)
+
+    monkeypatch.setattr(Walk, "advance", fail)
+    with nullcontext() if broken else pytest.raises(sa.exc.OperationalError):
+        auditor.step()
+    assert bool(auditor.fault) is broken
 
 
 def test_the_command_says_of_a_damaged_ledger_that_it_is_not_whole(tmp_path: Path, ledger: Ledger, path: Path) -> None:
