@@ -36,6 +36,15 @@ def told_since(connection: sa.Connection, analysis_id: int, revision: int) -> Se
     return connection.execute(query).all()
 
 
+def patient_since(connection: sa.Connection, analysis_id: int, before: int | None = None) -> int:
+    """The last revision, below that one, with which ended what was told under another Patient ID; 0 if none did."""
+    v = t.verdict.c
+    query = sa.select(sa.func.max(v.revision)).where(
+        v.analysis_id == analysis_id, v.result["withdrawn"].as_string() == ANOTHER_PATIENT
+    )
+    return int(connection.scalar(query if before is None else query.where(v.revision < before)) or 0)
+
+
 def denied(connection: sa.Connection, finding_id: int) -> str:
     """Why an object must not leave any more; '' if it may.
 
@@ -72,14 +81,13 @@ def takes_back(connection: sa.Connection, delivery_id: int) -> bool:
         sa.select(d.state, f.object, v.positive, _WITHDRAWN)
         .select_from(joined)
         .where(d.destination == row.destination, v.analysis_id == row.analysis_id, v.revision < row.revision)
+        .where(v.revision > patient_since(connection, row.analysis_id, row.revision))
         .where(d.sent_at.is_not(None), d.state.not_in(("rejected", "replaced")) | unanswered())
         .order_by(v.revision.desc(), d.id)
     )
     for one in connection.execute(earlier):
         if one.object.startswith(_MESSAGES):
             continue
-        if one.withdrawn == ANOTHER_PATIENT:
-            return False  # what came before is of another one
         if one.positive or (row.withdrawn and not one.withdrawn):
             return True
         if one.state in ("acknowledged", "stored", "asked"):

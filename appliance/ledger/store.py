@@ -13,7 +13,7 @@ from appliance.events import Event
 from appliance.ledger import schema as t
 from appliance.ledger.board import BoardMoved
 from appliance.ledger.commitments import Commitments
-from appliance.ledger.contradiction import unanswered
+from appliance.ledger.contradiction import patient_since, unanswered
 from appliance.ledger.database import Chain, Row, later, now, seconds_between
 from appliance.ledger.deadlines import Deadlines
 from appliance.ledger.ingest import Ingest, requeue_failed
@@ -22,7 +22,7 @@ from appliance.ledger.keeping import Keeping
 from appliance.ledger.marks import Marks
 from appliance.ledger.performed import Performed
 from appliance.ledger.queries import Queries
-from appliance.ledger.records import ALERT_STANDS, ANOTHER_PATIENT, Verdict
+from appliance.ledger.records import ALERT_STANDS, Verdict
 from appliance.ledger.retention import Retention, require_files
 from appliance.ledger.selftest import Selftests
 from appliance.ledger.states import ANALYSIS, STUDY, step
@@ -718,12 +718,8 @@ class Ledger(Ingest, Keeping, Selftests, Commitments, Performed, Retention, Dead
 
     def patient_since(self, analysis_id: int, before: int | None = None) -> int:
         """The last revision, below that one, with which ended what was told under another Patient ID; 0 if none did."""
-        v = t.verdict.c
-        query = sa.select(sa.func.max(v.revision)).where(
-            v.analysis_id == analysis_id, v.result["withdrawn"].as_string() == ANOTHER_PATIENT
-        )
         with self.read() as connection:
-            return int(connection.scalar(query if before is None else query.where(v.revision < before)) or 0)
+            return patient_since(connection, analysis_id, before)
 
     def earlier_finding(self, analysis_id: int, name: str, before: int) -> Row | None:
         """The newest finding of that name which a revision below that one brought this patient, and not in shadow:

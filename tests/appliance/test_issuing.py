@@ -631,3 +631,15 @@ def test_a_report_that_nothing_was_analysed_goes_to_the_patient_whose_the_images
     issued.issuer.take_back(issued.box.ledger.verdicts(1)[-1], None, ANOTHER_PATIENT)
     assert issued.delivered("plain") == ["report"]
     assert _follows(issued, 2) == [1]
+
+
+def test_a_stopped_package_says_nothing_of_the_patient_whose_the_images_turned_out_to_be(issued: Issued) -> None:
+    issued.issue(seen(issued))
+    issued.delivered("plain")
+    (standing,) = issued.box.ledger.verdicts(1)
+    issued.issuer.take_back(standing, None, ANOTHER_PATIENT)
+    issued.arrive()
+    issued.issue(_negative(issued))
+    issued.box.ledger.record_decision(Event.BOARD_SUSPENDED, verdict_on(issued.series).package, who="Dr A", reason="x")
+    assert issued.delivered("plain") == ["report", "capture.summary"]
+    assert {state for _, state in _sent(issued, "plain", 3).values()} == {"withdrawn"}
