@@ -69,7 +69,7 @@ def test_a_ris_is_told_of_the_new_priority_and_of_the_old_one(tmp_path: Path, ri
     assert [outcome for outcome, _ in told.outcomes()] == ["acknowledge"]
     first, second = received(ris)
     assert str(first["MSH"][0][9]) == "ORM^O01^ORM_O01"
-    assert str(first["PID"][0][3]).startswith("PID-7")
+    assert str(first["PID"][0][3]).startswith("P-1")
     for message, priority in ((first, "S"), (second, "R")):
         assert str(message["ORC"][0][1]) == "XO"
         assert str(message["ORC"][0][3]).startswith("ACC-1")
@@ -125,7 +125,7 @@ def test_what_is_not_clinical_moves_nobody(tmp_path: Path, ris: Peer, mode: str)
     told.ledger.close()
 
 
-def heard(priority: str, urgent: bool, *, cancelled: bool = False, patient: str = "PID-7") -> NewMessage:
+def heard(priority: str, urgent: bool, *, cancelled: bool = False, patient: str = "P-1") -> NewMessage:
     """A message with an order of the study's accession number."""
     placed = NewOrder("ACC-1", "", "", cancelled, (Identifier(patient),), priority=priority, urgent=urgent)
     return NewMessage("RIS", "RIS", "M1", "ORM^O01", "d", b"", "AA", "", (placed,))
